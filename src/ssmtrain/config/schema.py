@@ -1,0 +1,383 @@
+"""The typed page of a run: model, data, tokenizer, optimiser, schedule, trainer and what surrounds them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+
+from pydantic import Field
+
+from ssmtrain.config.base import Config
+from ssmtrain.layers import ffn_kinds, mixer_kinds
+from ssmtrain.layers.base import FfnConfig, MixerConfig
+
+if TYPE_CHECKING:
+    AnyMixer = MixerConfig
+    AnyFfn = FfnConfig
+else:
+    AnyMixer = Annotated[Union[tuple(mixer_kinds().values())], Field(discriminator="kind")]  # noqa: UP007
+    AnyFfn = Annotated[Union[tuple(ffn_kinds().values())], Field(discriminator="kind")]  # noqa: UP007
+
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+
+
+class BlockConfig(Config):
+    """One block: a mixer, an ffn, or both, each a residual branch with its norm."""
+
+    mixer: AnyMixer | None = None
+    """The layer that mixes over time; absent: the block has an ffn only."""
+    ffn: AnyFfn | None = None
+    """The layer that mixes over channels; absent: the block has a mixer only."""
+    norm: Literal["pre", "post", "sandwich"] = "pre"
+    """Where a branch's norm sits: before it, after it, or both."""
+
+
+class MultipliersConfig(Config):
+    """Scalars of maximal-update-style models such as Granite 4; attention's is the `scale` of its kind."""
+
+    embedding: PositiveFloat = 1.0
+    """Multiplies the embedding's output."""
+    residual: PositiveFloat = 1.0
+    """Multiplies each branch's output before it is added to the residual stream."""
+    logits: PositiveFloat = 1.0
+    """Multiplies the logits (Granite's logits_scaling is the inverse)."""
+
+
+class InitConfig(Config):
+    """How the model's weights start; each kind draws its own special parameters (A, dt) itself."""
+
+    embedding_std: PositiveFloat = 0.02
+    """Standard deviation of the embedding and of an untied head."""
+    std: PositiveFloat | None = None
+    """Standard deviation of every projection; absent: torch's default for linear maps, as Mamba has it."""
+    rescale_residual: bool = True
+    """Divide the output projections of residual branches by sqrt(number of branches in the model)."""
+
+
+class ModelConfig(Config):
+    """A language model: token embedding, blocks in the order of the layout, norm and head."""
+
+    d_model: Positive
+    """Width of the residual stream."""
+    layout: str
+    """Which block stands at each depth: a formula over the names in `blocks`, such as M5AM4."""
+    blocks: dict[str, BlockConfig]
+    """The named blocks: one capital letter, optionally one small letter (M, A, Sw)."""
+    n_layers: Positive | None = None
+    """Depth to which the formula is tiled; absent: the formula's own length."""
+    vocab_size: Positive | None = None
+    """Rows of the embedding; at least the tokenizer's size, which is the default."""
+    tie_embeddings: bool = True
+    """Use the embedding's weight as the head's."""
+    norm_eps: PositiveFloat = 1e-5
+    """Epsilon of the RMSNorms of blocks and head."""
+    residual_fp32: bool = True
+    """Keep the residual stream in fp32 under bf16 autocast."""
+    multipliers: MultipliersConfig = MultipliersConfig()
+    """Scalars on embedding, residual branches and logits."""
+    init: InitConfig = InitConfig()
+    """How the weights start."""
+
+
+class EmbeddedData(Config):
+    """A corpus inside the package: six novels by Jane Austen; five train, Persuasion validates."""
+
+    kind: Literal["embedded"] = "embedded"
+    name: Literal["austen"] = "austen"
+    """Which corpus."""
+    seq_len: Annotated[int, Field(ge=2)] = 512
+    """Tokens in a row."""
+
+
+class TextData(Config):
+    """The user's own text files; each file is one document."""
+
+    kind: Literal["text"] = "text"
+    train: str | list[str]
+    """Files, globs or directories (searched for `include`) to train on."""
+    val: str | list[str] | None = None
+    """Files, globs or directories to validate on; absent: the last `val_fraction` of the documents or text."""
+    val_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
+    """Share of the text held out when `val` is absent."""
+    include: list[str] = ["**/*.txt", "**/*.md"]
+    """Globs of the files taken from a directory, in sorted path order."""
+    seq_len: Annotated[int, Field(ge=2)] = 512
+    """Tokens in a row."""
+    cache_dir: str | None = None
+    """Where prepared shards are kept; absent: the user's cache folder."""
+
+
+AnyData = Annotated[EmbeddedData | TextData, Field(discriminator="kind")]
+
+
+class BytesTokenizer(Config):
+    """Text as UTF-8 bytes: 256 byte tokens and an end-of-text token."""
+
+    kind: Literal["bytes"] = "bytes"
+
+
+class FileTokenizer(Config):
+    """A `tokenizer.json` as the tokenizers library writes it."""
+
+    kind: Literal["file"] = "file"
+    path: str
+    """The file."""
+    end_of_text: str | None = None
+    """The token that closes a document; absent: the usual names are tried (<|endoftext|>, </s>, <eos>, …)."""
+
+
+AnyTokenizer = Annotated[BytesTokenizer | FileTokenizer, Field(discriminator="kind")]
+
+Betas = tuple[Annotated[float, Field(ge=0.0, lt=1.0)], Annotated[float, Field(ge=0.0, lt=1.0)]]
+
+
+class AdamWConfig(Config):
+    """AdamW (Loshchilov & Hutter 2019) with decay only where it belongs."""
+
+    kind: Literal["adamw"] = "adamw"
+    lr: PositiveFloat = 1e-3
+    """Peak learning rate."""
+    betas: Annotated[Betas, Field(strict=False)] = (0.9, 0.95)
+    """Decay rates of the two moment estimates."""
+    eps: PositiveFloat = 1e-8
+    """Added to the denominator."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
+    """Decoupled weight decay of matrices; A_log, D, dt_bias, norms and biases are never decayed."""
+    decay_embeddings: bool = False
+    """Whether the embedding (and a tied head) is decayed too."""
+    clip: PositiveFloat | None = 1.0
+    """Largest norm of the whole gradient; absent (null): no clipping."""
+
+
+class MuonConfig(Config):
+    """Muon (torch.optim.Muon) for two-dimensional hidden matrices, AdamW for everything else."""
+
+    kind: Literal["muon"] = "muon"
+    lr: PositiveFloat = 1e-3
+    """Peak learning rate of both; Muon's update is scaled to AdamW's root mean square."""
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
+    """Muon's momentum."""
+    nesterov: bool = True
+    """Whether Muon's momentum is Nesterov's."""
+    ns_steps: Positive = 5
+    """Newton-Schulz iterations."""
+    betas: Annotated[Betas, Field(strict=False)] = (0.9, 0.95)
+    """AdamW's decay rates."""
+    eps: PositiveFloat = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
+    """Decoupled weight decay of matrices."""
+    decay_embeddings: bool = False
+    """Whether the embedding (and a tied head) is decayed too."""
+    clip: PositiveFloat | None = 1.0
+    """Largest norm of the whole gradient; absent (null): no clipping."""
+
+
+AnyOptim = Annotated[AdamWConfig | MuonConfig, Field(discriminator="kind")]
+
+Span = Annotated[int, Field(ge=0, strict=True)] | Annotated[float, Field(ge=0.0, lt=1.0, strict=True)]
+"""A whole number of the schedule's unit, or a fraction (below 1) of the run."""
+
+
+class _Schedule(Config):
+    unit: Literal["steps", "tokens"] = "steps"
+    """What whole numbers of this schedule count."""
+    warmup: Span = 0.05
+    """Length of the linear warm-up: a whole number of units, or a fraction (below 1) of the run."""
+
+
+class WsdSchedule(_Schedule):
+    """Warm-up, stable, decay (Hu et al. 2024): constant, then linear to `floor` at the end."""
+
+    kind: Literal["wsd"] = "wsd"
+    decay: Span = 0.2
+    """Length of the decay at the end."""
+    floor: Fraction = 0.0
+    """Learning rate at the end, as a share of the peak."""
+
+
+class CosineSchedule(_Schedule):
+    """Half a cosine from the peak to `floor`."""
+
+    kind: Literal["cosine"] = "cosine"
+    floor: Fraction = 0.1
+    """Learning rate at the end, as a share of the peak."""
+
+
+class LinearSchedule(_Schedule):
+    """A straight line from the peak to `floor`."""
+
+    kind: Literal["linear"] = "linear"
+    floor: Fraction = 0.0
+    """Learning rate at the end, as a share of the peak."""
+
+
+class ConstantSchedule(_Schedule):
+    """The peak after the warm-up."""
+
+    kind: Literal["constant"] = "constant"
+
+
+class PowerSchedule(_Schedule):
+    """The power scheduler (Shen et al. 2024): the rate falls as a power of the tokens seen, then decays at the end."""
+
+    kind: Literal["power"] = "power"
+    exponent: Annotated[float, Field(gt=0.0)] = 0.5
+    """The rate is peak * (warm-up end / now) ** exponent after the warm-up."""
+    decay: Span = 0.1
+    """Length of the exponential decay at the end."""
+    floor: Annotated[float, Field(gt=0.0, le=1.0)] = 0.01
+    """Learning rate at the end, as a share of the rate where the decay starts."""
+
+
+AnySchedule = Annotated[
+    WsdSchedule | CosineSchedule | LinearSchedule | ConstantSchedule | PowerSchedule,
+    Field(discriminator="kind"),
+]
+
+
+class TrainerConfig(Config):
+    """How long, how much at once, in which precision, and what is saved and printed when."""
+
+    max_steps: Positive | None = None
+    """Stop after this many optimiser steps; the schedule's horizon."""
+    max_tokens: Positive | None = None
+    """Stop after this many tokens; the schedule's horizon when max_steps is absent."""
+    max_seconds: PositiveFloat | None = None
+    """Save and stop (exit 75) after this many seconds of this process; never shortens the schedule."""
+    global_batch: Positive = 8192
+    """Tokens in an optimiser step, over all devices and micro-batches."""
+    micro_batch: Positive | None = None
+    """Rows that one device computes at a time; absent: the global batch divided by the devices."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """fp32 throughout, or bf16 autocast over fp32 parameters."""
+    kernels: Literal["auto", "reference", "triton"] = "auto"
+    """Which implementation of the kernels runs; a named one that cannot run is an error."""
+    recompute: bool = False
+    """Recompute each block's activations in the backward pass instead of keeping them."""
+    compile: bool = False
+    """Run the blocks under torch.compile."""
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    """What to train on."""
+    devices: Positive | None = None
+    """How many devices (processes) on this machine; absent: all GPUs, or one process on the CPU."""
+    threads: Positive | None = None
+    """CPU threads per process; absent: torch's choice."""
+    log_every: Positive = 10
+    """Steps between lines of metrics."""
+    health_every: Count = 100
+    """Steps between health metrics of the layers; 0: never."""
+    val_every: Count = 200
+    """Steps between validations; 0: only at the end."""
+    val_tokens: Positive | None = None
+    """Tokens of a validation during training; absent: the whole validation split. The last one is always whole."""
+    sample_every: Count = 0
+    """Steps between printed samples; 0: only at the end."""
+    save_every: Positive = 200
+    """Steps between checkpoints; one is always saved at the end."""
+    keep_last: Annotated[int, Field(ge=2)] = 2
+    """Checkpoints kept; at least 2, so that a damaged newest one has a predecessor."""
+    max_nonfinite: Positive = 3
+    """Stop (exit 3) after this many non-finite steps in a row; each one is skipped and counted."""
+
+
+class ParallelConfig(Config):
+    """How the model is spread over devices."""
+
+    kind: Literal["auto", "ddp"] = "auto"
+    """auto: one process, or ddp when there are several devices."""
+
+
+class NoLogger(Config):
+    """metrics.jsonl and the console only."""
+
+    kind: Literal["none"] = "none"
+
+
+class WandbLogger(Config):
+    """Weights & Biases, beside metrics.jsonl; the key comes from its own login or WANDB_API_KEY."""
+
+    kind: Literal["wandb"] = "wandb"
+    project: str = "ssmtrain"
+    """Project."""
+    entity: str | None = None
+    """Team or user; absent: the account's default."""
+    mode: Literal["online", "offline"] = "online"
+    """offline keeps everything in the run folder until `wandb sync`."""
+
+
+class TensorBoardLogger(Config):
+    """TensorBoard event files in the run folder (extra `tensorboard`)."""
+
+    kind: Literal["tensorboard"] = "tensorboard"
+
+
+AnyLogger = Annotated[NoLogger | WandbLogger | TensorBoardLogger, Field(discriminator="kind")]
+
+
+class ShowConfig(Config):
+    """What `ssmtrain show` assumes about serving."""
+
+    sessions: Positive = 8
+    """Concurrent sessions."""
+    context: Positive = 131072
+    """Tokens of context in each."""
+
+
+class GenerateConfig(Config):
+    """How text is sampled."""
+
+    max_tokens: Positive = 256
+    """Tokens to generate."""
+    temperature: Annotated[float, Field(ge=0.0)] = 0.8
+    """Divides the logits; 0 takes the most likely token."""
+    top_k: Count = 0
+    """Keep the k most likely tokens; 0: all."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Keep the most likely tokens that hold this share of the probability."""
+    prompt: str = ""
+    """Text to continue in samples during training."""
+
+
+class RunConfig(Config):
+    """One full run."""
+
+    name: str | None = None
+    """Folder of the run under runs_dir; absent: the recipe and six hex digits of the config's hash."""
+    recipe: str = "custom"
+    """Name of the recipe; set by the loader."""
+    description: str = ""
+    """One line for lists."""
+    runs_dir: str = "runs"
+    """Where run folders are made."""
+    resume: str = "auto"
+    """auto: continue an unfinished run of this config; never: refuse to continue; or a checkpoint folder."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seeds the weights, the order of the data and the samples."""
+    model: ModelConfig
+    """The model."""
+    data: AnyData = EmbeddedData()
+    """The text."""
+    tokenizer: AnyTokenizer = BytesTokenizer()
+    """How text becomes tokens."""
+    optim: AnyOptim = AdamWConfig()
+    """The optimiser."""
+    schedule: AnySchedule = WsdSchedule()
+    """The learning rate over the run."""
+    trainer: TrainerConfig = TrainerConfig()
+    """Length, batch, precision, saving and printing."""
+    parallel: ParallelConfig = ParallelConfig()
+    """How the model is spread over devices."""
+    logger: AnyLogger = NoLogger()
+    """Where metrics go besides metrics.jsonl."""
+    show: ShowConfig = ShowConfig()
+    """What `ssmtrain show` assumes about serving."""
+    generate: GenerateConfig = GenerateConfig()
+    """How text is sampled."""
+
+
+def dump(config: Config) -> dict[str, Any]:
+    """The config as plain containers, every value spelled out."""
+    return config.model_dump(mode="json")
