@@ -1,4 +1,4 @@
-"""The layer kinds, found by discovery: every module here that defines a MixerConfig or FfnConfig with a `kind`."""
+"""The layer kinds, found by discovery: every module here that defines a config with a `kind`."""
 
 from __future__ import annotations
 

@@ -40,6 +40,8 @@ class ParamSpec:
     """True: stays fp32 whatever precision the run computes in."""
     residual: bool = False
     """True: output projection of a residual branch, divided by sqrt(number of branches) at initialisation."""
+    plain: bool = False
+    """True: an ordinary projection, whose draw `model.init.std` replaces where a recipe sets it."""
 
 
 class Layer(nn.Module):
@@ -84,7 +86,7 @@ class LayerConfig(Config):
         raise NotImplementedError
 
     def check(self, d_model: int) -> Iterable[tuple[str, str]]:
-        """Yield (field, what is wrong and what would be right) for settings that do not fit this model width."""
+        """Yield (field, what is wrong and what would be right) for settings that do not fit this width."""
         return ()
 
     def num_params(self, d_model: int) -> int:
@@ -139,7 +141,7 @@ class Mixer(Layer):
 
 
 Stats = dict[str, Tensor]
-"""What a router reports about a batch: `aux` and `z` losses (scalars), `load` (experts,), tokens per expert."""
+"""What a router reports: `aux` and `z` losses (scalars), `load` (experts,): tokens sent to each expert."""
 
 
 class Ffn(Layer):

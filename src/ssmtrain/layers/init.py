@@ -58,7 +58,7 @@ def log_uniform(low: float, high: float) -> Draw:
 
 
 def dt_bias(dt_min: float, dt_max: float, floor: float) -> Draw:
-    """softplus^-1 of a step size that is log-uniform on [dt_min, dt_max] and at least `floor` (Mamba, section 3.6)."""
+    """softplus^-1 of a step, log-uniform on [dt_min, dt_max], at least `floor` (Mamba, section 3.6)."""
 
     def draw(shape: tuple[int, ...], generator: Generator) -> Tensor:
         u = torch.empty(shape).uniform_(0.0, 1.0, generator=generator)

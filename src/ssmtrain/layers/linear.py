@@ -16,7 +16,8 @@ class Linear(Layer):
         self, d_in: int, d_out: int, bias: bool = False, init: Draw | None = None, residual: bool = False
     ) -> None:
         super().__init__()
-        self.declare("weight", (d_out, d_in), ParamSpec(init or linear_default(d_in), residual=residual))
+        spec = ParamSpec(init or linear_default(d_in), residual=residual, plain=init is None)
+        self.declare("weight", (d_out, d_in), spec)
         self.bias = None
         if bias:
             self.declare("bias", (d_out,), ParamSpec(constant(0.0), decay=False))

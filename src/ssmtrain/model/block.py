@@ -1,0 +1,76 @@
+"""The one block: residual branches around a mixer, an ffn, or both."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssmtrain.config.schema import BlockConfig
+from ssmtrain.layers.base import Context, Ffn, Mixer, State, Stats
+from ssmtrain.layers.norm import RMSNorm
+
+
+class Block(nn.Module):
+    """x + m * post(mixer(pre(x))), then the same around the ffn; `norm` says which of pre and post exist."""
+
+    mixer: Mixer | None
+    ffn: Ffn | None
+
+    def __init__(self, config: BlockConfig, d_model: int, eps: float, multiplier: float, fp32: bool) -> None:
+        super().__init__()
+        self.multiplier = multiplier
+        self.residual_fp32 = fp32
+        self.mixer = None
+        self.ffn = None
+        for name, layer in (("mixer", config.mixer), ("ffn", config.ffn)):
+            if layer is not None:
+                setattr(self, name, layer.build(d_model))
+                if config.norm != "post":
+                    setattr(self, f"{name}_norm", RMSNorm(d_model, eps))
+                if config.norm != "pre":
+                    setattr(self, f"{name}_post_norm", RMSNorm(d_model, eps))
+        self.has_pre = config.norm != "post"
+        self.has_post = config.norm != "pre"
+
+    def _enter(self, name: str, x: Tensor) -> Tensor:
+        return getattr(self, f"{name}_norm")(x) if self.has_pre else x
+
+    def _leave(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        if self.has_post:
+            y = getattr(self, f"{name}_post_norm")(y)
+        if self.multiplier != 1.0:
+            y = y * self.multiplier
+        # Under autocast y is bf16 and x fp32: the sum is fp32. Otherwise the stream takes y's dtype.
+        return x + y if self.residual_fp32 else x.to(y.dtype) + y
+
+    def forward(
+        self, x: Tensor, ctx: Context, state: State | None = None
+    ) -> tuple[Tensor, State | None, Stats]:
+        """Map the stream x (B, L, D); returns it, the mixer's final state, the router's statistics."""
+        stats: Stats = {}
+        new_state: State | None = None
+        if self.mixer is not None:
+            y, new_state = self.mixer(self._enter("mixer", x), ctx, state)  # (B, L, D)
+            x = self._leave("mixer", x, y)
+        if self.ffn is not None:
+            y, stats = self.ffn(self._enter("ffn", x), ctx)  # (B, L, D)
+            x = self._leave("ffn", x, y)
+        return x, new_state, stats
+
+    def step(self, x: Tensor, ctx: Context, state: State | None) -> Tensor:
+        """Map one token x (B, 1, D), updating the mixer's state in place."""
+        if self.mixer is not None:
+            assert state is not None, "decoding needs a state: call HybridModel.init_states first"
+            x = self._leave("mixer", x, self.mixer.step(self._enter("mixer", x), ctx, state))
+        if self.ffn is not None:
+            y, _ = self.ffn(self._enter("ffn", x), ctx)
+            x = self._leave("ffn", x, y)
+        return x
+
+    def init_state(self, batch: int, max_len: int, dtype: torch.dtype, device: Any) -> State | None:
+        """Allocate the mixer's decoding state; None for a block without a mixer."""
+        if self.mixer is None:
+            return None
+        return self.mixer.init_state(batch, max_len, dtype, torch.device(device))
