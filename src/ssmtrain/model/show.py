@@ -1,0 +1,88 @@
+"""The picture of a recipe: its strip of layers, its parameters, FLOPs, state and memory."""
+
+from __future__ import annotations
+
+import json
+
+from ssmtrain.config.layout import expand, strip
+from ssmtrain.config.schema import BlockConfig, RunConfig
+from ssmtrain.layers.base import LayerConfig
+from ssmtrain.model.count import Counts, count
+
+
+def human(n: float, unit: str = "") -> str:
+    """A number with three significant digits and a decimal prefix: 1.46 B parameters, 8.79 MFLOP."""
+    for size, letter in ((1e12, "T"), (1e9, "G" if unit else "B"), (1e6, "M"), (1e3, "k")):
+        if n >= size:
+            return f"{n / size:.3g} {letter}{unit}"
+    return f"{n:.0f} {unit}".rstrip()
+
+
+def human_bytes(n: float) -> str:
+    """Bytes with a binary prefix: 8.00 GiB."""
+    for size, name in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if n >= size:
+            return f"{n / size:.2f} {name}"
+    return f"{n:.0f} B"
+
+
+def _settings(layer: LayerConfig) -> str:
+    """A layer's kind and what its page sets away from the defaults."""
+    data = layer.model_dump(exclude_defaults=True, exclude={"kind"})
+    said = ", ".join(f"{key} {value}" for key, value in data.items())
+    kind = type(layer).model_fields["kind"].default
+    return f"{kind} ({said})" if said else str(kind)
+
+
+def describe_block(block: BlockConfig) -> str:
+    """One line: the block's mixer and ffn with the settings that differ from the defaults."""
+    parts = [_settings(layer) for layer in (block.mixer, block.ffn) if layer is not None]
+    return " + ".join(parts) + ("" if block.norm == "pre" else f", {block.norm} norm")
+
+
+def vocab_of(config: RunConfig) -> int:
+    """Rows of the embedding: the recipe's own number, or the tokenizer's size."""
+    if config.model.vocab_size is not None:
+        return config.model.vocab_size
+    from ssmtrain.data.tokenizer import load_tokenizer
+
+    return load_tokenizer(config.tokenizer).vocab_size
+
+
+def report(config: RunConfig) -> tuple[Counts, list[str]]:
+    """Count a recipe and write its picture, a list of lines."""
+    vocab = vocab_of(config)
+    counts = count(config, vocab)
+    model, p, f, t = config.model, counts.params, counts.flops, counts.training
+    names = expand(model.layout, model.n_layers)
+    lines = [
+        f"{config.recipe}  {model.layout}, {counts.layers} layers, width {model.d_model}, vocabulary {vocab:,}",
+        "",
+        strip(names),
+    ]
+    for name, number in counts.blocks.items():
+        lines.append(f"  {name:<2} x {number:<3} {describe_block(model.blocks[name])}")
+    tied = "tied" if model.tie_embeddings else f"head {human(p.head)}"
+    active = f", active {p.active:,} ({human(p.active)})" if p.active != p.total else ""
+    share = {k: 100 * v / f.total for k, v in (("mixer", f.mixer), ("ffn", f.ffn), ("head", f.head))}
+    cache = counts.state.kv + counts.state.conv + counts.state.ssm
+    lines += [
+        "",
+        f"parameters  {p.total:,} ({human(p.total)}){active}; embedding {human(p.embedding)}, {tied}",
+        f"FLOPs       {human(f.total, 'FLOP')} a token, forward and backward at {config.data.seq_len} tokens: "
+        + ", ".join(f"{k} {v:.0f} %" for k, v in share.items()),
+        f"serving     {counts.sessions} sessions of {counts.context:,} tokens: "
+        f"weights {human_bytes(counts.weight_bytes)}, keys and values {human_bytes(counts.state.kv)}, "
+        f"SSM and conv state {human_bytes(counts.state.conv + counts.state.ssm)}, "
+        f"together {human_bytes(counts.weight_bytes + cache)}",
+        f"training    about {human_bytes(t.total)} a device: weights {human_bytes(t.weights)}, "
+        f"gradients {human_bytes(t.gradients)}, optimiser {human_bytes(t.optimizer)}, "
+        f"activations {human_bytes(t.activations)}",
+    ]
+    return counts, lines
+
+
+def show(config: RunConfig, as_json: bool = False) -> str:
+    """The picture of a recipe as text, or its numbers as JSON."""
+    counts, lines = report(config)
+    return json.dumps(counts.as_dict(), indent=2) if as_json else "\n".join(lines)
