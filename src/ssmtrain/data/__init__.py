@@ -1,0 +1,1 @@
+"""Text to rows: sources, tokenizers, prepared shards, and their order."""

@@ -1,0 +1,54 @@
+"""The order of rows: a keyed permutation that is a pure function of (seed, epoch, position)."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+ROUNDS = 8
+MIN_BITS = 4  # below that, a Feistel network has too few halves to mix; cycle walking covers the rest
+
+
+def permute(position: np.ndarray | int, n: int, seed: int, epoch: int) -> np.ndarray:
+    """Where the keyed permutation of range(n) sends each position; int64, same shape as `position`.
+
+    An unbalanced Feistel network over the smallest power of two that holds n, with cycle walking: values
+    outside range(n) are sent through again, at most a few times (Black and Rogaway 2002, "Ciphers with
+    arbitrary finite domains"). ValueError when a position is outside range(n).
+    """
+    x = np.atleast_1d(np.asarray(position, dtype=np.int64))
+    if n < 1 or (x.size and (int(x.min()) < 0 or int(x.max()) >= n)):
+        raise ValueError(f"positions must lie in range({n})")
+    bits = max(MIN_BITS, (n - 1).bit_length())
+    keys = _keys(seed, epoch)
+    out = _feistel(x.astype(np.uint64), bits, keys)
+    outside = out >= np.uint64(n)
+    while outside.any():
+        out[outside] = _feistel(out[outside], bits, keys)
+        outside = out >= np.uint64(n)
+    return out.astype(np.int64).reshape(np.shape(position))
+
+
+def _keys(seed: int, epoch: int) -> np.ndarray:
+    """One 64-bit key a round, from BLAKE2b of seed and epoch: the same on every machine and version."""
+    digest = hashlib.blake2b(f"ssmtrain order {seed} {epoch}".encode(), digest_size=8 * ROUNDS).digest()
+    return np.frombuffer(digest, dtype="<u8").astype(np.uint64)
+
+
+def _feistel(x: np.ndarray, bits: int, keys: np.ndarray) -> np.ndarray:
+    """A bijection of range(2**bits): halves of unequal width swap places each round."""
+    low, high = bits // 2, bits - bits // 2  # widths of the two halves
+    right = x & np.uint64((1 << low) - 1)
+    left = x >> np.uint64(low)
+    for key in keys:
+        left, right = right, (left ^ _mix(right + key)) & np.uint64((1 << high) - 1)
+        low, high = high, low
+    return (left << np.uint64(low)) | right
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64 (Steele et al. 2014): every input bit reaches every output bit."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -1,0 +1,141 @@
+"""Text to token ids and back: UTF-8 bytes, or any `tokenizer.json`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from ssmtrain.config.errors import UserError
+
+if TYPE_CHECKING:
+    from ssmtrain.config.schema import AnyTokenizer
+
+END_OF_TEXT_NAMES = (
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "</s>",
+    "<eos>",
+    "<|eos|>",
+    "[EOS]",
+    "<EOS>",
+    "<|end▁of▁sentence|>",
+    "<|eot|>",
+    "<EOT>",
+)
+
+
+class Tokenizer(Protocol):
+    """What the rest of the program knows of a tokenizer."""
+
+    vocab_size: int
+    """One more than the largest id."""
+    eot: int
+    """The id that closes a document."""
+    hash: str
+    """SHA-256 (hex) of the definition: equal hashes give equal ids."""
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of a text, int64 (n,), without an end-of-text token."""
+
+    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of several texts, each of some integer dtype (n,); on all cores where that pays."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of some ids; end-of-text shows as a line's end, ids outside the vocabulary as nothing."""
+
+
+class ByteTokenizer:
+    """UTF-8 bytes 0 to 255, and 256 for end of text."""
+
+    vocab_size = 257
+    eot = 256
+    hash = hashlib.sha256(b"ssmtrain bytes: 0-255, end of text 256").hexdigest()
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of a text, int64 (n,)."""
+        return np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8).astype(np.int64)
+
+    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of several texts, uint8 (n,) each."""
+        return [np.frombuffer(text.encode("utf-8"), np.uint8) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of some ids; bytes that are no UTF-8 become U+FFFD."""
+        shown = (10 if i == self.eot else i for i in map(int, ids))
+        return bytes(i for i in shown if 0 <= i < 256).decode("utf-8", errors="replace")
+
+
+class FileTokenizer:
+    """A `tokenizer.json`, through the tokenizers library; special tokens in a text count as plain text."""
+
+    def __init__(self, path: str | Path, end_of_text: str | None = None) -> None:
+        from tokenizers import Tokenizer as Backend  # half a tenth of a second that bytes need not pay
+
+        definition = _read(Path(path))
+        try:
+            backend = Backend.from_str(definition.decode("utf-8"))
+        except Exception as error:  # the library raises bare Exceptions and UnicodeDecodeError
+            raise UserError(f"tokenizer.path: {path} is not a tokenizer.json: {error}") from None
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True
+        vocab = backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = 1 + max(vocab.values(), default=-1)  # ids may have gaps
+        name = _end_of_text(vocab, end_of_text, path)
+        self.eot = vocab[name]
+        self.hash = hashlib.sha256(definition + b"\0" + name.encode()).hexdigest()
+        self._backend = backend
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of a text, int64 (n,)."""
+        return np.asarray(self._backend.encode(text, add_special_tokens=False).ids, np.int64)
+
+    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of several texts, uint32 (n,) each."""
+        encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.asarray(e.ids, np.uint32) for e in encoded]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of some ids."""
+        documents: list[list[int]] = [[]]
+        for i in map(int, ids):
+            if i == self.eot:
+                documents.append([])
+            elif 0 <= i < self.vocab_size:
+                documents[-1].append(i)
+        return "\n".join(self._backend.decode(d, skip_special_tokens=False) for d in documents)
+
+
+def load_tokenizer(config: AnyTokenizer) -> Tokenizer:
+    """The tokenizer that `config.tokenizer` names; UserError when its file is missing or wrong."""
+    if config.kind == "bytes":
+        return ByteTokenizer()
+    return FileTokenizer(config.path, config.end_of_text)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.expanduser().read_bytes()
+    except OSError as error:
+        raise UserError(f"tokenizer.path: cannot read {path}: {error.strerror}") from None
+
+
+def _end_of_text(vocab: dict[str, int], wanted: str | None, path: str | Path) -> str:
+    """The name of the end-of-text token: the configured one, or the first usual name that exists."""
+    names = END_OF_TEXT_NAMES if wanted is None else (wanted,)
+    found = next((name for name in names if name in vocab), None)
+    if found is not None:
+        return found
+    special = sorted(
+        (t for t in vocab if len(t) > 2 and t[0] in "<[" and t[-1] in ">]"), key=lambda t: vocab[t]
+    )
+    candidates = ", ".join(special[:8]) or "none that looks like a special token"
+    problem = f"has no token {wanted!r}" if wanted else "has no end-of-text token under a usual name"
+    raise UserError(
+        f"tokenizer.end_of_text: {path} {problem}",
+        f"candidates: {candidates}; set tokenizer.end_of_text=<one of its tokens>",
+    )
