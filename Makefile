@@ -1,0 +1,46 @@
+# Two commands: `make quickstart` trains a hybrid on real prose, `make test` runs the tests.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+# Two test processes of one thread each beat one process of two on these small tensors.
+JOBS   ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test test-gpu test-faults check format schema clean
+
+help: ## This list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## Make .venv and install ssmtrain with its development tools
+
+$(STAMP): pyproject.toml constraints.txt scripts/install.sh
+	@PYTHON="$(PYTHON)" VENV="$(VENV)" sh scripts/install.sh
+	@touch $(STAMP)
+
+quickstart: install ## Train a small hybrid on five novels, about four minutes on two cores
+	$(BIN)/ssmtrain fit config=quickstart
+
+test: install ## The tests that need no GPU
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not gpu and not multi_gpu and not faults" $(ARGS)
+
+test-gpu: install ## The tests that need one GPU, or two
+	$(BIN)/python -m pytest -m "gpu or multi_gpu" $(ARGS)
+
+test-faults: install ## Fifty kills of a training run, at random moments and inside saves
+	$(BIN)/python -m pytest -m faults $(ARGS)
+
+check: install ## Lint, format and type checks
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install ## Rewrite the sources in the house format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+schema: install ## Regenerate the schema that --help, completion and editors read
+	$(BIN)/python scripts/make_schema.py
+
+clean: ## Remove the environment and caches; runs stay
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist
