@@ -1,0 +1,1 @@
+"""Training: one Lightning module, one step, and what happens around it."""

@@ -1,0 +1,125 @@
+"""Optimisers: which parameters are decayed, which go to Muon, and their state by parameter name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ssmtrain.config.schema import AnyOptim, MuonConfig
+from ssmtrain.layers.base import ParamSpec
+
+EMBEDDING = "input.weight"
+
+
+def is_decayed(name: str, spec: ParamSpec, config: AnyOptim) -> bool:
+    """Whether weight decay applies: where the kind allows it, to the embedding only if asked for."""
+    return spec.decay and (name != EMBEDDING or config.decay_embeddings)
+
+
+def is_hidden_matrix(name: str, parameter: Tensor, spec: ParamSpec) -> bool:
+    """Whether Muon takes a parameter: a projection inside a block, not a convolution, a router or a stack."""
+    return (
+        parameter.ndim == 2
+        and name.startswith("blocks.")
+        and spec.decay
+        and not spec.fp32
+        and ".conv" not in name
+    )
+
+
+def build_optimizers(
+    named: Mapping[str, nn.Parameter], specs: Mapping[str, ParamSpec], config: AnyOptim
+) -> list[Optimizer]:
+    """AdamW over everything, or Muon over hidden matrices and AdamW over the rest; decay where it belongs.
+
+    KeyError if a parameter has no spec: an undeclared parameter would be decayed by accident.
+    """
+    hidden: dict[str, nn.Parameter] = {}
+    if config.kind == "muon":
+        hidden = {n: p for n, p in named.items() if is_hidden_matrix(n, p, specs[n])}
+    rest = {n: p for n, p in named.items() if n not in hidden}
+    optimizers: list[Optimizer] = []
+    if rest:
+        optimizers.append(_adamw(rest, specs, config))
+    if hidden and config.kind == "muon":
+        optimizers.append(_muon(hidden, config))
+    return optimizers
+
+
+def _adamw(
+    named: Mapping[str, nn.Parameter], specs: Mapping[str, ParamSpec], config: AnyOptim
+) -> Optimizer:
+    decayed = [p for n, p in named.items() if is_decayed(n, specs[n], config)]
+    exempt = [p for n, p in named.items() if not is_decayed(n, specs[n], config)]
+    groups = [
+        {"params": params, "weight_decay": decay}
+        for params, decay in ((decayed, config.weight_decay), (exempt, 0.0))
+        if params
+    ]
+    fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in named.values())
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
+
+
+def _muon(named: Mapping[str, nn.Parameter], config: MuonConfig) -> Optimizer:
+    # match_rms_adamw scales the update by 0.2 sqrt(max(rows, columns)), so that AdamW's rate fits both
+    # (Moonlight, Liu et al. 2025, section 2.2).
+    return torch.optim.Muon(
+        list(named.values()),
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        ns_steps=config.ns_steps,
+        adjust_lr_fn="match_rms_adamw",
+    )
+
+
+def set_lr(optimizers: list[Optimizer], lr: float) -> None:
+    """Set the learning rate of every group."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+
+def state_tensors(optimizers: list[Optimizer], named: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The optimisers' state as `parameter/key` -> tensor, independent of groups and their order."""
+    names = {id(p): n for n, p in named.items()}
+    found: dict[str, Tensor] = {}
+    for optimizer in optimizers:
+        for parameter, state in optimizer.state.items():
+            for key, value in state.items():
+                found[f"{names[id(parameter)]}/{key}"] = torch.as_tensor(value)
+    return found
+
+
+def load_state_tensors(
+    optimizers: list[Optimizer], named: Mapping[str, nn.Parameter], saved: Mapping[str, Tensor]
+) -> None:
+    """Put saved state back, bit for bit; ValueError naming what is missing, unknown or of another shape."""
+    owner = {id(p): o for o in optimizers for g in o.param_groups for p in g["params"]}
+    problems = []
+    for full, value in saved.items():
+        name, _, key = full.rpartition("/")
+        parameter = named.get(name)
+        if parameter is None:
+            problems.append(f"{full}: no such parameter")
+        elif value.ndim and value.shape != parameter.shape:
+            problems.append(f"{full}: {tuple(value.shape)} in the file, {tuple(parameter.shape)} in the model")
+        else:
+            owner[id(parameter)].state[parameter][key] = value.to(parameter.device, copy=True)
+    covered = {full.rpartition("/")[0] for full in saved}
+    problems += [f"{name}: no optimizer state in the file" for name in named if saved and name not in covered]
+    if problems:
+        raise ValueError("the optimizer state does not fit the model: " + "; ".join(problems[:5]))
+
+
+def clip_gradients(parameters: list[nn.Parameter], limit: float | None) -> Tensor:
+    """Norm () of the whole gradient before clipping; scales the gradients to `limit` where they exceed it."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients, norm_type=2.0)
+    if limit is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm

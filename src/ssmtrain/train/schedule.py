@@ -1,0 +1,86 @@
+"""Learning-rate schedules: pure functions of where a step begins and ends and of where the run ends.
+
+Positions are counted in the schedule's unit (steps or tokens). The warm-up reads the end of the step, so the first
+step moves; the decay reads its beginning, so the last step does too.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ssmtrain.config.schema import AnySchedule, PowerSchedule, TrainerConfig, WsdSchedule
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """Where a run ends: the number of steps that the schedule is stretched over, and the tokens of a step."""
+
+    steps: int
+    step_tokens: int
+    max_tokens: int | None = None
+    """A limit in tokens that may stop the run before the horizon."""
+
+    def reached(self, step: int, tokens: int) -> bool:
+        """Whether a run that has done this much is finished."""
+        return step >= self.steps or (self.max_tokens is not None and tokens >= self.max_tokens)
+
+    @property
+    def last_step(self) -> int:
+        """The step after which `reached` turns true."""
+        if self.max_tokens is None:
+            return self.steps
+        return min(self.steps, math.ceil(self.max_tokens / self.step_tokens))
+
+
+def horizon(trainer: TrainerConfig) -> Horizon:
+    """The horizon of a run: max_steps, or max_tokens where max_steps is absent; ValueError without either."""
+    if trainer.max_steps is not None:
+        return Horizon(trainer.max_steps, trainer.global_batch, trainer.max_tokens)
+    if trainer.max_tokens is None:
+        raise ValueError("trainer.max_steps or trainer.max_tokens must be set: the schedule ends there")
+    return Horizon(math.ceil(trainer.max_tokens / trainer.global_batch), trainer.global_batch, trainer.max_tokens)
+
+
+def span(length: int | float, total: int) -> float:
+    """A length in units: whole numbers as they are, a float as a fraction of the total."""
+    return length * total if isinstance(length, float) else float(length)
+
+
+def lr_at(schedule: AnySchedule, peak: float, step: int, run: Horizon) -> float:
+    """Learning rate of the step that begins after `step` finished steps."""
+    unit = 1 if schedule.unit == "steps" else run.step_tokens
+    return peak * factor(schedule, step * unit, (step + 1) * unit, run.steps * unit)
+
+
+def factor(schedule: AnySchedule, begin: int, end: int, total: int) -> float:
+    """Share of the peak at the step from position `begin` to `end` of a run of `total` units."""
+    warmup = span(schedule.warmup, total)
+    if end < warmup:
+        return end / warmup
+    if schedule.kind == "wsd":
+        return 1.0 - (1.0 - schedule.floor) * _decayed(schedule, begin, warmup, total)
+    if schedule.kind == "power":
+        return _power(schedule, begin, end, warmup, total)
+    if schedule.kind == "constant":
+        return 1.0
+    done = min(1.0, max(0.0, begin - warmup) / max(total - warmup, 1.0))
+    if schedule.kind == "cosine":
+        done = 0.5 * (1.0 - math.cos(math.pi * done))
+    return 1.0 - (1.0 - schedule.floor) * done
+
+
+def _decayed(schedule: WsdSchedule | PowerSchedule, begin: float, warmup: float, total: int) -> float:
+    """Share of the final decay that lies before `begin`; the decay never starts inside the warm-up."""
+    start = max(total - span(schedule.decay, total), warmup)
+    if begin <= start:
+        return 0.0
+    return min(1.0, (begin - start) / (total - start)) if total > start else 1.0
+
+
+def _power(schedule: PowerSchedule, begin: int, end: int, warmup: float, total: int) -> float:
+    """(warm-up / now) ** exponent, then an exponential decay by `floor` (Shen et al. 2024, section 3)."""
+    first = max(warmup, float(end - begin))
+    start = max(total - span(schedule.decay, total), first)
+    now = min(max(float(end), first), max(start, first))
+    return (first / now) ** schedule.exponent * schedule.floor ** _decayed(schedule, begin, warmup, total)
