@@ -1,11 +1,49 @@
-"""What the program raises on purpose; the command line turns each into its exit code."""
+"""What can end a run on purpose, and the exit code that says so."""
 
 from __future__ import annotations
 
+FINISHED = 0
+BUG = 1
+WRONG_INPUT = 2
+NON_FINITE = 3
+LOST = 4
+OUT_OF_MEMORY = 5
+UNFINISHED = 75
+INTERRUPTED = 130
 
-class UserError(Exception):
-    """Wrong input (exit 2): up to five lines that name the key, the value and what to do."""
+SHOWN = 5
+"""Lines of one error that are printed; the rest are counted."""
+
+
+class Stop(Exception):
+    """Ends the program with `code` after printing `lines`; never with a traceback unless SSMTRAIN_DEBUG=1."""
+
+    code = BUG
 
     def __init__(self, *lines: str) -> None:
+        self.lines = list(lines)
         super().__init__("\n".join(lines))
-        self.lines = list(lines[:5])
+
+
+class UserError(Stop):
+    """Wrong input (exit 2): each line names what is wrong, what was expected and what to type next."""
+
+    code = WRONG_INPUT
+
+
+class NonFinite(Stop):
+    """Too many steps in a row had a loss or gradient that is not finite (exit 3)."""
+
+    code = NON_FINITE
+
+
+class Lost(Stop):
+    """A rank died or hangs (exit 4)."""
+
+    code = LOST
+
+
+class OutOfMemory(Stop):
+    """A device or the host ran out of memory (exit 5)."""
+
+    code = OUT_OF_MEMORY
