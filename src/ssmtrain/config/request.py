@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 class Request:
     """One parsed command line; every room's `command(request) -> int` (exit code) takes it.
 
-    Either `config` is set (the line said config=) or `run` is (it said run=); a room that is given `run` loads
-    that run's page itself with `config.load.load_run_config(folder, request.overrides)`.
+    Either `config` is set (the line said config=) or `run` is (it said run=); a room that is given `run`
+    loads that run's page itself with `config.load.load_run_config(folder, request.overrides)`.
     """
 
     verb: str
