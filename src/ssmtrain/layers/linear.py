@@ -18,7 +18,7 @@ class Linear(Layer):
         super().__init__()
         spec = ParamSpec(init or linear_default(d_in), residual=residual, plain=init is None)
         self.declare("weight", (d_out, d_in), spec)
-        self.bias = None
+        self.register_parameter("bias", None)
         if bias:
             self.declare("bias", (d_out,), ParamSpec(constant(0.0), decay=False))
 

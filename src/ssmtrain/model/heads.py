@@ -22,7 +22,7 @@ class LmHead(Layer):
         super().__init__()
         self.logit_scale = scale
         self.norm = RMSNorm(d_model, eps)
-        self.weight = None
+        self.register_parameter("weight", None)
         if not tied:
             self.declare("weight", (vocab, d_model), ParamSpec(normal(std)))
 
