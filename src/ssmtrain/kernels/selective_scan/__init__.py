@@ -1,0 +1,79 @@
+"""Selective scan (S6), the recurrence of Mamba-1 (Gu & Dao 2023, sections 3.2 and 3.3).
+
+For each channel e and state n, with step sizes dt = clamp(softplus(dt + dt_bias), dt_limit):
+
+    h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t,    y_t = (sum_n C_t h_t + D u_t) * silu(z_t)
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ssmtrain.kernels.backend import chosen
+from ssmtrain.kernels.selective_scan import reference
+
+NO_LIMIT = (0.0, float("inf"))
+
+
+def selective_scan(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = True,
+    dt_limit: tuple[float, float] = NO_LIMIT,
+    doc_ids: Tensor | None = None,
+    n_docs: int | None = None,
+    initial_state: Tensor | None = None,
+    return_final_state: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Scan rows u, dt, z (B, L, E) with A (E, N) negative, B, C (B, L, N), D, dt_bias (E,) -> y, final state.
+
+    y is like u; states (n_docs, E, N) are fp32 (float64 for float64 u), one per document, and differentiable;
+    the final state is None unless asked for. ValueError when doc_ids do not number n_docs documents.
+    """
+    run = reference.selective_scan
+    if chosen("selective_scan", u.device.type) == "triton":
+        from ssmtrain.kernels.selective_scan.triton import selective_scan as run
+    return run(
+        u,
+        dt,
+        A,
+        B,
+        C,
+        D=D,
+        z=z,
+        dt_bias=dt_bias,
+        dt_softplus=dt_softplus,
+        dt_limit=dt_limit,
+        doc_ids=doc_ids,
+        n_docs=n_docs,
+        initial_state=initial_state,
+        return_final_state=return_final_state,
+    )
+
+
+def selective_scan_step(
+    state: Tensor,
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = True,
+    dt_limit: tuple[float, float] = NO_LIMIT,
+) -> Tensor:
+    """Advance state (B, E, N) in place by one token: u, dt, z (B, E), B and C (B, N) -> y (B, E) like u."""
+    run = reference.selective_scan_step
+    if chosen("selective_scan", u.device.type) == "triton":
+        from ssmtrain.kernels.selective_scan.triton import selective_scan_step as run
+    return run(state, u, dt, A, B, C, D=D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit)
