@@ -36,10 +36,10 @@ def _kinds(base: type[T]) -> dict[str, type[T]]:
 @cache
 def mixer_kinds() -> dict[str, type[MixerConfig]]:
     """Every mixer kind's config class by its name."""
-    return _kinds(MixerConfig)  # type: ignore[type-abstract]
+    return _kinds(MixerConfig)
 
 
 @cache
 def ffn_kinds() -> dict[str, type[FfnConfig]]:
     """Every ffn kind's config class by its name."""
-    return _kinds(FfnConfig)  # type: ignore[type-abstract]
+    return _kinds(FfnConfig)

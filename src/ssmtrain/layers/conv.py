@@ -13,6 +13,9 @@ from ssmtrain.layers.init import constant, linear_default
 class CausalConv1d(Layer):
     """silu(conv(x) + bias) over (B, L, C), one filter of `width` taps per channel; bias zero at first."""
 
+    weight: Tensor
+    bias: Tensor | None
+
     def __init__(self, channels: int, width: int, bias: bool) -> None:
         super().__init__()
         self.declare("weight", (channels, width), ParamSpec(linear_default(width)))

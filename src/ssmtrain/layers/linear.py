@@ -12,6 +12,9 @@ from ssmtrain.layers.init import constant, linear_default
 class Linear(Layer):
     """y = x W^T (+ b): W (out, in); biases start at zero and are never decayed."""
 
+    weight: Tensor
+    bias: Tensor | None
+
     def __init__(
         self, d_in: int, d_out: int, bias: bool = False, init: Draw | None = None, residual: bool = False
     ) -> None:

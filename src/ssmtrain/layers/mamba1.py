@@ -86,6 +86,10 @@ class Mamba1Config(MixerConfig):
 class Mamba1(Mixer):
     """x, z = in(u); x = silu(conv(x)); dt, B, C = x_proj(x); y = scan(x) * silu(z); out(y)."""
 
+    dt_bias: Tensor
+    A_log: Tensor
+    D: Tensor
+
     def __init__(self, config: Mamba1Config, d_model: int) -> None:
         super().__init__()
         E, R, N = config.expand * d_model, config.rank(d_model), config.d_state

@@ -120,6 +120,8 @@ class Mamba2Config(MixerConfig):
 class GatedNorm(Layer):
     """RMSNorm of the gated output (or gate of the normalised one), in groups, with an fp32 weight."""
 
+    weight: Tensor
+
     def __init__(self, width: int, n_groups: int, eps: float, norm_before_gate: bool) -> None:
         super().__init__()
         self.n_groups, self.eps, self.norm_before_gate = n_groups, eps, norm_before_gate
@@ -134,6 +136,10 @@ class GatedNorm(Layer):
 
 class Mamba2(Mixer):
     """z, x, B, C, dt = in(u); x, B, C = silu(conv(.)); y = ssd(x, dt, A, B, C); out(norm(y * silu(z)))."""
+
+    dt_bias: Tensor
+    A_log: Tensor
+    D: Tensor
 
     def __init__(self, config: Mamba2Config, d_model: int) -> None:
         super().__init__()

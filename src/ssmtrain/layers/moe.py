@@ -86,6 +86,9 @@ class Moe(Ffn):
     """y = sum over a token's experts of weight * expert(x), plus shared(x)."""
 
     selection_bias: Tensor
+    router: Tensor
+    w_in: Tensor
+    w_out: Tensor
 
     def __init__(self, config: MoeConfig, d_model: int) -> None:
         super().__init__()

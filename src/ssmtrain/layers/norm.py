@@ -19,6 +19,8 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 class RMSNorm(Layer):
     """RMSNorm over the last axis with an fp32 weight that is never decayed."""
 
+    weight: Tensor
+
     def __init__(self, width: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.eps = eps
