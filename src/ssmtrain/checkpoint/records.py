@@ -1,0 +1,120 @@
+"""The small files of a run folder: resolved config, status, and the JSON lines that grow with the steps."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from ssmtrain.checkpoint.durable import json_bytes, replace_file
+from ssmtrain.config.errors import UserError
+from ssmtrain.config.schema import RunConfig, dump
+
+CONFIG = "config.yaml"
+STATUS = "status.json"
+_CONFIG_LIMIT = 2**20
+_LEFT_BEHIND = re.compile(r"\..+\.[0-9a-f]{32}")
+
+
+def write_config(folder: Path, config: RunConfig) -> None:
+    """Write the resolved config, every value spelled out; it is itself a page for `config=`."""
+    # How this start was asked to resume is not part of what the run is.
+    page = dump(config) | {"resume": "auto"}
+    text = yaml.dump(page, Dumper=_Writer, sort_keys=False, allow_unicode=True, width=110)
+    replace_file(folder / CONFIG, text.encode())
+
+
+def read_config(folder: Path) -> RunConfig:
+    """The config of a run folder; UserError if it is missing or not a config."""
+    path = folder / CONFIG
+    try:
+        with path.open("rb") as file:
+            text = file.read(_CONFIG_LIMIT + 1)
+        if len(text) > _CONFIG_LIMIT:
+            raise ValueError("it is larger than a config can be")
+        return RunConfig.model_validate(yaml.load(text, Loader=_Reader))
+    except FileNotFoundError:
+        raise UserError(f"{folder} is not a run folder: it has no {CONFIG}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{path} is not a config of this version: {where}: {first['msg']}") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+
+
+def write_status(folder: Path, status: str, step: int, tokens: int) -> None:
+    """Record how far the run is: `status` is "unfinished" or "finished"."""
+    replace_file(folder / STATUS, json_bytes({"status": status, "step": step, "tokens": tokens}))
+
+
+def read_status(folder: Path) -> dict[str, Any]:
+    """What write_status wrote; an unreadable or absent file counts as unfinished at step 0."""
+    try:
+        status = json.loads((folder / STATUS).read_bytes())
+    except (OSError, ValueError):
+        status = {}
+    fresh = {"status": "unfinished", "step": 0, "tokens": 0}
+    return fresh | status if isinstance(status, dict) else fresh
+
+
+def cut_jsonl(path: Path, step: int) -> int:
+    """Drop the lines whose "step" is beyond `step`, and a torn last line; return how many went.
+
+    The file is replaced in one rename: open it for appending afterwards, not before.
+    """
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
+        return 0
+    kept = [line for line in lines if _is_within(line, step)]
+    if len(kept) < len(lines):
+        replace_file(path, b"".join(kept))
+    return len(lines) - len(kept)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a kill inside replace_file left in `folder`; only while its lock is held."""
+    for path in folder.glob(".*"):
+        if _LEFT_BEHIND.fullmatch(path.name) and path.is_file():
+            path.unlink(missing_ok=True)
+
+
+def append_json(path: Path, record: dict[str, Any]) -> None:
+    """Append one line to a JSON-lines file (0600) in one write: a kill tears at most the last."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    try:
+        os.write(descriptor, (json.dumps(record, ensure_ascii=False) + "\n").encode())
+    finally:
+        os.close(descriptor)
+
+
+def _is_within(line: bytes, step: int) -> bool:
+    if not line.endswith(b"\n"):
+        return False
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(record, dict) and record.get("step", 0) <= step
+
+
+class _Writer(yaml.SafeDumper):
+    """Plain YAML: nothing is written as an alias of something above."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+class _Reader(yaml.SafeLoader):
+    """Plain YAML that someone else may have written: aliases, which can explode, are refused."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases are not allowed in the config of a run")
+        return super().compose_node(parent, index)

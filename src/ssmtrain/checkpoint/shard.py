@@ -1,0 +1,80 @@
+"""One safetensors file: written piece by piece with its hash, read by the safetensors library."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ssmtrain.checkpoint.durable import Written, write_file
+from ssmtrain.checkpoint.faults import point
+
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> Written:
+    """Write `tensors` (any device, any strides) as safetensors and fsync; one at a time is on the host."""
+    # Widest first: every tensor then starts at a multiple of its item size, as readers by mmap want.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header = _header(tensors, names)
+    half = (len(header) + sum(tensors[n].numel() * tensors[n].element_size() for n in names)) // 2
+    crossed = False
+
+    def progress(written: int) -> None:
+        nonlocal crossed
+        if not crossed and written >= half:
+            crossed = True
+            point("mid_file")
+
+    return write_file(path, _pieces(header, tensors, names), progress)
+
+
+def read_shard(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, on the CPU; ValueError if it is not one."""
+    try:
+        return load_file(path, device="cpu")
+    except SafetensorError as error:
+        raise ValueError(f"{path.name} is not a safetensors file: {error}") from error
+
+
+def _header(tensors: Mapping[str, Tensor], names: list[str]) -> bytes:
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in names:
+        tensor = tensors[name]
+        if tensor.dtype not in _DTYPES:
+            raise TypeError(f"{name}: a checkpoint cannot hold {tensor.dtype}")
+        end = offset + tensor.numel() * tensor.element_size()
+        entries[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _pieces(header: bytes, tensors: Mapping[str, Tensor], names: list[str]) -> Iterator[memoryview | bytes]:
+    yield header
+    for name in names:
+        if tensors[name].numel():
+            flat = tensors[name].detach().to("cpu").contiguous().reshape(-1)
+            yield flat.view(torch.uint8).numpy().data

@@ -1,0 +1,327 @@
+"""Checkpoints on disk: written aside, made durable, published by one rename, found again by their manifest.
+
+A checkpoint is a folder `step-00000100` of safetensors shards, `state.json`, and `manifest.json`, which
+lists every file with its size and sha256 and is written last. There is no pickle anywhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ssmtrain.checkpoint.durable import Written, json_bytes, make_folder, sync_folder, write_file
+from ssmtrain.checkpoint.faults import point
+from ssmtrain.checkpoint.shard import read_shard, write_shard
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+STATE = "state.json"
+
+_STEP = re.compile(r"step-([0-9]{8})")
+_TEMPORARY = re.compile(r"step-[0-9]{8}\.tmp-[0-9a-f]{32}")
+_STEM = re.compile(r"[a-z][a-z0-9_]{0,63}")
+_FILE = re.compile(r"[a-z][a-z0-9_]{0,63}\.(safetensors|json)")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_JSON_LIMIT = 64 * 2**20
+
+
+class SaveFailed(Exception):
+    """A checkpoint could not be written (disk full, I/O error); what was there before is untouched."""
+
+    def __init__(self, path: Path, error: OSError) -> None:
+        super().__init__(f"could not save {path}: {error.strerror or error}")
+        self.path = path
+
+
+class Damaged(Exception):
+    """A checkpoint is not what its manifest says; `problems` has one line per file."""
+
+    def __init__(self, path: Path, problems: list[str]) -> None:
+        super().__init__(f"{path} is damaged: " + "; ".join(problems))
+        self.path = path
+        self.problems = problems
+
+
+def step_name(step: int) -> str:
+    """The folder name of a step: `step-00000100`; ValueError beyond eight digits."""
+    if not 0 <= step < 10**8:
+        raise ValueError(f"step {step} does not fit in eight digits")
+    return f"step-{step:08d}"
+
+
+def is_name(name: str) -> bool:
+    """Whether `name` is exactly a checkpoint's: step- and eight digits."""
+    return _STEP.fullmatch(name) is not None
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's folder name; ValueError if the name is not exactly a checkpoint's."""
+    match = _STEP.fullmatch(path.name)
+    if match is None:
+        raise ValueError(f"{path.name} is not a checkpoint's name (step- and eight digits)")
+    return int(match[1])
+
+
+def save(
+    folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
+) -> Path:
+    """Publish `folder/step-<8 digits>` from shards {stem: {name: tensor}} and a JSON state, durable on return.
+
+    A good checkpoint of that step is kept as it is (the same run gives the same state); a damaged one is
+    replaced. Raises SaveFailed when the system refuses (nothing half-written stays), TypeError or
+    ValueError for what cannot be stored.
+    """
+    final = folder / step_name(step)
+    for stem in tensors:
+        if not _STEM.fullmatch(stem):
+            raise ValueError(f"{stem!r} is not a shard's name")
+    state_text = json_bytes(dict(state))
+    temporary = folder / f"{final.name}.tmp-{uuid.uuid4().hex}"
+    try:
+        if final.exists() and not verify(final):
+            return final
+        make_folder(folder)
+        os.mkdir(temporary, 0o700)
+        with _writing(temporary) as descriptor:
+            _write(temporary, step, tensors, state_text)
+            os.fsync(descriptor)
+            point("before_rename")
+            _publish(temporary, final)
+        point("after_rename")
+        sync_folder(folder)
+    except OSError as error:
+        raise SaveFailed(final, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return final
+
+
+def verify(path: Path, hashes: bool = True) -> list[str]:
+    """What is wrong with the checkpoint, a line per file; empty: good. `hashes=False` compares sizes only."""
+    try:
+        files = _manifest(path)
+    except (OSError, ValueError) as error:
+        return [_reason(MANIFEST, error)]
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        found = pool.map(lambda item: _check_file(path / item[0], item[1], hashes), files.items())
+        return [problem for problem in found if problem]
+
+
+def extras(path: Path) -> list[str]:
+    """Names in the checkpoint's folder that its manifest does not list; they are never read."""
+    try:
+        known = {*_manifest(path), MANIFEST}
+    except (OSError, ValueError):
+        known = {MANIFEST}
+    return sorted(entry.name for entry in os.scandir(path) if entry.name not in known)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The published checkpoints in `folder`, good or not, oldest first; real folders, exact names only."""
+    try:
+        entries = list(os.scandir(folder))
+    except FileNotFoundError:
+        return []
+    found = [e.name for e in entries if _STEP.fullmatch(e.name) and e.is_dir(follow_symlinks=False)]
+    return [folder / name for name in sorted(found)]
+
+
+def newest_good(folder: Path, report: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint whose manifest verifies; what was passed over goes to `report`, line by line."""
+    for path in reversed(checkpoints(folder)):
+        problems = verify(path)
+        for problem in problems:
+            report(f"{path.name} is damaged: {problem}")
+        if not problems:
+            for name in extras(path):
+                report(f"{path.name}: {name} is not in its manifest and is ignored")
+            return path
+    return None
+
+
+def load_tensors(path: Path, stem: str) -> dict[str, Tensor]:
+    """The tensors of one shard, on the CPU; Damaged if it is missing or not safetensors. Verify first."""
+    name = f"{stem}.safetensors"
+    try:
+        if name not in _manifest(path):
+            raise ValueError(f"the manifest lists no {name}")
+        return read_shard(path / name)
+    except (OSError, ValueError) as error:
+        raise Damaged(path, [_reason(name, error)]) from error
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """The JSON state; Damaged if it cannot be read. Verify first."""
+    try:
+        return _read_json(path / STATE)
+    except (OSError, ValueError) as error:
+        raise Damaged(path, [_reason(STATE, error)]) from error
+
+
+def prune(folder: Path, keep: int) -> list[Path]:
+    """Delete all but the `keep` newest good checkpoints and return what went.
+
+    The newest one is read back and verified first; when it is not good, the newest good one is found and
+    kept whatever its age. A deletion is a rename, so no half-deleted checkpoint has a checkpoint's name.
+    """
+    if keep < 1:
+        raise ValueError("keep at least one checkpoint")
+    found = checkpoints(folder)
+    if len(found) <= keep:
+        return []
+    point("before_prune")
+    last_good = next((path for path in reversed(found) if not verify(path)), None)
+    if last_good is None:
+        return []
+    older = [path for path in reversed(found) if path < last_good]
+    sound = [path for path in older if not verify(path, hashes=False)][: keep - 1]
+    doomed = [path for path in reversed(older) if path not in sound]
+    return [path for path in doomed if _delete(path)]
+
+
+def clean(folder: Path) -> list[Path]:
+    """Remove the temporary folders whose writer is dead (it held a lock on the folder) and return them."""
+    removed = []
+    for path in sorted(folder.glob("step-*.tmp-*")):
+        if not _TEMPORARY.fullmatch(path.name) or path.is_symlink() or not path.is_dir():
+            continue
+        with contextlib.suppress(OSError), _writing(path):
+            shutil.rmtree(path)
+            removed.append(path)
+    return removed
+
+
+def _write(
+    temporary: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state_text: bytes
+) -> None:
+    """Shards, state, manifest, each durable before the next."""
+    point("before_tensors")
+    written: dict[str, Written] = {}
+    for stem, named in tensors.items():
+        written[f"{stem}.safetensors"] = write_shard(temporary / f"{stem}.safetensors", named)
+    point("after_tensors")
+    written[STATE] = write_file(temporary / STATE, [state_text])
+    point("before_manifest")
+    files = {name: {"size": done.size, "sha256": done.sha256} for name, done in written.items()}
+    write_file(temporary / MANIFEST, [json_bytes({"format": FORMAT, "step": step, "files": files})])
+    point("after_manifest")
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    """One rename; a damaged folder in the way is moved aside first."""
+    if final.exists():
+        _delete(final)
+    os.replace(temporary, final)
+
+
+def _delete(path: Path) -> bool:
+    """Take the name away in one rename, then the files; what a crash leaves is a dead writer's folder."""
+    aside = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex}")
+    if path.is_symlink():
+        path.unlink()
+        return True
+    try:
+        os.replace(path, aside)
+        sync_folder(path.parent)
+        for name in sorted(os.listdir(aside)):
+            os.unlink(aside / name)
+            point("mid_prune")
+        os.rmdir(aside)
+    except OSError:
+        shutil.rmtree(aside, ignore_errors=True)
+        return not path.exists()
+    return True
+
+
+@contextlib.contextmanager
+def _writing(temporary: Path) -> Iterator[int]:
+    """Hold the folder's lock, which says that its writer lives; OSError if another process holds it."""
+    descriptor = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:
+            pass  # A file system without locks: the lock of the run is then the only guard.
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _manifest(path: Path) -> dict[str, dict[str, Any]]:
+    """The manifest's files, after checking everything about it that does not need the files themselves."""
+    named = step_of(path)
+    manifest = _read_json(path / MANIFEST)
+    version, step, files = (manifest.get(key) for key in ("format", "step", "files"))
+    if version != FORMAT:
+        raise ValueError(f"format {version!r} is not one this version reads ({FORMAT})")
+    if step != named or isinstance(step, bool):
+        raise ValueError(f"it is of step {step!r}, but the folder is {path.name}")
+    if not isinstance(files, dict) or STATE not in files:
+        raise ValueError(f"it does not list {STATE}")
+    for name, entry in files.items():
+        if not _FILE.fullmatch(name) or name == MANIFEST:
+            raise ValueError(f"{name[:80]!r} is not a file name of a checkpoint")
+        size, digest = (entry.get("size"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
+        if type(size) is not int or size < 0 or not isinstance(digest, str) or not _SHA256.fullmatch(digest):
+            raise ValueError(f"{name} has no size or sha256")
+    return files
+
+
+def _check_file(path: Path, entry: dict[str, Any], hashes: bool) -> str | None:
+    try:
+        with _open(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != entry["size"]:
+                return f"{path.name} has {size:,} bytes, the manifest says {entry['size']:,}"
+            if hashes and (found := hashlib.file_digest(file, "sha256").hexdigest()) != entry["sha256"]:
+                return f"{path.name} has sha256 {found[:12]}…, the manifest says {entry['sha256'][:12]}…"
+    except OSError as error:
+        return _reason(path.name, error)
+    return None
+
+
+def _open(path: Path) -> BufferedReader:
+    """A regular file, never through a link and never waiting on a pipe or a device."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is not a regular file")
+    return open(descriptor, "rb")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    with _open(path) as file:
+        text = file.read(_JSON_LIMIT + 1)
+    if len(text) > _JSON_LIMIT:
+        raise ValueError("it is too large")
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError("it is not JSON") from error
+    if not isinstance(data, dict):
+        raise ValueError("it is not a JSON object")
+    return data
+
+
+def _reason(name: str, error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return f"{name} is missing"
+    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return f"{name} cannot be used: {said}"
