@@ -89,6 +89,8 @@ class EmbeddedData(Config):
     """Which corpus."""
     seq_len: Annotated[int, Field(ge=2)] = 512
     """Tokens in a row."""
+    cache_dir: str | None = None
+    """Where prepared shards are kept; absent: the user's cache folder."""
 
 
 class TextData(Config):

@@ -1,0 +1,128 @@
+"""What the trainer reads: batches of rows, by sample number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ssmtrain.config.errors import UserError
+from ssmtrain.data.order import permute
+from ssmtrain.data.pack import IGNORE, count_rows, document_starts, number_documents
+from ssmtrain.data.prepare import Prepared, prepare
+from ssmtrain.data.shards import TokenStream
+from ssmtrain.data.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from ssmtrain.config.schema import RunConfig
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some rows of tokens, what follows each token, and which document each belongs to."""
+
+    inputs: torch.Tensor
+    """(B, L) int64."""
+    labels: torch.Tensor
+    """(B, L) int64: the next token, or -100 where there is none to predict."""
+    doc_ids: torch.Tensor | None
+    """(B, L) int32, 0 … n_docs-1 row-major; None when every row is one document."""
+    n_docs: int
+    """Documents (or parts of them) in the batch."""
+    sample_ids: list[int]
+    """The row in the file order that each row of the batch is."""
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch on a device, copied without waiting where the memory is pinned."""
+        doc_ids = None if self.doc_ids is None else self.doc_ids.to(device, non_blocking=True)
+        inputs = self.inputs.to(device, non_blocking=True)
+        return replace(self, inputs=inputs, labels=self.labels.to(device, non_blocking=True), doc_ids=doc_ids)
+
+
+class Rows:
+    """A split as rows of `seq_len` tokens, in a keyed order that differs by epoch, or in file order.
+
+    Row i is tokens [i L, i L + L) of the stream; its labels are the tokens one later, -100 where a document
+    starts and after the end. Every token that does not start a document is a label exactly once an epoch.
+    """
+
+    def __init__(self, stream: TokenStream, seq_len: int, seed: int | None, pad: int) -> None:
+        self.stream, self.seq_len, self.seed, self.pad = stream, seq_len, seed, pad
+        self.per_epoch = count_rows(stream.tokens, seq_len)
+
+    def sample(self, number: int) -> int:
+        """The row that a sample number stands for; sample numbers run on from epoch to epoch."""
+        return int(self.samples([number])[0])
+
+    def samples(self, numbers: Sequence[int]) -> np.ndarray:
+        """Rows of some sample numbers, int64 (B,)."""
+        epoch, position = np.divmod(np.asarray(numbers, np.int64), self.per_epoch)
+        if self.seed is None:
+            return position
+        rows = np.empty_like(position)
+        for e in np.unique(epoch):
+            here = epoch == e
+            rows[here] = permute(position[here], self.per_epoch, self.seed, int(e))
+        return rows
+
+    def batch(self, numbers: Sequence[int]) -> Batch:
+        """The rows of some sample numbers; the same row is the same tokens in any batch."""
+        rows = self.samples(numbers)
+        L = self.seq_len
+        tokens = np.full((len(rows), L + 1), self.pad, np.int64)  # (B, L + 1)
+        for out, begin in zip(tokens, (rows * L).tolist(), strict=True):
+            self.stream.read(begin, out[: self.stream.tokens - begin])
+        labels = tokens[:, 1:].copy()  # (B, L)
+        which, position = document_starts(rows, L, self.stream.starts)
+        labels[which, position - 1] = IGNORE
+        for out, begin in zip(labels, (rows * L).tolist(), strict=True):
+            out[max(0, self.stream.tokens - begin - 1) :] = IGNORE
+        doc_ids = number_documents(len(rows), L, which, position)  # (B, L)
+        n_docs = int(doc_ids[-1, -1]) + 1
+        return Batch(
+            inputs=torch.from_numpy(tokens[:, :L].copy()),
+            labels=torch.from_numpy(labels),
+            doc_ids=None if n_docs == len(rows) else torch.from_numpy(doc_ids),
+            n_docs=n_docs,
+            sample_ids=rows.tolist(),
+        )
+
+
+@dataclass(frozen=True)
+class Data:
+    """The run's text as rows."""
+
+    train: Rows
+    """In a keyed order that differs by epoch."""
+    val: Rows
+    """In file order."""
+    meta: dict[str, dict[str, Any]]
+    """By split: tokens, bytes, documents, rows, sha256."""
+    prepared: Prepared
+
+
+def open_data(config: RunConfig, tokenizer: Tokenizer | None = None) -> Data:
+    """Prepare the run's data if need be and open it; UserError when it does not fill one row."""
+    prepared = prepare(config, tokenizer)
+    L, pad = config.data.seq_len, prepared.manifest.eot
+    train = Rows(prepared.stream("train"), L, config.seed, pad)
+    val = Rows(prepared.stream("val"), L, None, pad)
+    if train.stream.tokens <= L:
+        raise UserError(
+            f"data.train: {train.stream.tokens} tokens do not fill one row (data.seq_len={L}) and its last label",
+            "give more text, or set a smaller data.seq_len",
+        )
+    meta = {
+        name: {
+            "tokens": rows.stream.tokens,
+            "bytes": rows.stream.entry.bytes,
+            "documents": rows.stream.entry.documents,
+            "rows": rows.per_epoch,
+            "sha256": rows.stream.entry.sha256,
+        }
+        for name, rows in (("train", train), ("val", val))
+    }
+    return Data(train, val, meta, prepared)
