@@ -112,7 +112,7 @@ def open_data(config: RunConfig, tokenizer: Tokenizer | None = None) -> Data:
     val = Rows(prepared.stream("val"), L, None, pad)
     if train.stream.tokens <= L:
         raise UserError(
-            f"data.train: {train.stream.tokens} tokens do not fill one row (data.seq_len={L}) and its last label",
+            f"data.train: {train.stream.tokens} tokens do not fill one row of data.seq_len={L}",
             "give more text, or set a smaller data.seq_len",
         )
     meta = {
