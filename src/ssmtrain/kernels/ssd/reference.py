@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssmtrain.kernels.ssd.layout import Layout, document_chunks, to_chunks, to_tokens
+from ssmtrain.kernels.ssd.chunked import ChunkedScan
+from ssmtrain.kernels.ssd.layout import document_chunks, to_chunks, to_tokens
 
 CHUNK = 64
 """Chunk length when none is asked for: the fastest on a CPU core at N = P = 64."""
@@ -46,12 +47,14 @@ def ssd(
     elif length % q:
         tail = q - length % q
         parts = [F.pad(part, (0, 0) * (part.dim() - 2) + (0, tail)) for part in parts]
-    chunks = [part.unflatten(1, (-1, q)) for part in parts]  # (B, c, Q, ...)
-    y, final = _scan(*chunks, A.to(dtype), initial_state, layout)
+    u, steps, keys, queries = (part.unflatten(1, (-1, q)) for part in parts)  # (B, c, Q, ...)
+    inner_d = D.to(dtype) if D is not None and D.dim() == 1 else None
+    initial = None if initial_state is None else initial_state.to(dtype)
+    y, final = ChunkedScan.apply(u, steps, A.to(dtype), keys, queries, inner_d, initial, layout)
     y = y.flatten(1, 2)
     y = y[:, :length] if layout is None else to_tokens(y, layout, length)  # (B, L, H, P)
-    if D is not None:
-        y = y + x.to(dtype) * (D.to(dtype) if D.dim() == 2 else D.to(dtype).unsqueeze(-1))
+    if D is not None and inner_d is None:
+        y = y + x.to(dtype) * D.to(dtype)
     if z is not None:
         y = y * F.silu(z.to(dtype))
     return y.to(x.dtype), final if return_final_state else None
@@ -96,49 +99,3 @@ def step_sizes(dt: Tensor, bias: Tensor | None, softplus: bool, limit: tuple[flo
     if low > 0 or high < inf or not softplus:
         dt = dt.clamp(low, high)
     return dt
-
-
-def _scan(
-    x: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor, initial: Tensor | None, layout: Layout | None
-) -> tuple[Tensor, Tensor]:
-    """Scan chunks x (B, c, Q, H, P), dt (B, c, Q, H), B and C (B, c, Q, G, N); returns y like x and final states."""
-    batch, n_chunks, q, heads, head_dim = x.shape
-    groups, n = B.shape[3:]
-    # exp(-104) is 0 in fp32 (exp(-746) in float64): the floor changes nothing but keeps sums small, hence exact.
-    floor = -746.0 if x.dtype == torch.float64 else -104.0
-    total = (dt * A).clamp(min=floor).movedim(2, 3).cumsum(-1)  # (B, c, H, Q)
-    decay = (total.unsqueeze(-1) - total.unsqueeze(-2)).clamp(max=0.0).exp()  # (B, c, H, Q, Q)
-    scores = (C.movedim(2, 3) @ B.permute(0, 1, 3, 4, 2)).tril()  # (B, c, G, Q, Q)
-    mix = scores.unsqueeze(3) * decay.unflatten(2, (groups, -1))  # (B, c, G, H / G, Q, Q)
-    u = (x * dt.unsqueeze(-1)).movedim(2, 3)  # (B, c, H, Q, P)
-    y = mix.flatten(2, 3) @ u  # (B, c, H, Q, P)
-    rest = (total[..., -1:] - total).exp().unsqueeze(-1)  # (B, c, H, Q, 1)
-    wide = (u * rest).unflatten(2, (groups, -1)).movedim(4, 3).flatten(4)  # (B, c, G, Q, H / G * P)
-    added = (wide.transpose(-1, -2) @ B.movedim(2, 3)).view(batch, n_chunks, heads, head_dim, n)
-    through = total[..., -1].exp()[..., None, None]  # (B, c, H, 1, 1)
-    entering, final = _carry(added, through, initial, layout)
-    carried = entering.view(batch, n_chunks, groups, -1, n)  # (B, c, G, H / G * P, N)
-    seen = (C.movedim(2, 3) @ carried.transpose(-1, -2)).unflatten(-1, (-1, head_dim))  # (B, c, G, Q, H/G, P)
-    y = y + seen.movedim(3, 4).flatten(2, 3) * total.exp().unsqueeze(-1)
-    return y.movedim(2, 3), final
-
-
-def _carry(
-    added: Tensor, through: Tensor, initial: Tensor | None, layout: Layout | None
-) -> tuple[Tensor, Tensor]:
-    """Pass states along the chunks; returns the state that enters each chunk (B, c, H, P, N) and final states."""
-    state = torch.zeros_like(added[:, 0])
-    if initial is not None and layout is None:
-        state = initial.to(added.dtype)
-    entering, leaving = [], []
-    for k in range(added.shape[1]):
-        if layout is not None:
-            restart = layout.restart[:, k, None, None, None]
-            fresh = 0.0 if initial is None else initial.to(added.dtype)[layout.document[:, k]]
-            state = torch.where(restart, fresh, state)
-        entering.append(state)
-        state = torch.addcmul(added[:, k], through[:, k], state)
-        leaving.append(state)
-    if layout is None:
-        return torch.stack(entering, 1), state
-    return torch.stack(entering, 1), torch.stack(leaving, 1).flatten(0, 1)[layout.last]
