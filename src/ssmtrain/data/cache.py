@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shutil
+import stat
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -28,9 +29,16 @@ def roots(explicit: str | None) -> list[Path]:
         out.append(Path(xdg) if xdg and os.path.isabs(xdg) else Path.home() / ".cache")
     out = [root / "ssmtrain" for root in out]
     spare = Path(tempfile.gettempdir()) / f"ssmtrain-{os.getuid()}"
-    if not spare.exists() or spare.stat().st_uid == os.getuid():  # nobody else's folder is trusted
-        out.append(spare)
-    return out
+    return [*out, spare] if _ours(spare) else out
+
+
+def _ours(folder: Path) -> bool:
+    """Whether a folder in a shared place is absent, or a real one of this user: nobody else's is trusted."""
+    try:
+        info = folder.lstat()
+    except OSError:
+        return True
+    return stat.S_ISDIR(info.st_mode) and info.st_uid == os.getuid()
 
 
 def writable(candidates: list[Path], explicit: bool) -> Path:

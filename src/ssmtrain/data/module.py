@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -13,7 +13,6 @@ from ssmtrain.config.errors import UserError
 from ssmtrain.data.order import permute
 from ssmtrain.data.pack import IGNORE, count_rows, document_starts, number_documents
 from ssmtrain.data.prepare import Prepared, prepare
-from ssmtrain.data.shards import TokenStream
 from ssmtrain.data.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -42,6 +41,40 @@ class Batch:
         return replace(self, inputs=inputs, labels=self.labels.to(device, non_blocking=True), doc_ids=doc_ids)
 
 
+class Stream(Protocol):
+    """Documents end to end as tokens, each closed by an end-of-text token."""
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens."""
+
+    @property
+    def starts(self) -> np.ndarray:
+        """Position of each document's first token, int64, ascending from 0."""
+
+    def read(self, start: int, out: np.ndarray) -> None:
+        """Copy tokens [start, start + len(out)) into `out`."""
+
+
+@dataclass(frozen=True)
+class MemoryStream:
+    """A stream that is not worth a folder: a file to score."""
+
+    ids: np.ndarray
+    """(tokens,)."""
+    starts: np.ndarray
+    """(documents,) int64."""
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens."""
+        return len(self.ids)
+
+    def read(self, start: int, out: np.ndarray) -> None:
+        """Copy tokens [start, start + len(out)) into `out`."""
+        out[:] = self.ids[start : start + len(out)]
+
+
 class Rows:
     """A split as rows of `seq_len` tokens, in a keyed order that differs by epoch, or in file order.
 
@@ -49,7 +82,7 @@ class Rows:
     starts and after the end. Every token that does not start a document is a label exactly once an epoch.
     """
 
-    def __init__(self, stream: TokenStream, seq_len: int, seed: int | None, pad: int) -> None:
+    def __init__(self, stream: Stream, seq_len: int, seed: int | None, pad: int) -> None:
         self.stream, self.seq_len, self.seed, self.pad = stream, seq_len, seed, pad
         self.per_epoch = count_rows(stream.tokens, seq_len)
 
@@ -69,9 +102,12 @@ class Rows:
         return rows
 
     def batch(self, numbers: Sequence[int]) -> Batch:
-        """The rows of some sample numbers; the same row is the same tokens in any batch."""
-        rows = self.samples(numbers)
-        L = self.seq_len
+        """The rows of some sample numbers; a row is the same tokens in any batch."""
+        return self.batch_rows(self.samples(numbers))
+
+    def batch_rows(self, numbers: Sequence[int] | np.ndarray) -> Batch:
+        """Some rows by their place in file order, 0 … per_epoch - 1."""
+        rows, L = np.asarray(numbers, np.int64), self.seq_len
         tokens = np.full((len(rows), L + 1), self.pad, np.int64)  # (B, L + 1)
         for out, begin in zip(tokens, (rows * L).tolist(), strict=True):
             self.stream.read(begin, out[: self.stream.tokens - begin])
@@ -108,8 +144,9 @@ def open_data(config: RunConfig, tokenizer: Tokenizer | None = None) -> Data:
     """Prepare the run's data if need be and open it; UserError when it does not fill one row."""
     prepared = prepare(config, tokenizer)
     L, pad = config.data.seq_len, prepared.manifest.eot
-    train = Rows(prepared.stream("train"), L, config.seed, pad)
-    val = Rows(prepared.stream("val"), L, None, pad)
+    streams = {split: prepared.stream(split) for split in ("train", "val")}
+    train = Rows(streams["train"], L, config.seed, pad)
+    val = Rows(streams["val"], L, None, pad)
     if train.stream.tokens <= L:
         raise UserError(
             f"data.train: {train.stream.tokens} tokens do not fill one row of data.seq_len={L}",
@@ -117,12 +154,22 @@ def open_data(config: RunConfig, tokenizer: Tokenizer | None = None) -> Data:
         )
     meta = {
         name: {
-            "tokens": rows.stream.tokens,
-            "bytes": rows.stream.entry.bytes,
-            "documents": rows.stream.entry.documents,
-            "rows": rows.per_epoch,
-            "sha256": rows.stream.entry.sha256,
+            "tokens": stream.tokens,
+            "bytes": stream.entry.bytes,
+            "documents": stream.entry.documents,
+            "rows": count_rows(stream.tokens, L),
+            "sha256": stream.entry.sha256,
         }
-        for name, rows in (("train", train), ("val", val))
+        for name, stream in streams.items()
     }
     return Data(train, val, meta, prepared)
+
+
+def text_rows(texts: Sequence[str], tokenizer: Tokenizer, seq_len: int) -> Rows:
+    """Rows of some documents held in memory, in order; UserError when there is nothing to predict."""
+    documents = [np.append(ids, tokenizer.eot) for ids in map(tokenizer.encode, texts) if len(ids)]
+    if not documents:
+        raise UserError("the text is empty: nothing to score")
+    lengths = np.array([len(d) for d in documents], np.int64)
+    starts = np.cumsum(lengths) - lengths
+    return Rows(MemoryStream(np.concatenate(documents), starts), seq_len, None, tokenizer.eot)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ssmtrain.config.schema import RunConfig
 
 FORMAT = 1
-BATCH = 2**22  # characters tokenised at a time
+BATCH = 2**23  # characters tokenised at a time
 log = logging.getLogger(__name__)
 
 
@@ -160,7 +160,7 @@ def _tokenise(spans: Sequence[Span], tokenizer: Tokenizer, writer: SplitWriter, 
     total = sum(s.stop - s.start for s in spans)
     for texts, ends in _batches(spans):
         for text, ids, end in zip(texts, tokenizer.encode_all(texts), ends, strict=True):
-            writer.bytes += len(text.encode())
+            writer.bytes += len(text) if text.isascii() else len(text.encode())
             writer.write(ids)
             if end:
                 writer.end_document()

@@ -188,7 +188,7 @@ def _blocks(tokens: np.ndarray, size: int = 2**22) -> Iterator[tuple[int, np.nda
 def _check_hash(path: Path, items: np.ndarray, expected: str) -> None:
     digest = hashlib.sha256()
     for _, block in _blocks(items):
-        digest.update(block)
+        digest.update(block.data)
     if digest.hexdigest() != expected:
         raise _damaged(path, f"its sha256 is {digest.hexdigest()[:16]}…, the manifest says {expected[:16]}…")
 

@@ -85,7 +85,8 @@ class FileTokenizer:
         backend.encode_special_tokens = True
         vocab = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = 1 + max(vocab.values(), default=-1)  # ids may have gaps
-        name = _end_of_text(vocab, end_of_text, path)
+        added = [t.content for t in backend.get_added_tokens_decoder().values()]
+        name = _end_of_text(vocab, added, end_of_text, path)
         self.eot = vocab[name]
         self.hash = hashlib.sha256(definition + b"\0" + name.encode()).hexdigest()
         self._backend = backend
@@ -118,24 +119,22 @@ def load_tokenizer(config: AnyTokenizer) -> Tokenizer:
 
 
 def _read(path: Path) -> bytes:
+    path = path.expanduser()
     try:
-        return path.expanduser().read_bytes()
+        return (path / "tokenizer.json" if path.is_dir() else path).read_bytes()
     except OSError as error:
         raise UserError(f"tokenizer.path: cannot read {path}: {error.strerror}") from None
 
 
-def _end_of_text(vocab: dict[str, int], wanted: str | None, path: str | Path) -> str:
+def _end_of_text(vocab: dict[str, int], added: list[str], wanted: str | None, path: str | Path) -> str:
     """The name of the end-of-text token: the configured one, or the first usual name that exists."""
     names = END_OF_TEXT_NAMES if wanted is None else (wanted,)
     found = next((name for name in names if name in vocab), None)
     if found is not None:
         return found
-    special = sorted(
-        (t for t in vocab if len(t) > 2 and t[0] in "<[" and t[-1] in ">]"), key=lambda t: vocab[t]
-    )
-    candidates = ", ".join(special[:8]) or "none that looks like a special token"
     problem = f"has no token {wanted!r}" if wanted else "has no end-of-text token under a usual name"
     raise UserError(
         f"tokenizer.end_of_text: {path} {problem}",
-        f"candidates: {candidates}; set tokenizer.end_of_text=<one of its tokens>",
+        f"its special tokens: {', '.join(added[:8]) or 'none'}",
+        "set tokenizer.end_of_text=<one of its tokens>",
     )

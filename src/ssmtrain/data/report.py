@@ -1,0 +1,78 @@
+"""What was prepared, for people and for programs: the verb `prepare`."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import TYPE_CHECKING, Any
+
+from ssmtrain.config.errors import FINISHED, UserError
+from ssmtrain.data.pack import count_rows
+from ssmtrain.data.prepare import Prepared, prepare
+
+if TYPE_CHECKING:
+    from ssmtrain.config.request import Request
+    from ssmtrain.config.schema import RunConfig
+
+
+def command(request: Request) -> int:
+    """`ssmtrain prepare config=…` (or run=…): make the prepared data, or find it, and say what it is."""
+    config = request.config
+    if request.run is not None:
+        from ssmtrain.config.load import load_run_config
+
+        config = load_run_config(request.run, request.overrides)
+    if config is None:
+        raise UserError("prepare: say which data with config=<recipe or page>", "ssmtrain config list")
+    began = time.perf_counter()
+    prepared = prepare(config)
+    seconds = time.perf_counter() - began
+    if request.as_json:
+        print(json.dumps(summary(prepared, config) | {"seconds": round(seconds, 3)}, indent=2))
+    else:
+        print(describe(prepared, config))
+        print(f"{'prepared' if prepared.made else 'found ready'} in {seconds:.1f} s")
+    return FINISHED
+
+
+def summary(prepared: Prepared, config: RunConfig) -> dict[str, Any]:
+    """Counts by split, and where the shards are, as plain JSON."""
+    m, L = prepared.manifest, config.data.seq_len
+    return {
+        "folder": str(prepared.folder),
+        "made": prepared.made,
+        "source": m.label,
+        "tokenizer": {"kind": config.tokenizer.kind, "vocab_size": m.vocab_size, "sha256": m.tokenizer},
+        "seq_len": L,
+        "splits": {
+            name: {
+                "documents": s.documents,
+                "empty": s.empty,
+                "bytes": s.bytes,
+                "tokens": s.tokens,
+                "bytes_per_token": round(s.bytes / s.tokens, 4),
+                "rows": count_rows(s.tokens, L),
+                "sha256": s.sha256,
+            }
+            for name, s in m.splits.items()
+        },
+    }
+
+
+def describe(prepared: Prepared, config: RunConfig) -> str:
+    """The same as a small table."""
+    s = summary(prepared, config)
+    rows, tokenizer = f"rows of {s['seq_len']}", s["tokenizer"]
+    out = [
+        f"data       {s['source']}, tokenizer {tokenizer['kind']} ({tokenizer['vocab_size']:,} ids)",
+        f"folder     {s['folder']}",
+        f"{'':10} {'documents':>10} {'bytes':>15} {'tokens':>15} {'bytes/token':>12} {rows:>14}",
+    ]
+    for name, split in s["splits"].items():
+        out.append(
+            f"{name:10} {split['documents']:>10,} {split['bytes']:>15,} {split['tokens']:>15,}"
+            f" {split['bytes_per_token']:>12.2f} {split['rows']:>14,}"
+        )
+        if split["empty"]:
+            out.append(f"{'':10} {split['empty']:,} empty documents left out")
+    return "\n".join(out)
