@@ -139,6 +139,10 @@ class Mixer(Layer):
         """Mix one token x (B, 1, D), updating the state in place; returns y (B, 1, D)."""
         raise NotImplementedError
 
+    def step_sizes(self, x: Tensor, ctx: Context) -> Tensor | None:
+        """The step sizes dt (B, L, channels) that the layer takes on x (B, L, D), fp32, for health figures."""
+        return None
+
 
 Stats = dict[str, Tensor]
 """What a router reports: `aux` and `z` losses (scalars), `load` (experts,): tokens sent to each expert."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Annotated, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
@@ -137,6 +138,11 @@ class Mamba1(Mixer):
             return_final_state=ctx.carry,
         )  # (B, L, E)
         return self.out_proj(y), {"conv": window, "ssm": ssm} if ctx.carry else None
+
+    def step_sizes(self, x: Tensor, ctx: Context) -> Tensor:
+        """The step sizes (B, L, E) that the scan takes on x (B, L, D), fp32."""
+        u, _ = self.conv(self.in_proj(x).chunk(2, dim=-1)[0], ctx, None)  # (B, L, E)
+        return F.softplus(self.select(u)[0].float() + self.dt_bias)
 
     def init_state(self, batch: int, max_len: int, dtype: torch.dtype, device: torch.device) -> State:
         """An empty window (batch, E, K) in `dtype` and state (batch, E, N) in at least fp32."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Annotated, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
@@ -187,6 +188,11 @@ class Mamba2(Mixer):
         )  # (B, L, H, P)
         y = self.norm(y.flatten(-2), z)  # (B, L, E)
         return self.out_proj(y), {"conv": window, "ssm": ssm} if ctx.carry else None
+
+    def step_sizes(self, x: Tensor, ctx: Context) -> Tensor:
+        """The step sizes (B, L, H) that the scan takes on x (B, L, D), fp32."""
+        dt = self.in_proj(x)[..., -self.sizes[2] :]
+        return F.softplus(dt.float() + self.dt_bias).clamp(*self.dt_limit)
 
     def init_state(self, batch: int, max_len: int, dtype: torch.dtype, device: torch.device) -> State:
         """An empty window (batch, E + 2GN, K) in `dtype` and state (batch, H, P, N) in at least fp32."""
