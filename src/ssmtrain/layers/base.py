@@ -140,7 +140,7 @@ class Mixer(Layer):
         raise NotImplementedError
 
     def step_sizes(self, x: Tensor, ctx: Context) -> Tensor | None:
-        """The step sizes dt (B, L, channels) that the layer takes on x (B, L, D), fp32, for health figures."""
+        """Step sizes dt (B, L, channels) that the layer takes on x (B, L, D), fp32, for health figures."""
         return None
 
 
