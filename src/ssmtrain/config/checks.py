@@ -1,0 +1,176 @@
+"""What no single field can know: settings that contradict each other, do not fit, or would be ignored."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from ssmtrain.config.expect import show_value
+from ssmtrain.config.layout import MAX_LAYERS, LayoutError, check_name, expand
+from ssmtrain.config.schema import BlockConfig, FileTokenizer, ModelConfig, RunConfig
+
+_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+BYTES_VOCABULARY = 257
+
+
+def problems(config: RunConfig) -> list[str]:
+    """Everything wrong with a config whose fields are each legal, a line each."""
+    return [*_name(config), *_model(config.model), *_vocabulary(config), *_batch(config), *_schedule(config)]
+
+
+def training_problems(config: RunConfig) -> list[str]:
+    """What only matters once the config is to be trained."""
+    trainer = config.trainer
+    lines = []
+    if trainer.max_steps is None and trainer.max_tokens is None:
+        lines.append("trainer.max_steps: set it, or trainer.max_tokens: the run and its schedule end there")
+    return lines
+
+
+def _name(config: RunConfig) -> Iterator[str]:
+    if config.name is None:
+        return
+    parts = config.name.split("/")
+    if len(parts) > 2 or not all(_PART.fullmatch(part) for part in parts):
+        yield (
+            f"name = {show_value(config.name)}: expected letters, digits, '.', '_' and '-' (at most 100, "
+            "starting with a letter or digit), as in name=mine or name=mine/arm"
+        )
+
+
+def _model(model: ModelConfig) -> Iterator[str]:
+    for name, block in model.blocks.items():
+        wrong = check_name(name)
+        if wrong:
+            yield f"model.blocks.{name}: {wrong}"
+        yield from _block(model, name, block)
+    if not model.blocks:
+        yield "model.blocks is empty: expected at least one named block"
+        return
+    if model.n_layers is not None and model.n_layers > MAX_LAYERS:
+        yield f"model.n_layers = {model.n_layers}: at most {MAX_LAYERS}{_size(model)}"
+        return
+    try:
+        names = expand(model.layout, model.n_layers)
+    except LayoutError as error:
+        yield f"model.layout: {error}"
+        return
+    yield from _used(model, names)
+
+
+def _size(model: ModelConfig) -> str:
+    """How large the model would be, for a depth that is surely a slip."""
+    try:
+        unit = expand(model.layout)
+        layers = [layer for n in unit if n in model.blocks for layer in _layers(model.blocks[n])]
+        params = sum(layer.num_params(model.d_model) for layer in layers) * (model.n_layers or 0) / len(unit)
+    except (LayoutError, ZeroDivisionError):
+        return ""
+    return f" (this one would have {params:.1e} parameters, {params * 4 / 2**40:,.1f} TiB of weights)"
+
+
+def _layers(block: BlockConfig) -> list:
+    return [layer for layer in (block.mixer, block.ffn) if layer is not None]
+
+
+def _block(model: ModelConfig, name: str, block: BlockConfig) -> Iterator[str]:
+    if not _layers(block):
+        yield f"model.blocks.{name}: it has neither a mixer nor an ffn; give it one of them"
+    for part, layer in (("mixer", block.mixer), ("ffn", block.ffn)):
+        for field, wrong in layer.check(model.d_model) if layer is not None else ():
+            value = show_value(getattr(layer, field, None))
+            yield f"model.blocks.{name}.{part}.{field} = {value}: {wrong}"
+
+
+def _used(model: ModelConfig, names: list[str]) -> Iterator[str]:
+    unknown = sorted(set(names) - set(model.blocks))
+    known = ", ".join(model.blocks)
+    for name in unknown:
+        near = difflib.get_close_matches(name, model.blocks, 1, 0.5)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        yield (
+            f"model.layout = {show_value(model.layout)}: {name} is not one of the blocks ({known}){hint}"
+            + ("" if near else f"; define model.blocks.{name}")
+        )
+    for name in model.blocks:
+        if name not in names and not unknown:
+            yield (
+                f"model.blocks.{name}: the layout {model.layout} has no {name}, so this would be ignored; "
+                f"put {name} in the layout or delete the block (~model.blocks.{name})"
+            )
+
+
+def _vocabulary(config: RunConfig) -> Iterator[str]:
+    tokenizer = config.tokenizer
+    size: int | None = BYTES_VOCABULARY
+    if isinstance(tokenizer, FileTokenizer):
+        path = Path(tokenizer.path).expanduser()
+        if not path.is_file():
+            yield f"tokenizer.path = {show_value(tokenizer.path)}: there is no such file"
+            return
+        size = _file_vocabulary(path)
+    vocab = config.model.vocab_size
+    if vocab is not None and size is not None and vocab < size:
+        yield (
+            f"model.vocab_size = {vocab}: smaller than the tokenizer's {size}; "
+            f"expected at least {size}, or leave it out"
+        )
+
+
+def _file_vocabulary(path: Path) -> int | None:
+    """Highest token id + 1 of a tokenizer.json; None when only the tokenizers library can tell."""
+    try:
+        page = json.loads(path.read_bytes())
+        vocab = page["model"].get("vocab", [])
+        ids = [len(vocab) - 1] if isinstance(vocab, list) else list(vocab.values())
+        return 1 + max([*ids, *(token["id"] for token in page.get("added_tokens") or [])], default=-1)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _batch(config: RunConfig) -> Iterator[str]:
+    trainer, row = config.trainer, config.data.seq_len
+    devices = trainer.devices or 1
+    share = row * devices * (trainer.micro_batch or 1)
+    if trainer.global_batch % share:
+        below = trainer.global_batch // share * share
+        near = " or ".join(str(n) for n in (below, below + share) if n)
+        factors = [f"data.seq_len = {row}"]
+        factors += [f"trainer.devices = {devices}"] if devices > 1 else []
+        factors += [f"trainer.micro_batch = {trainer.micro_batch}"] if trainer.micro_batch else []
+        yield (
+            f"trainer.global_batch = {trainer.global_batch}: tokens of a step, expected a multiple of "
+            f"{' x '.join(factors)}; the nearest are {near}"
+        )
+
+
+def _schedule(config: RunConfig) -> Iterator[str]:
+    trainer, schedule = config.trainer, config.schedule
+    if trainer.max_steps is not None:
+        steps = trainer.max_steps
+    elif trainer.max_tokens is not None:
+        steps = -(-trainer.max_tokens // trainer.global_batch)
+    else:
+        return
+    total = steps * (trainer.global_batch if schedule.unit == "tokens" else 1)
+    warmup = _units(schedule.warmup, total)
+    if warmup > total:
+        yield (
+            f"schedule.warmup = {schedule.warmup}: longer than the run ({total} {schedule.unit}); "
+            "expected less, or a fraction such as 0.05"
+        )
+        return
+    decay = getattr(schedule, "decay", 0)
+    if warmup + _units(decay, total) > total:
+        yield (
+            f"schedule.decay = {decay}: with the warm-up ({schedule.warmup}) it is longer than the run "
+            f"({total} {schedule.unit}); expected fractions, or whole numbers that fit"
+        )
+
+
+def _units(span: int | float, total: int) -> float:
+    return span * total if isinstance(span, float) else span

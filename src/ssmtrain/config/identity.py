@@ -1,0 +1,62 @@
+"""What makes two configs the same run: the hash behind the default name, and the differences between pages."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from ssmtrain.config.schema import RunConfig, dump
+
+FIXED_TRAINER = ("global_batch", "precision")
+"""The trainer's keys that decide what is learned; all its others may change between starts."""
+
+FREE = (
+    "name",
+    "recipe",
+    "description",
+    "runs_dir",
+    "resume",
+    "data.cache_dir",
+    "trainer",
+    "parallel",
+    "logger",
+    "show",
+    "generate",
+)
+"""Keys, and whole groups, that may change between starts, FIXED_TRAINER excepted."""
+
+
+def may_change(key: str) -> bool:
+    """Whether a run stays the same run when this key changes."""
+    if key.startswith("trainer.") and key.removeprefix("trainer.") in FIXED_TRAINER:
+        return False
+    return any(key == group or key.startswith(f"{group}.") for group in FREE)
+
+
+def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every (dotted key, value) of nested mappings."""
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from flat(inner, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, value
+
+
+def config_hash(config: RunConfig) -> str:
+    """Hex sha256 of what decides the run: the config without limits, devices, logger and output settings."""
+    decisive = {key: value for key, value in flat(dump(config)) if not may_change(key)}
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+def default_name(config: RunConfig) -> str:
+    """The recipe's name and six hex digits of the hash."""
+    return f"{config.recipe}-{config_hash(config)[:6]}"
+
+
+def differences(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """The keys whose values differ, as {"optim.lr": (old, new)}; None stands for an absent key."""
+    before, after = dict(flat(dump(old))), dict(flat(dump(new)))
+    keys = [*before, *(key for key in after if key not in before)]
+    return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}

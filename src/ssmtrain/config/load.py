@@ -1,0 +1,152 @@
+"""From the words of a command line to one frozen, typed, checked RunConfig."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ssmtrain.config import schema_file
+from ssmtrain.config.catalog import Page, find, recipe_lines
+from ssmtrain.config.errors import UserError
+from ssmtrain.config.expect import problems
+
+if TYPE_CHECKING:
+    from ssmtrain.config.schema import RunConfig
+
+Tree = dict[str, Any]
+
+
+def load(argv_overrides: Sequence[str]) -> RunConfig:
+    """The config of `config=<recipe or page> key=value …`; UserError (exit 2) before anything is made.
+
+    What merging dropped is said on stderr, once (rank 0).
+    """
+    named = [word for word in argv_overrides if _is_config(word)]
+    if not named:
+        raise UserError(
+            "config= is missing: give the name of a recipe or the path of a page", *recipe_lines()
+        )
+    if len(named) > 1:
+        raise UserError(f"config= is given twice: {' and '.join(named)}")
+    page = find(named[0].partition("=")[2].strip("\"'"))
+    return _load(page, [word for word in argv_overrides if not _is_config(word)])
+
+
+def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config that a run folder (or its config.yaml) holds, with key=value words on top."""
+    file = Path(path)
+    file = file / "config.yaml" if file.is_dir() else file
+    if not file.is_file():
+        raise UserError(f"{path} is not a run: it has no config.yaml")
+    for word in overrides:
+        if _is_config(word):
+            raise UserError(f"{word}: a run has its config already; give run= or config=, not both")
+    return _load(Page(file.absolute(), find_folders(file)), list(overrides))
+
+
+def find_folders(file: Path) -> tuple[Path, ...]:
+    """Where the pages that a file extends are looked up: beside it, then the user's, then the shipped ones."""
+    from ssmtrain.config.catalog import folders
+
+    beside = file.absolute().parent
+    return (beside, *(folder for folder in folders() if folder != beside))
+
+
+def _is_config(word: str) -> bool:
+    return word.lstrip("+").startswith("config=")
+
+
+def _load(page: Page, texts: list[str]) -> RunConfig:
+    # Hydra is imported once the page is known to exist, torch once the tree is known to have the right shape.
+    from ssmtrain.config.compose import compose
+    from ssmtrain.config.words import parse
+
+    composed = compose(page, parse(texts))
+    _say(composed.notices)
+    tree = _completed(composed.tree, page)
+    if schema_file.is_fresh():
+        _refuse(problems(schema_file.load(), tree))
+    return typed(tree)
+
+
+def typed(tree: Tree) -> RunConfig:
+    """Validate a plain tree; UserError with a line per problem."""
+    from pydantic import ValidationError
+
+    from ssmtrain.config.checks import problems as contradictions
+    from ssmtrain.config.identity import default_name
+    from ssmtrain.config.schema import RunConfig
+
+    try:
+        config = RunConfig.model_validate(tree)
+    except ValidationError as error:
+        lines = problems(schema_file.build(), tree)
+        raise UserError(*(lines or [_plain(one) for one in error.errors(include_url=False)])) from None
+    _refuse(contradictions(config))
+    return config if config.name else config.model_copy(update={"name": default_name(config)})
+
+
+def _plain(error: Any) -> str:
+    return f"{'.'.join(str(part) for part in error['loc'])}: {error['msg']}"
+
+
+def _refuse(lines: list[str]) -> None:
+    if lines:
+        raise UserError(*lines)
+
+
+def _completed(tree: Tree, page: Page) -> Tree:
+    """Add what a page may leave open: its recipe's name, and the kind of slots that have a default one."""
+    for slot, value in tree.items():
+        kind = schema_file.default_kind((slot,))
+        if kind is not None and isinstance(value, dict):
+            tree[slot] = {"kind": kind, **value}
+    return {"recipe": page.name, **tree}
+
+
+def _say(notices: list[str]) -> None:
+    if os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("RANK", "0") == "0":
+        for line in notices:
+            print(line, file=sys.stderr)
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The config with every value spelled out, itself a page for `config=`."""
+    import yaml
+
+    from ssmtrain.config.schema import dump
+
+    return yaml.dump(dump(config), Dumper=_dumper(), sort_keys=False, allow_unicode=True, width=100)
+
+
+def _dumper() -> Any:
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        """Writes lists of plain values on one line."""
+
+    def write_list(dumper: Any, value: list[Any]) -> Any:
+        flow = not any(isinstance(item, dict | list) for item in value)
+        return dumper.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=flow)
+
+    Dumper.add_representer(list, write_list)
+    return Dumper
+
+
+def config_hash(config: RunConfig) -> str:
+    """Hex sha256 of what decides the run: the config without limits, devices, logger and output settings."""
+    from ssmtrain.config.identity import config_hash
+
+    return config_hash(config)
+
+
+def difference(old: RunConfig, new: RunConfig) -> list[str]:
+    """What differs between two configs, a line per key: `optim.lr: 0.001 -> 0.002`."""
+    from ssmtrain.config.expect import show_value
+    from ssmtrain.config.identity import differences
+
+    changed = differences(old, new)
+    return [f"{key}: {show_value(a)} -> {show_value(b)}" for key, (a, b) in changed.items()]
