@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssmtrain.kernels.selective_scan.recurrence import Documents, scan
+from ssmtrain.kernels.selective_scan.documents import Documents
+from ssmtrain.kernels.selective_scan.recurrence import scan
 
 
 def step_sizes(dt: Tensor, bias: Tensor | None, softplus: bool, limit: tuple[float, float]) -> Tensor:
@@ -45,12 +46,12 @@ def selective_scan(
     x = u.to(wide)  # (B, L, E)
     delta = step_sizes(dt.to(wide), dt_bias, dt_softplus, dt_limit)  # (B, L, E)
     start = None if initial_state is None else initial_state.to(wide).transpose(1, 2)  # (n_docs, N, E)
-    y, final = scan(x, delta, A.to(wide).t(), B.to(wide), C.to(wide), start, docs, return_final_state)
+    y, final = scan(x, delta, A.to(wide).t(), B.to(wide), C.to(wide), start, docs)
     if D is not None:
         y = y + D.to(wide) * x
     if z is not None:
         y = y * F.silu(z.to(wide))
-    return y.to(u.dtype), None if final is None else final.transpose(1, 2)
+    return y.to(u.dtype), final.transpose(1, 2) if return_final_state else None
 
 
 def selective_scan_step(
