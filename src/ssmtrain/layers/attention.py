@@ -157,7 +157,8 @@ class Attention(Mixer):
                 k = torch.cat([in_order(state["k"], ctx.offset).to(k.dtype), k], dim=1)  # (B, S, Hkv, hd)
                 v = torch.cat([in_order(state["v"], ctx.offset).to(v.dtype), v], dim=1)
             total = ctx.offset + x.shape[1]
-            slots = min(self.config.window or total, max(capacity, total))
+            slots = max(capacity, total)
+            slots = min(slots, self.config.window or slots)
             dtype = state["k"].dtype if state else k.dtype
             new_state = {"k": in_slots(k, total, slots).to(dtype), "v": in_slots(v, total, slots).to(dtype)}
         y = attention(
