@@ -116,10 +116,12 @@ def load_state_tensors(
         raise ValueError("the optimizer state does not fit the model: " + "; ".join(problems[:5]))
 
 
-def clip_gradients(parameters: list[nn.Parameter], limit: float | None) -> Tensor:
-    """Norm () of the whole gradient before clipping; scales the gradients to `limit` where they exceed it."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients, norm_type=2.0)
+def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
+    """Norm () of the whole gradient."""
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def clip_gradients(parameters: list[nn.Parameter], limit: float | None, norm: Tensor) -> None:
+    """Scale the gradients, in place, to norm `limit` where their norm exceeds it; None: leave them."""
     if limit is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-    return norm

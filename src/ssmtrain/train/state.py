@@ -64,7 +64,7 @@ def rng_tensors(device: torch.device) -> dict[str, Tensor]:
         "numpy": torch.from_numpy(numpy_state[1].astype(np.int64)),
         "numpy_rest": torch.tensor([numpy_state[2], numpy_state[3], numpy_state[4]], dtype=torch.float64),
         "python": torch.tensor(python_words, dtype=torch.int64),
-        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+        "python_rest": torch.tensor([gauss is not None, gauss or 0.0], dtype=torch.float64),
     }
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
@@ -77,8 +77,8 @@ def set_rng_tensors(states: dict[str, Tensor], device: torch.device) -> None:
     position, has_gauss, gauss = states["numpy_rest"].tolist()
     words = states["numpy"].numpy().astype(np.uint32)
     np.random.set_state(("MT19937", words, int(position), int(has_gauss), gauss))
-    left = states["python_gauss"].tolist()
-    random.setstate((3, tuple(states["python"].tolist()), left[0] if left else None))
+    has_left, left = states["python_rest"].tolist()
+    random.setstate((3, tuple(states["python"].tolist()), left if has_left else None))
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)
 

@@ -1,0 +1,44 @@
+"""What is done to a built model before it trains, in this order: recompute, compile; the strategy wraps last."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ssmtrain.config.schema import TrainerConfig
+from ssmtrain.model.hybrid import HybridModel
+from ssmtrain.parallel.recompute import recomputed
+
+
+def apply(model: HybridModel, trainer: TrainerConfig) -> HybridModel:
+    """Apply the trainer's options to every block, in place; names and parameters stay as they are."""
+    for block in model.blocks:
+        if trainer.recompute:
+            _set_forward(block, recomputed(block.forward))
+        if trainer.compile:
+            _set_forward(block, compiled(block.forward))
+    return model
+
+
+def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward under torch.compile while training, as it was while scoring and decoding.
+
+    Sampling runs at a new length with every token, and health probes carry states: compiling those would take
+    longer than running them.
+    """
+    fast = torch.compile(forward)
+
+    def run(x: torch.Tensor, ctx: Any, state: Any = None) -> Any:
+        if torch.is_grad_enabled() and ctx.states is None:
+            return fast(x, ctx, state)
+        return forward(x, ctx, state)
+
+    return run
+
+
+def _set_forward(block: nn.Module, forward: Callable[..., Any]) -> None:
+    # An instance attribute shadows the class's method, so a block keeps its name, hooks and state dict.
+    object.__setattr__(block, "forward", forward)

@@ -1,0 +1,124 @@
+"""Local ranks: started by Lightning, watched by us, so that a lost rank ends the others within seconds."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+
+from ssmtrain.config.errors import LOST, NON_FINITE, OUT_OF_MEMORY, UNFINISHED, WRONG_INPUT
+
+GRACE = 10.0
+"""Seconds that the other ranks get to end by themselves, with the better message, once one is gone."""
+PLANNED = (0, UNFINISHED)
+
+
+class Launcher(_SubprocessScriptLauncher):
+    """Lightning's launcher with our observer: its own kills everything, rank 0 too, without a word or a code."""
+
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
+        """Start the other local ranks, watch them or the parent, and run `function`."""
+        environment = self.cluster_environment
+        environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
+        if not environment.creates_processes_externally:
+            # A started rank sees LOCAL_RANK and says that it is created externally: this is rank 0.
+            self._call_children_scripts()
+            _in_background(lambda: _watch_children(self.procs))
+        elif os.environ.get("SSMTRAIN_PARENT"):
+            parent = int(os.environ["SSMTRAIN_PARENT"])
+            _in_background(lambda: _watch_parent(parent))
+        _set_num_threads_if_needed(num_processes=self.num_processes)
+        return function(*args, **kwargs)
+
+    def _call_children_scripts(self) -> None:
+        os.environ["SSMTRAIN_PARENT"] = str(os.getpid())
+        try:
+            super()._call_children_scripts()
+        finally:
+            del os.environ["SSMTRAIN_PARENT"]
+
+
+class Ddp(DDPStrategy):
+    """Lightning's DDP started by our launcher."""
+
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
+        self._launcher = Launcher(self.cluster_environment, self.num_processes, self.num_nodes)
+
+
+def ddp(accelerator: str) -> Ddp:
+    """The strategy for several devices of a kind ("cpu": gloo, "gpu": nccl).
+
+    The buffers (router biases) are the same on all ranks by construction, so they are not broadcast.
+    """
+    backend = "gloo" if accelerator == "cpu" else "nccl"
+    return Ddp(
+        process_group_backend=backend,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+        timeout=timedelta(minutes=30),
+    )
+
+
+def children(trainer: Any) -> list[subprocess.Popen]:
+    """The local ranks that this process started."""
+    return list(getattr(trainer.strategy.launcher, "procs", []))
+
+
+def wait_for(processes: list[subprocess.Popen], seconds: float = 30.0) -> None:
+    """Wait until the other local ranks have ended, and end those that have not by then."""
+    limit = time.monotonic() + seconds
+    for process in processes:
+        try:
+            process.wait(max(0.1, limit - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def _in_background(function: Callable[[], None]) -> None:
+    threading.Thread(target=function, daemon=True, name="ssmtrain-ranks").start()
+
+
+def _watch_children(processes: list[subprocess.Popen]) -> None:
+    """End this process and all ranks when one of them has failed and the rest did not notice by themselves."""
+    while True:
+        time.sleep(0.5)
+        codes = [process.poll() for process in processes]
+        failed = [(i, code) for i, code in enumerate(codes) if code is not None and code not in PLANNED]
+        if failed:
+            break
+        if all(code is not None for code in codes):
+            return
+    time.sleep(GRACE)
+    rank, code = failed[0][0] + 1, failed[0][1]
+    known = code in (WRONG_INPUT, NON_FINITE, OUT_OF_MEMORY)
+    how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    _say(f"rank {rank} (process {processes[rank - 1].pid}) ended with {how}: stopping the others")
+    for process in processes:
+        with contextlib.suppress(OSError):
+            process.kill()
+    os._exit(code if known else LOST)
+
+
+def _watch_parent(parent: int) -> None:
+    """End this rank when rank 0 is gone and this rank, perhaps waiting for it on a GPU, did not notice."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    time.sleep(GRACE)
+    os._exit(LOST)
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):
+        os.write(sys.stderr.fileno(), f"ssmtrain: {text}\n".encode())

@@ -1,0 +1,65 @@
+"""The end of a finished run: whole validation, report, status. A run that stops early has none of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback
+
+from ssmtrain.checkpoint.runs import Run
+from ssmtrain.data.tokenizer import Tokenizer
+from ssmtrain.parallel import ranks
+from ssmtrain.train import report
+from ssmtrain.train.callbacks.samples import draw
+from ssmtrain.train.callbacks.validation import note, validate
+from ssmtrain.train.curve import last_loss, read
+from ssmtrain.train.module import LitLM
+
+SAMPLE_TOKENS = 400
+
+
+class Ending(Callback):
+    """Runs after the last step of a finished run; must stand after Saving."""
+
+    def __init__(self, run: Run, tokenizer: Tokenizer, params: int) -> None:
+        self.run, self.tokenizer, self.params = run, tokenizer, params
+        self.text = ""
+        """What the console shows at the very end."""
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Validate on the whole split, write the report, mark the run as finished."""
+        lit: LitLM = pl_module
+        if lit.stop != "finished":
+            return
+        val = note(lit, validate(lit))
+        if ranks.rank():
+            return
+        figures = self.figures(lit, val)
+        figures["yardsticks"] = report.measure(lit.config, lit.text.meta["val"]["bytes"])
+        tokens = min(SAMPLE_TOKENS, max(lit.config.generate.max_tokens, 1))
+        self.text = report.write(self.run, figures, draw(lit, self.tokenizer, tokens))
+        self.run.mark("finished", lit.state.step, lit.state.tokens)
+
+    def figures(self, lit: LitLM, val: dict[str, float]) -> dict[str, Any]:
+        """What report.json says."""
+        state, spent = lit.state, lit.clock.spent
+        train, _ = read(self.run.metrics)
+        busy = spent["step"] + spent["data"]
+        return {
+            "name": self.run.name,
+            "val_loss": val["loss"],
+            "val_bpb": val["bpb"],
+            "val_perplexity": val["perplexity"],
+            "val_bytes": lit.text.meta["val"]["bytes"],
+            "best_val_loss": state.best_val,
+            "best_val_step": state.best_step,
+            "train_loss": last_loss(self.run.metrics),
+            "train_bpb": train[-1][1] if train else None,
+            "tokens_per_s": lit.tokens_here / busy if busy else 0.0,
+            "params": self.params,
+            "steps": state.step,
+            "tokens": state.tokens,
+            "nonfinite": state.nonfinite,
+            "seconds": lit.clock.total,
+            "time": lit.clock.split(),
+        }

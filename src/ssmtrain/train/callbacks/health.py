@@ -1,0 +1,144 @@
+"""The health of the layers: states, step sizes, decay rates, gradients by kind, load of the experts."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+from torch import Tensor, nn
+
+from ssmtrain.layers.base import Context, Mixer
+from ssmtrain.model.hybrid import HybridModel
+from ssmtrain.parallel import ranks
+from ssmtrain.train.module import LitLM
+from ssmtrain.train.state import forked_rng
+
+Figures = dict[str, float]
+
+
+class Health(Callback):
+    """Probes the model with one validation row every so many steps; training's bits do not change."""
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self.gradients: Figures = {}
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Ask for the gradients of the steps that are due."""
+        lit: LitLM = pl_module
+
+        def watch() -> None:
+            if (lit.state.step + 1) % self.every == 0:
+                self.gradients = gradient_norms(lit.model, parameter_kinds(lit))
+
+        if ranks.rank() == 0:
+            lit.on_gradients.append(watch)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        """Send a health record where the step is due."""
+        lit: LitLM = pl_module
+        if lit.state.step % self.every or ranks.rank():
+            return
+        with lit.clock("health"), forked_rng(lit.device):
+            figures = {"grad_norm": self.gradients, "layers": probe(lit)}
+            load = expert_load(lit.loads)
+            if load:
+                figures["expert_load"] = load
+        lit.journal.write("health", lit.state.step, **figures)
+
+
+def parameter_kinds(lit: LitLM) -> dict[str, str]:
+    """The kind that each parameter counts under: a layer's kind, norm, embedding or head."""
+    kinds: dict[str, str] = {}
+    for name, _ in lit.model.named_parameters():
+        parts = name.split(".")
+        if parts[0] != "blocks":
+            kinds[name] = "embedding" if parts[0] == "input" else "head"
+            continue
+        layer = getattr(lit.config.model.blocks[lit.model.names[int(parts[1])]], parts[2], None)
+        kinds[name] = layer.kind if layer is not None else "norm"
+    return kinds
+
+
+def gradient_norms(model: nn.Module, kinds: dict[str, str]) -> Figures:
+    """Norm of the gradient by kind."""
+    squares: dict[str, float] = defaultdict(float)
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            squares[kinds[name]] += float(parameter.grad.double().square().sum())
+    return {kind: square**0.5 for kind, square in sorted(squares.items())}
+
+
+@torch.no_grad()
+def probe(lit: LitLM) -> dict[str, Figures]:
+    """By mixer kind: largest |state|, range of dt, share of dt at a clamp, range of -A, on one row."""
+    batch = lit.text.val.batch([0]).to(lit.device)
+    ctx = Context(doc_ids=batch.doc_ids, n_docs=batch.n_docs, states=[None] * len(lit.model.blocks))
+    found: dict[str, Figures] = {}
+    with _inputs(lit.model) as inputs, lit.autocast():
+        lit.model(batch.inputs, batch.labels, ctx)
+    plain = Context(doc_ids=batch.doc_ids, n_docs=batch.n_docs)
+    for i, (name, block) in enumerate(zip(lit.model.names, lit.model.blocks)):
+        config = lit.config.model.blocks[name].mixer
+        if config is None:
+            continue
+        assert ctx.states is not None
+        merge(found.setdefault(str(config.kind), {}), _mixer(block.mixer, inputs[i], plain, ctx.states[i] or {}))  # type: ignore[attr-defined, arg-type]  # a Module's attributes
+    return {kind: figures for kind, figures in found.items() if figures}
+
+
+def _mixer(mixer: Mixer, x: Tensor, ctx: Context, state: dict[str, Tensor]) -> Figures:
+    found: Figures = {}
+    if "ssm" in state:
+        found["state_max"] = float(state["ssm"].abs().max())
+    dt = mixer.step_sizes(x, ctx)
+    if dt is not None:
+        low, high = getattr(mixer, "dt_limit", (0.0, float("inf")))
+        found["dt_min"], found["dt_max"] = float(dt.min()), float(dt.max())
+        found["dt_clamped"] = float(((dt <= low) | (dt >= high)).double().mean())
+    A_log = getattr(mixer, "A_log", None)
+    if A_log is not None:
+        A = A_log.detach().exp()
+        found["A_min"], found["A_max"] = float(A.min()), float(A.max())
+    return found
+
+
+def merge(into: Figures, new: Figures) -> None:
+    """Combine the figures of two layers of a kind: extremes by name, the largest share."""
+    for key, value in new.items():
+        pick = min if key.endswith("_min") else max
+        into[key] = pick(into[key], value) if key in into else value
+
+
+def expert_load(loads: dict[int, Tensor]) -> Figures:
+    """Largest load over the mean, worst block; share of experts that got nothing."""
+    if not loads:
+        return {}
+    stacked = [load.double() for load in loads.values()]
+    return {
+        "max_over_mean": max(float(load.max() / load.mean().clamp_min(1e-9)) for load in stacked),
+        "idle": max(float((load == 0).double().mean()) for load in stacked),
+    }
+
+
+@contextmanager
+def _inputs(model: HybridModel) -> Iterator[dict[int, Tensor]]:
+    """The input of every mixer, by block index, of the forward pass in the body."""
+    found: dict[int, Tensor] = {}
+    handles = []
+    for i, block in enumerate(model.blocks):
+        if isinstance(block.mixer, nn.Module):
+
+            def keep(module: nn.Module, args: Any, i: int = i) -> None:
+                found[i] = args[0]
+
+            handles.append(block.mixer.register_forward_pre_hook(keep))
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()

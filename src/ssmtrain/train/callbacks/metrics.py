@@ -1,0 +1,73 @@
+"""The figures of training: loss, speed, share of the peak, where the time goes."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+from lightning.pytorch import Callback
+
+from ssmtrain.parallel import ranks
+from ssmtrain.train.module import LitLM
+from ssmtrain.train.peaks import peak_flops
+
+
+class Metrics(Callback):
+    """Sends a train record at the first step, every `every` steps and at the last."""
+
+    def __init__(self, every: int, flops_per_token: int) -> None:
+        self.every, self.flops = every, flops_per_token
+        self.mark = 0.0
+        """Seconds of stepping (data included) and tokens at the previous record."""
+        self.tokens = 0
+        self.losses: list[float] = []
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Begin to count."""
+        lit: LitLM = pl_module
+        self.tokens = lit.state.tokens
+        self.mark = time.perf_counter() - self._elsewhere(lit)
+        self.bytes_per_token = lit.text.meta["train"]["bytes"] / lit.text.meta["train"]["tokens"]
+        self.peak = peak_flops(lit.device)
+
+    @staticmethod
+    def _elsewhere(lit: LitLM) -> float:
+        return sum(seconds for what, seconds in lit.clock.spent.items() if what not in ("data", "step"))
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        """Send a record where one is due."""
+        lit: LitLM = pl_module
+        assert lit.last is not None
+        if not lit.last.skipped:
+            self.losses.append(lit.last.loss)
+        state = lit.state
+        if not (state.step % self.every == 0 or lit.stop or state.step == 1) or ranks.rank():
+            return
+        lit.journal.write("train", state.step, **self.figures(lit))
+        self.losses.clear()
+
+    def figures(self, lit: LitLM) -> dict[str, Any]:
+        """The record: the loss is the mean of the steps since the previous one."""
+        assert lit.last is not None
+        now = time.perf_counter() - self._elsewhere(lit)
+        speed = (lit.state.tokens - self.tokens) / max(now - self.mark, 1e-9)
+        self.mark, self.tokens = now, lit.state.tokens
+        loss = sum(self.losses) / len(self.losses) if self.losses else math.nan
+        found: dict[str, Any] = {
+            "tokens": lit.state.tokens,
+            "loss": loss,
+            "bpb": loss / math.log(2.0) / self.bytes_per_token,
+            "lr": lit.last.lr,
+            "grad_norm": lit.last.grad_norm,
+            "tokens_per_s": speed,
+            "seconds": lit.clock.total,
+            "time": lit.clock.split(),
+        }
+        if lit.last.aux:
+            found["aux"] = lit.last.aux
+        if lit.state.nonfinite:
+            found["nonfinite"] = lit.state.nonfinite
+        if self.peak is not None:
+            found["mfu"] = self.flops * speed / (self.peak * ranks.world())
+        return found

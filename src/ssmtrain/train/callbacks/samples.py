@@ -1,0 +1,38 @@
+"""Text from the model while it trains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback
+
+from ssmtrain.data.tokenizer import Tokenizer
+from ssmtrain.generate.sampler import sample
+from ssmtrain.parallel import ranks
+from ssmtrain.train.module import LitLM
+from ssmtrain.train.state import forked_rng
+
+
+def draw(lit: LitLM, tokenizer: Tokenizer, max_tokens: int | None = None) -> str:
+    """A sample on rank 0, prompt included; the run's random state stays as it was."""
+    page = lit.config.generate
+    if max_tokens is not None:
+        page = page.model_copy(update={"max_tokens": max_tokens})
+    with forked_rng(lit.device), lit.autocast():
+        return page.prompt + sample(lit.model, tokenizer, page.prompt, page, lit.config.seed + lit.state.step)
+
+
+class Samples(Callback):
+    """Prints a sample every so many steps."""
+
+    def __init__(self, tokenizer: Tokenizer, every: int) -> None:
+        self.tokenizer, self.every = tokenizer, every
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        """Sample where the step is due and the run goes on."""
+        lit: LitLM = pl_module
+        if not self.every or lit.stop or lit.state.step % self.every or ranks.rank():
+            return
+        with lit.clock("sample"):
+            text = draw(lit, self.tokenizer)
+        lit.journal.write("sample", lit.state.step, text=text)

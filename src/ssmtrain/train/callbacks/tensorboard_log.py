@@ -1,0 +1,35 @@
+"""Records to TensorBoard event files, whose library is imported here only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ssmtrain.config.errors import UserError
+from ssmtrain.train.callbacks.wandb_log import flat
+from ssmtrain.train.journal import Record
+
+
+class TensorBoardSink:
+    """Writes figures as `kind/name` scalars and samples as text."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError(
+                "logger.kind: tensorboard is not installed", "pip install 'ssmtrain[tensorboard]'"
+            ) from None
+        # Events of steps after the checkpoint, from a process that died, are dropped by the reader.
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def write(self, record: Record) -> None:
+        """Write one record."""
+        for name, value in flat(record).items():
+            if isinstance(value, str):
+                self.writer.add_text(name, value, record["step"])
+            else:
+                self.writer.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        """Flush and close the event file."""
+        self.writer.close()

@@ -1,0 +1,88 @@
+"""The loss curve: read from metrics.jsonl, as a picture and as a few lines of text."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+Points = list[tuple[int, float]]
+"""(step, bits per byte)."""
+
+RAMP = " ▁▂▃▄▅▆▇█"
+
+
+def read(path: Path) -> tuple[Points, Points]:
+    """The training and validation curves of a metrics.jsonl, in bits per byte."""
+    found: dict[str, Points] = {"train": [], "val": []}
+    for record in _records(path):
+        kind, bpb = record.get("kind"), record.get("bpb")
+        if kind in found and isinstance(bpb, (int, float)) and math.isfinite(bpb):
+            found[kind].append((record["step"], float(bpb)))
+    return found["train"], found["val"]
+
+
+def last_loss(path: Path) -> float | None:
+    """The latest training loss in a metrics.jsonl, nats per token."""
+    losses = [record.get("loss") for record in _records(path) if record.get("kind") == "train"]
+    return losses[-1] if losses else None
+
+
+def draw(values: list[float], width: int = 64, height: int = 4) -> list[str]:
+    """A curve of block characters, `height` lines high, its largest and smallest value beside it."""
+    if len(values) < 2:
+        return []
+    columns = min(width, len(values))
+    edges = [round(i * len(values) / columns) for i in range(columns + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:])]
+    low, high = min(means), max(means)
+    levels = [round((m - low) / ((high - low) or 1.0) * (8 * height - 1)) + 1 for m in means]
+    rows = []
+    for row in reversed(range(height)):
+        bar = "".join(RAMP[min(8, max(0, level - 8 * row))] for level in levels)
+        side = f"{high:5.2f}" if row == height - 1 else f"{low:5.2f}" if row == 0 else " " * 5
+        rows.append(f"{side} {bar}")
+    rows[0] += "  bits per byte, training"
+    return rows
+
+
+def picture(path: Path, train: Points, val: Points, marks: dict[str, float]) -> bool:
+    """Write the curve as a PNG with the yardsticks as lines; False, with a warning, when that fails."""
+    try:
+        # The object interface: pyplot would pick a backend for a screen and keep the figure alive.
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        if train:
+            axes.plot(*zip(*train), lw=1, label="training")
+        if val:
+            axes.plot(*zip(*val), "o-", ms=4, label="validation")
+        for name, bits in marks.items():
+            axes.axhline(bits, lw=0.8, ls="--", color="grey")
+            axes.annotate(name, (1.0, bits), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="grey")
+        axes.set(xlabel="step", ylabel="bits per byte")
+        if train or val:
+            axes.legend(loc="upper right")
+        axes.grid(alpha=0.2)
+        figure.savefig(path, dpi=120)
+    except Exception as error:  # fonts, a full disk, a matplotlib without its parts: no reason to lose a run
+        log.warning("no picture of the loss: %s", error)
+        return False
+    return True
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file of JSON objects; a line cut short by a crash is left out."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found

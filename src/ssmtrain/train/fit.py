@@ -1,0 +1,237 @@
+"""fit: a typed config and its run folder in, a trained model and an exit code out."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+
+from ssmtrain.checkpoint.runs import Run, resolve
+from ssmtrain.config.errors import FINISHED, NON_FINITE, UNFINISHED, Lost, NonFinite, OutOfMemory, UserError
+from ssmtrain.config.request import Request
+from ssmtrain.config.schema import RunConfig
+from ssmtrain.data.module import open_data
+from ssmtrain.data.tokenizer import load_tokenizer
+from ssmtrain.kernels import backend
+from ssmtrain.model.count import Counts
+from ssmtrain.model.show import report as picture
+from ssmtrain.parallel import ranks
+from ssmtrain.train import report
+from ssmtrain.train.signals import Signals
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, Trainer
+
+    from ssmtrain.data.tokenizer import Tokenizer
+    from ssmtrain.train.callbacks.ending import Ending
+    from ssmtrain.train.module import LitLM
+
+
+def command(request: Request) -> int:
+    """`ssmtrain fit config=…`: find or make the run, say what it will do, train."""
+    assert request.config is not None
+    run = resolve(request.config)
+    try:
+        for notice in run.notices:
+            print(notice, flush=True)
+        return FINISHED if run.finished else fit(request.config, run)
+    finally:
+        run.close()
+
+
+def fit(config: RunConfig, run: Run) -> int:
+    """Train until a limit or a signal; returns 0 when finished, 75 when saved and unfinished.
+
+    Raises UserError (2), NonFinite (3), Lost (4) and OutOfMemory (5).
+    """
+    signals = Signals()
+    signals.install()
+    try:
+        return _fit(config, run, signals)
+    except NonFinite:
+        if ranks.launched_rank() == 0:
+            raise
+        return NON_FINITE  # agreed by all ranks: rank 0 says it once
+    except (MemoryError, RuntimeError) as error:
+        if _is_out_of_memory(error):
+            raise _out_of_memory(config) from error
+        if _is_lost_rank(error):
+            raise Lost("another rank was lost", f"continue with: {report.how_to_continue(run)}") from error
+        raise
+    finally:
+        signals.restore()
+
+
+def _fit(config: RunConfig, run: Run, signals: Signals) -> int:
+    if config.trainer.threads is not None:
+        torch.set_num_threads(config.trainer.threads)
+    accelerator, devices = place(config)
+    first = ranks.launched_rank() == 0
+    _set_up_logging(first)
+    try:
+        backend.configure(config.trainer.kernels, "cuda" if accelerator == "gpu" else "cpu")
+    except backend.BackendError as error:
+        raise UserError(f"trainer.kernels: {error}") from None
+    tokenizer = load_tokenizer(config.tokenizer)
+    vocab = config.model.vocab_size or tokenizer.vocab_size
+    counts, lines = picture(config, vocab)
+    if first:
+        print("\n".join([*lines, ""]), flush=True)
+    data = open_data(config, tokenizer)
+
+    from ssmtrain.train.callbacks.ending import Ending
+    from ssmtrain.train.module import LitLM
+
+    lit = LitLM(config, vocab, data, signals, run.checkpoint)
+    ending = Ending(run, tokenizer, counts.params.total)
+    trainer = _trainer(config, run, accelerator, devices, [*_callbacks(lit, run, tokenizer, counts), ending])
+    return _train(trainer, lit, run, ending)
+
+
+def _train(trainer: Trainer, lit: LitLM, run: Run, ending: Ending) -> int:
+    from ssmtrain.parallel.processes import children, wait_for
+
+    def end_children() -> None:
+        for process in children(trainer):
+            process.kill()
+
+    lit.signals.at_once = end_children
+    try:
+        trainer.fit(lit)
+    finally:
+        lit.journal.close()
+        wait_for(children(trainer))
+    finished = lit.stop == "finished"
+    if ranks.launched_rank() == 0:
+        print(ending.text if finished else _stopped(lit, run), flush=True)
+    return FINISHED if finished else UNFINISHED
+
+
+def _stopped(lit: LitLM, run: Run) -> str:
+    why = "out of time" if lit.stop == "seconds" else f"stopped by {lit.signals.asked or 'a signal'}"
+    return f"{why}: saved at step {lit.state.step:,}; continue with: {report.how_to_continue(run)}"
+
+
+def place(config: RunConfig) -> tuple[str, int]:
+    """Accelerator ("cpu" or "gpu") and number of processes; UserError when the machine has too few GPUs."""
+    trainer = config.trainer
+    gpus = torch.cuda.device_count()
+    accelerator = trainer.accelerator
+    if accelerator == "auto":
+        accelerator = "gpu" if gpus else "cpu"
+    if accelerator == "cpu":
+        devices = trainer.devices or 1
+    else:
+        devices = trainer.devices or gpus
+        if not gpus:
+            raise UserError("trainer.accelerator: gpu asked for and none found", "set trainer.accelerator=cpu")
+        if devices > gpus:
+            raise UserError(f"trainer.devices: {devices} asked for, this machine has {gpus} GPUs")
+    rows = trainer.global_batch // config.data.seq_len
+    if rows % (devices * (trainer.micro_batch or 1)):
+        raise UserError(
+            f"trainer.global_batch: its {rows} rows do not divide by {devices} devices"
+            + (f" x trainer.micro_batch={trainer.micro_batch}" if trainer.micro_batch else "")
+        )
+    return accelerator, devices
+
+
+def _callbacks(lit: LitLM, run: Run, tokenizer: Tokenizer, counts: Counts) -> list[Callback]:
+    """What happens after a step, in this order; figures before the save, so that it holds them."""
+    from ssmtrain.train.callbacks.console import Console
+    from ssmtrain.train.callbacks.health import Health
+    from ssmtrain.train.callbacks.ledger import Ledger, wanted
+    from ssmtrain.train.callbacks.metrics import Metrics
+    from ssmtrain.train.callbacks.samples import Samples
+    from ssmtrain.train.callbacks.saving import Saving
+    from ssmtrain.train.callbacks.sinks import Sinks
+    from ssmtrain.train.callbacks.validation import Validation
+
+    page = lit.config.trainer
+    console = Console()
+    found: list[Callback] = [Sinks(run, console)]
+    if wanted():
+        found.append(Ledger(run.ledger))
+    found.append(Metrics(page.log_every, counts.flops.total))
+    if page.health_every:
+        found.append(Health(page.health_every))
+    if page.val_every:
+        found.append(Validation(page.val_every, page.val_tokens))
+    if page.sample_every:
+        found.append(Samples(tokenizer, page.sample_every))
+    return [*found, Saving(run, page.save_every, page.keep_last), console]
+
+
+def _trainer(
+    config: RunConfig, run: Run, accelerator: str, devices: int, callbacks: list[Callback]
+) -> Trainer:
+    """Lightning's Trainer with everything of its own that is not exact, or not ours to show, switched off."""
+    from lightning.pytorch import Trainer
+
+    from ssmtrain.parallel.processes import ddp
+
+    # Its remarks are about what is switched off here; importing it has set its loggers to INFO.
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(lightning|torchmetrics)(\..*)?")
+    trainer = Trainer(
+        accelerator=accelerator,
+        devices=devices,
+        strategy=ddp(accelerator) if devices > 1 or config.parallel.kind == "ddp" else "auto",
+        precision="32-true",  # LitLM.autocast covers the forward pass only
+        max_epochs=1,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+        default_root_dir=run.folder,
+    )
+    # With several ranks Lightning would broadcast its own SIGTERM flag, and wait for it, before each step.
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+    return trainer
+
+
+def _set_up_logging(first: bool) -> None:
+    ours = logging.getLogger("ssmtrain")
+    if not ours.handlers and not logging.getLogger().handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("ssmtrain: %(message)s"))
+        ours.addHandler(handler)
+        ours.setLevel(logging.INFO if first else logging.ERROR)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return "can't allocate memory" in str(error) or "CUDA out of memory" in str(error)
+
+
+def _out_of_memory(config: RunConfig) -> OutOfMemory:
+    trainer = config.trainer
+    advice = []
+    if trainer.micro_batch != 1:
+        rows = trainer.micro_batch or trainer.global_batch // config.data.seq_len // (trainer.devices or 1)
+        half = next((m for m in range(rows // 2, 0, -1) if rows % m == 0), 1)
+        advice.append(f"trainer.micro_batch={half}")
+    if not trainer.recompute:
+        advice.append("trainer.recompute=true")
+    if trainer.precision == "fp32":
+        advice.append("trainer.precision=bf16 (another run)")
+    return OutOfMemory(
+        "out of memory; the last checkpoint is good",
+        "the global batch and the result stay the same with: " + (" ".join(advice[:2]) or "a smaller data.seq_len"),
+    )
+
+
+def _is_lost_rank(error: BaseException) -> bool:
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    text = str(error).lower()
+    return "gloo" in text and any(word in text for word in ("closed by peer", "reset", "timed out", "connect"))
+

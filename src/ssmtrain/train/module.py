@@ -1,0 +1,266 @@
+"""LitLM: a HybridModel under Lightning, where one training_step is one optimiser step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ssmtrain.checkpoint.faults import point
+from ssmtrain.config.errors import NonFinite
+from ssmtrain.config.schema import RunConfig
+from ssmtrain.data.module import Batch, Data
+from ssmtrain.layers.base import Context
+from ssmtrain.model.hybrid import HybridModel, Output
+from ssmtrain.model.init import init_weights
+from ssmtrain.parallel import ranks
+from ssmtrain.parallel.apply import apply
+from ssmtrain.train import nonfinite, optim, snapshot
+from ssmtrain.train.clock import Clock
+from ssmtrain.train.journal import Journal
+from ssmtrain.train.schedule import horizon, lr_at
+from ssmtrain.train.signals import Signals
+from ssmtrain.train.state import RunState, seed_generators
+
+
+@dataclass
+class Step:
+    """What the latest step did."""
+
+    loss: float
+    """Nats per label over the global batch."""
+    aux: float
+    """Router losses, averaged over the micro-batches and ranks."""
+    grad_norm: float
+    """Norm of the whole gradient before clipping."""
+    lr: float
+    skipped: bool
+    samples: list[int]
+    """Rows in file order that this rank trained on."""
+
+
+class LitLM(LightningModule):
+    """The model, its optimisers and the step; what happens between steps is in callbacks/."""
+
+    def __init__(
+        self, config: RunConfig, vocab_size: int, data: Data, signals: Signals, checkpoint: Path | None = None
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.config, self.vocab_size, self.text, self.signals = config, vocab_size, data, signals
+        self.checkpoint = checkpoint
+        self.horizon = horizon(config.trainer)
+        self.state = RunState()
+        self.journal = Journal()
+        self.clock = Clock()
+        self.tokens_here = 0
+        """Tokens that this process's run of the program has trained on, over all ranks."""
+        self.model: HybridModel
+        self.opt: list[Optimizer] = []
+        self.last: Step | None = None
+        self.loads: dict[int, Tensor] = {}
+        """Tokens per expert of the latest step, over all ranks, by block index."""
+        self.stop: str | None = None
+        """Why no further step is taken: "finished", "signal" or "seconds"."""
+        self.on_gradients: list[Callable[[], None]] = []
+        """Called with the whole gradient in place, before it is clipped."""
+
+    # Set-up, in the order in which Lightning calls it.
+
+    def configure_model(self) -> None:
+        """Build on the meta device, apply what the trainer asks for, then initialise or load."""
+        with torch.device("meta"):
+            model = HybridModel(self.config.model, self.vocab_size)
+        self.model = apply(model, self.config.trainer)
+        self.model.to_empty(device=self.device)
+        # Rank 0 decides where to continue; the others must not find out for themselves.
+        path = ranks.from_first(str(self.checkpoint) if self.checkpoint else None)
+        self.checkpoint = Path(path) if path else None
+        if self.checkpoint is None:
+            init_weights(self.model, self.config.model.init, self.config.seed)
+        else:
+            snapshot.load_model(self.checkpoint, self.model)
+        self._assert_fp32()
+
+    def _assert_fp32(self) -> None:
+        """A_log, D, dt_bias, norms and routers must be fp32 whatever the run computes in."""
+        named = dict(self.model.named_parameters())
+        wrong = [n for n, spec in self.model.specs().items() if spec.fp32 and named[n].dtype != torch.float32]
+        if wrong:
+            raise RuntimeError(f"these parameters must be fp32 and are not: {', '.join(wrong[:5])}")
+
+    def configure_optimizers(self) -> list[Optimizer]:
+        """The optimisers that the recipe names."""
+        named = dict(self.model.named_parameters())
+        self.opt = optim.build_optimizers(named, self.model.specs(), self.config.optim)
+        return self.opt
+
+    def on_fit_start(self) -> None:
+        """Continue from the checkpoint, or seed the generators."""
+        if self.checkpoint is not None:
+            self.state = snapshot.restore(self, self.checkpoint)
+        else:
+            seed_generators(self.config.seed, ranks.rank(), 0)
+        self.clock.before = self.state.seconds
+        self.parameters_list = list(self.model.parameters())
+        if self.horizon.reached(self.state.step, self.state.tokens):
+            self.stop = "finished"
+
+    def on_train_start(self) -> None:
+        """Take the signals over: Lightning has set its own handlers after on_fit_start."""
+        self.signals.install()
+
+    def train_dataloader(self) -> Iterator[int]:
+        """Lightning's loop wants something to iterate over; the step reads the rows itself, by number."""
+        return repeat(0)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        """End Lightning's epoch, which is the run, where no further step is to be taken."""
+        return -1 if self.stop else None
+
+    # The step.
+
+    def rows(self) -> list[Batch]:
+        """This rank's micro-batches of the next step: a contiguous slice of its rows."""
+        trainer, world = self.config.trainer, ranks.world()
+        total = trainer.global_batch // self.config.data.seq_len
+        mine = total // world
+        first = self.state.rows + ranks.rank() * mine
+        size = trainer.micro_batch or mine
+        starts = range(first, first + mine, size)
+        return [self.text.train.batch(range(at, min(at + size, first + mine))) for at in starts]
+
+    def run_model(self, batch: Batch) -> Output:
+        """The model's sums for one batch, in the run's precision."""
+        batch = batch.to(self.device)
+        with self.autocast():
+            ctx = Context(doc_ids=batch.doc_ids, n_docs=batch.n_docs)
+            return self.model(batch.inputs, batch.labels, ctx)
+
+    def autocast(self) -> Any:
+        """bf16 for the forward pass only: a backward pass repeats the forward's dtypes by itself."""
+        if self.config.trainer.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        """One optimiser step over the global batch, or a counted skip when something was not finite."""
+        with self.clock("data"):
+            micro = self.rows()
+            mine = sum(int((b.labels != -100).sum()) for b in micro)
+        with self.clock("step"):
+            self.step(micro, mine)
+
+    def step(self, micro: list[Batch], my_labels: int) -> None:
+        """Gradients of the mean loss over all labels of all ranks, agreed finite, clipped, applied."""
+        config, state = self.config, self.state
+        labels = ranks.sum_int(my_labels, self.device)
+        sums = self.accumulate(micro, max(labels, 1))
+        norm = optim.gradient_norm(self.parameters_list)
+        for watch in self.on_gradients:
+            watch()
+        loss, aux, asked, late, grad_norm = self.agree(sums, norm)
+        loss = loss / max(labels, 1)
+        lr = lr_at(config.schedule, config.optim.lr, state.step, self.horizon)
+        skipped = not (math.isfinite(loss) and math.isfinite(grad_norm))
+        if skipped:
+            self.skip(micro, loss, grad_norm)
+        else:
+            self.apply_gradients(lr, norm)
+        for optimizer in self.opt:
+            optimizer.zero_grad(set_to_none=True)
+        state.step += 1
+        state.rows += config.trainer.global_batch // config.data.seq_len
+        state.tokens += config.trainer.global_batch
+        self.tokens_here += config.trainer.global_batch
+        state.seconds = self.clock.total
+        samples = [i for b in micro for i in b.sample_ids]
+        self.last = Step(loss, aux, grad_norm, lr, skipped, samples)
+        if self.horizon.reached(state.step, state.tokens):
+            self.stop = "finished"
+        elif asked or late:
+            self.stop = "signal" if asked else "seconds"
+
+    def accumulate(self, micro: list[Batch], labels: int) -> Tensor:
+        """Backward over the micro-batches; returns this rank's sums (2,) of loss and router losses.
+
+        DDP averages gradients over the ranks at the last micro-batch, hence the factor `world`.
+        """
+        world = ranks.world()
+        rows = sum(len(b.sample_ids) for b in micro)
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        self.loads = {}
+        for i, batch in enumerate(micro):
+            last = i == len(micro) - 1
+            with nullcontext() if last or world == 1 else self.trainer.strategy.block_backward_sync():  # type: ignore[attr-defined]  # DDP's
+                out = self.run_model(batch)
+                assert out.loss_sum is not None
+                point("after_forward")
+                loss = out.loss_sum * (world / labels)
+                sums[0] += out.loss_sum.detach()
+                if out.aux is not None:
+                    share = len(batch.sample_ids) / rows
+                    loss = loss + out.aux * share
+                    sums[1] += out.aux.detach() * (share / world)
+                self.manual_backward(loss)
+            for index, stats in out.stats.items():
+                load = stats["load"]
+                self.loads[index] = self.loads[index] + load if index in self.loads else load
+        return sums
+
+    def agree(self, sums: Tensor, norm: Tensor) -> list[float]:
+        """What every rank must decide alike: loss sum, router losses, asked to stop, out of time, norm.
+
+        A rank whose own norm is not finite makes the sum of norms not finite on all of them.
+        """
+        limit = self.config.trainer.max_seconds
+        late = limit is not None and self.clock.elapsed >= limit
+        flags = torch.tensor(
+            [float(self.signals.asked is not None), float(late)], dtype=torch.float64, device=self.device
+        )
+        parts = torch.cat([sums, flags, norm.detach().double().reshape(1)])
+        values = ranks.sum_(parts).tolist()
+        values[-1] /= ranks.world()
+        return values
+
+    def apply_gradients(self, lr: float, norm: Tensor) -> None:
+        """Clip, step every optimiser, balance the routers."""
+        optim.clip_gradients(self.parameters_list, self.config.optim.clip, norm)
+        optim.set_lr(self.opt, lr)
+        point("before_optimizer")
+        for optimizer in self.opt:
+            optimizer.step()
+        point("after_optimizer")
+        for index in sorted(self.loads):
+            self.loads[index] = ranks.sum_(self.loads[index].clone())
+            self.model.blocks[index].ffn.update_bias(self.loads[index])  # type: ignore[operator, union-attr]  # a Module's attribute
+        self.state.nonfinite_row = 0
+
+    def skip(self, micro: list[Batch], loss: float, grad_norm: float) -> None:
+        """Count a step that is not taken; NonFinite, with the first bad layer, after too many in a row."""
+        state, trainer = self.state, self.config.trainer
+        state.nonfinite += 1
+        state.nonfinite_row += 1
+        what = "loss" if not math.isfinite(loss) else "gradient"
+        row = f"{state.nonfinite_row} in a row, {trainer.max_nonfinite} stop the run"
+        self.journal.write("skip", state.step + 1, what=what, loss=loss, grad_norm=grad_norm, row=row)
+        if state.nonfinite_row < trainer.max_nonfinite:
+            return
+        gradients = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
+        found = [nonfinite.locate(self.model, lambda b=b: self.run_model(b).loss_sum, gradients) for b in micro]  # type: ignore[misc]
+        clear = [text for text in found if "does not repeat" not in text]
+        where = ranks.agree(clear[0] if clear else None) or found[0]
+        raise NonFinite(
+            f"the {what} was not finite in {state.nonfinite_row} steps in a row, up to step {state.step + 1}",
+            where,
+            "lower optim.lr, lengthen schedule.warmup or lower optim.clip; the last checkpoint is good",
+        )

@@ -1,0 +1,128 @@
+"""The end of a run: the whole validation, yardsticks, a sample, the curve, and what to type next."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+from ssmtrain.checkpoint.durable import replace_file
+from ssmtrain.checkpoint.runs import Run
+from ssmtrain.config.schema import RunConfig
+from ssmtrain.data.sources import split_text
+from ssmtrain.data.yardsticks import yardsticks
+from ssmtrain.train.callbacks.words import duration, si
+from ssmtrain.train.curve import draw, picture, read
+from ssmtrain.train.journal import finite
+
+YARDSTICK_LIMIT = 64 * 2**20
+"""Bytes of validation text beyond which compressors would take longer than they tell."""
+
+
+def measure(config: RunConfig, n_bytes: int) -> dict[str, float]:
+    """Bits per byte of the validation text under gzip, xz and bz2, computed now; empty for large texts."""
+    if n_bytes > YARDSTICK_LIMIT:
+        return {}
+    return yardsticks(split_text(config.data, "val"))
+
+
+def write(run: Run, figures: dict[str, Any], sample: str) -> str:
+    """Write report.json, report.md and loss.png into the run's folder; returns the text for the console."""
+    train, val = read(run.metrics)
+    drawn = picture(run.folder / "loss.png", train, val, figures.get("yardsticks", {}))
+    replace_file(run.folder / "report.json", (json.dumps(finite(figures), indent=2) + "\n").encode())
+    curve = draw([bpb for _, bpb in train])
+    scores = score_lines(figures)
+    commands = next_commands(run)
+    page = [
+        f"# {run.name}",
+        "",
+        summary(figures),
+        "",
+        *(f"- {line}" for line in scores),
+        "",
+        *(["![Loss](loss.png)", ""] if drawn else []),
+        "## Sample",
+        "",
+        *(f"> {line}" for line in sample.splitlines()),
+        "",
+        "## Next",
+        "",
+        *(f"- {what}: `{command}`" for what, command in commands),
+        "",
+    ]
+    replace_file(run.folder / "report.md", "\n".join(page).encode())
+    width = max(len(what) for what, _ in commands)
+    return "\n".join(
+        [
+            "",
+            *curve,
+            "",
+            summary(figures),
+            *scores,
+            "",
+            "Sample:",
+            *(f"  {line}" for line in sample.splitlines()),
+            "",
+            f"Run      {run.folder}",
+            *([f"Picture  {run.folder / 'loss.png'}"] if drawn else []),
+            f"Report   {run.folder / 'report.md'}",
+            "",
+            "Next:",
+            *(f"  {what:<{width}}  {command}" for what, command in commands),
+        ]
+    )
+
+
+def summary(figures: dict[str, Any]) -> str:
+    """One line: how much was trained, how long it took."""
+    text = (
+        f"{figures['params']:,} parameters, {figures['steps']:,} steps, {si(figures['tokens'])} tokens "
+        f"in {duration(figures['seconds'])} ({si(figures['tokens_per_s'])} tokens/s)"
+    )
+    skipped = figures["nonfinite"]
+    return text + (f", {skipped} steps skipped as not finite" if skipped else "")
+
+
+def score_lines(figures: dict[str, Any]) -> list[str]:
+    """The validation score beside what compressors need for the same text."""
+    lines = [
+        f"validation: {figures['val_bpb']:.3f} bits per byte (loss {figures['val_loss']:.4f}, "
+        f"perplexity {figures['val_perplexity']:.4g}) on all of {figures['val_bytes']:,} bytes"
+    ]
+    found = figures.get("yardsticks") or {}
+    if found:
+        lines.append(
+            "the same text compressed: " + ", ".join(f"{name} {bits:.3f}" for name, bits in found.items())
+        )
+    return lines
+
+
+def next_commands(run: Run) -> list[tuple[str, str]]:
+    """What to type next, ready to paste."""
+    page = shlex.quote(str(run.folder / "config.yaml"))
+    folder = shlex.quote(str(run.folder))
+    steps = run.config.trainer.max_steps
+    longer = f"trainer.max_steps={2 * steps}" if steps else f"trainer.max_tokens={2 * (run.config.trainer.max_tokens or 0)}"
+    prompt = shlex.quote("It is a truth")
+    recipe = run.config.recipe
+    return [
+        ("write more", f"ssmtrain generate run={folder} --prompt {prompt}"),
+        ("train longer", f"ssmtrain fit config={page} {longer}"),
+        ("look inside", f"ssmtrain show config={page}"),
+        ("your own text", f"ssmtrain fit config={recipe} data=text data.train=path/to/texts"),
+    ]
+
+
+def how_to_continue(run: Run) -> str:
+    """The command that continues a run that was stopped."""
+    return f"ssmtrain fit config={shlex.quote(str(run.folder / 'config.yaml'))}"
+
+
+def folder_of(path: Path) -> Path:
+    """The path relative to the working folder where it lies inside, as people would type it."""
+    try:
+        return path.resolve().relative_to(Path.cwd())
+    except ValueError:
+        return path

@@ -1,0 +1,105 @@
+"""What a checkpoint holds of a run, taken from a LitLM and put back bit for bit."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+import ssmtrain
+from ssmtrain.checkpoint import store
+from ssmtrain.config.errors import UserError
+from ssmtrain.model.hybrid import HybridModel
+from ssmtrain.parallel import ranks
+from ssmtrain.train import optim
+from ssmtrain.train.state import RunState, rng_tensors, seed_generators, set_rng_tensors
+
+if TYPE_CHECKING:
+    from ssmtrain.train.module import LitLM
+
+Tensors = dict[str, dict[str, Tensor]]
+
+
+def take(lit: LitLM) -> tuple[Tensors, dict[str, Any]]:
+    """Tensors by shard and JSON state of this moment; every rank must call it, rank 0's result is saved."""
+    named = dict(lit.model.named_parameters())
+    generators: dict[str, Tensor] = {}
+    for key, mine in rng_tensors(lit.device).items():
+        for rank, theirs in enumerate(ranks.gather(_on_group_device(mine, lit.device))):
+            generators[f"rank{rank}/{key}"] = theirs.cpu()
+    tensors = {
+        "model": dict(lit.model.state_dict()),
+        "optim": optim.state_tensors(lit.opt, named),
+        "rng": generators,
+    }
+    state = {
+        "step": lit.state.step,
+        "tokens": lit.state.tokens,
+        "run": lit.state.as_dict(),
+        "text": fingerprint(lit),
+        "world": ranks.world(),
+        "versions": {
+            "ssmtrain": ssmtrain.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    return tensors, state
+
+
+def fingerprint(lit: LitLM) -> dict[str, Any]:
+    """What the rows are made of: a run only continues on the same text and tokenizer."""
+    train = lit.text.meta["train"]
+    return {"sha256": train["sha256"], "tokens": train["tokens"], "rows": train["rows"]}
+
+
+def load_model(checkpoint: Path, model: HybridModel) -> None:
+    """Copy the checkpoint's weights and buffers into the model; UserError when they do not fit it."""
+    saved = store.load_tensors(checkpoint, "model")
+    own = model.state_dict()
+    problems = [f"{name} is missing" for name in own if name not in saved]
+    problems += [f"{name} is not in the model" for name in saved if name not in own]
+    problems += [
+        f"{name} is {tuple(saved[name].shape)} {saved[name].dtype}, the model has {tuple(t.shape)} {t.dtype}"
+        for name, t in own.items()
+        if name in saved and (saved[name].shape != t.shape or saved[name].dtype != t.dtype)
+    ]
+    if problems:
+        raise UserError(f"{checkpoint} does not fit the model:", *problems)
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(saved[name])
+
+
+def restore(lit: LitLM, checkpoint: Path) -> RunState:
+    """Put optimiser and generators back and return the counters; UserError when the text is another one."""
+    state = store.load_state(checkpoint)
+    saved, now = state.get("text"), fingerprint(lit)
+    if saved != now:
+        changed = [f"  {key}: {saved.get(key)} then, {now[key]} now" for key in now if saved.get(key) != now[key]]
+        raise UserError("data: the text or the tokenizer has changed since the run started", *changed)
+    named = dict(lit.model.named_parameters())
+    try:
+        optim.load_state_tensors(lit.opt, named, store.load_tensors(checkpoint, "optim"))
+    except ValueError as error:
+        raise UserError(f"{checkpoint}: {error}") from None
+    run = RunState.from_dict(state["run"])
+    mine = f"rank{ranks.rank()}/"
+    generators = {
+        key.removeprefix(mine): value
+        for key, value in store.load_tensors(checkpoint, "rng").items()
+        if key.startswith(mine)
+    }
+    if generators:
+        set_rng_tensors(generators, lit.device)
+    else:
+        seed_generators(lit.config.seed, ranks.rank(), run.step)
+    return run
+
+
+def _on_group_device(tensor: Tensor, device: torch.device) -> Tensor:
+    # NCCL gathers only what lies on its GPU; without a group nothing is gathered.
+    return tensor.to(device) if ranks.active() else tensor
