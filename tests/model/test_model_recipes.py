@@ -2,10 +2,12 @@
 
 import pytest
 
+from ssmtrain.config.catalog import headline, recipes
 from ssmtrain.config.layout import expand
-from ssmtrain.config.load import load, recipes
+from ssmtrain.config.load import load
+from ssmtrain.data.tokenizer import vocab_rows
 from ssmtrain.model.count import build_meta, count_params, count_state
-from ssmtrain.model.show import report, vocab_of
+from ssmtrain.model.show import report
 
 TOTALS = {
     "mamba_130m": (129_135_360, None),
@@ -45,9 +47,9 @@ ATTENTION_AT = {
 def test_published_totals(name: str) -> None:
     config = load([f"config={name}"])
     total, active = TOTALS[name]
-    built = build_meta(config.model, vocab_of(config))
+    built = build_meta(config.model, vocab_rows(config))
     assert sum(p.numel() for p in built.parameters()) == total
-    params = count_params(config.model, vocab_of(config))
+    params = count_params(config.model, vocab_rows(config))
     assert params.total == total
     assert params.active == (active or total)
 
@@ -61,16 +63,17 @@ def test_where_attention_stands(name: str) -> None:
 
 
 def test_every_recipe_is_listed_and_shown() -> None:
-    names = [name for name, _ in recipes()]
+    names = recipes()
     assert set(TOTALS) | set(ATTENTION_AT) | {"quickstart"} <= set(names)
-    for name, description in recipes():
-        assert description, f"{name} has no description"
-        counts, lines = report(load([f"config={name}"]))
+    for name, page in names.items():
+        assert headline(page), f"{name} has no description"
+        config = load([f"config={name}"])
+        counts, lines = report(config, vocab_rows(config))
         assert counts.flops.total > 0
         assert any("parameters" in line for line in lines)
 
 
-# Weights, keys and values, SSM and conv state of 8 sessions of 131,072 tokens (papers' serving table, GiB or MiB).
+# Weights and KV (GiB, 8 sessions of 131,072 tokens), SSM and conv state (MiB a session), as published.
 SERVING = {
     "granite4_h_micro": (5.94, 8.00, 73.2),
     "granite4_h_tiny": (12.92, 8.00, 54.9),
@@ -87,7 +90,7 @@ SERVING = {
 def test_serving_memory(name: str) -> None:
     config = load([f"config={name}"])
     weights, kv, state = SERVING[name]
-    params = count_params(config.model, vocab_of(config))
+    params = count_params(config.model, vocab_rows(config))
     held = count_state(config.model, 8, 131072)
     assert params.total * 2 / 2**30 == pytest.approx(weights, abs=0.006)
     assert held.kv / 2**30 == pytest.approx(kv, abs=0.006)

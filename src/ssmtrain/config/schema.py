@@ -81,34 +81,33 @@ class ModelConfig(Config):
     """How the weights start."""
 
 
-class EmbeddedData(Config):
-    """A corpus inside the package: six novels by Jane Austen; five train, Persuasion validates."""
-
-    kind: Literal["embedded"] = "embedded"
-    name: Literal["austen"] = "austen"
-    """Which corpus."""
+class _Data(Config):
     seq_len: Annotated[int, Field(ge=2)] = 512
     """Tokens in a row."""
     cache_dir: str | None = None
     """Where prepared shards are kept; absent: the user's cache folder."""
 
 
-class TextData(Config):
+class EmbeddedData(_Data):
+    """A corpus inside the package: six novels by Jane Austen; five train, Persuasion validates."""
+
+    kind: Literal["embedded"] = "embedded"
+    name: Literal["austen"] = "austen"
+    """Which corpus."""
+
+
+class TextData(_Data):
     """The user's own text files; each file is one document."""
 
     kind: Literal["text"] = "text"
     train: str | list[str]
     """Files, globs or directories (searched for `include`) to train on."""
     val: str | list[str] | None = None
-    """Files, globs or directories to validate on; absent: the last `val_fraction` of the documents or text."""
+    """Files, globs or directories to validate on; absent: the last `val_fraction` of documents or text."""
     val_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
     """Share of the text held out when `val` is absent."""
     include: list[str] = ["**/*.txt", "**/*.md"]
     """Globs of the files taken from a directory, in sorted path order."""
-    seq_len: Annotated[int, Field(ge=2)] = 512
-    """Tokens in a row."""
-    cache_dir: str | None = None
-    """Where prepared shards are kept; absent: the user's cache folder."""
 
 
 AnyData = Annotated[EmbeddedData | TextData, Field(discriminator="kind")]
@@ -223,7 +222,7 @@ class ConstantSchedule(_Schedule):
 
 
 class PowerSchedule(_Schedule):
-    """The power scheduler (Shen et al. 2024): the rate falls as a power of the tokens seen, then decays at the end."""
+    """The power scheduler (Shen et al. 2024): a power of the tokens seen, then an exponential decay."""
 
     kind: Literal["power"] = "power"
     exponent: Annotated[float, Field(gt=0.0)] = 0.5
@@ -274,7 +273,7 @@ class TrainerConfig(Config):
     val_every: Count = 200
     """Steps between validations; 0: only at the end."""
     val_tokens: Positive | None = None
-    """Tokens of a validation during training; absent: the whole validation split. The last one is always whole."""
+    """Tokens of a validation during training; absent: the whole split, as it always is at the end."""
     sample_every: Count = 0
     """Steps between printed samples; 0: only at the end."""
     save_every: Positive = 200
@@ -350,8 +349,6 @@ class RunConfig(Config):
     """Folder of the run under runs_dir; absent: the recipe and six hex digits of the config's hash."""
     recipe: str = "custom"
     """Name of the recipe; set by the loader."""
-    description: str = ""
-    """One line for lists."""
     runs_dir: str = "runs"
     """Where run folders are made."""
     resume: str = "auto"
@@ -381,5 +378,12 @@ class RunConfig(Config):
 
 
 def dump(config: Config) -> dict[str, Any]:
-    """The config as plain containers, every value spelled out."""
-    return config.model_dump(mode="json")
+    """The config as plain containers, every value spelled out, each `kind` first."""
+    return _kind_first(config.model_dump(mode="json"))
+
+
+def _kind_first(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    first = ["kind"] if "kind" in value else []
+    return {key: _kind_first(value[key]) for key in [*first, *(key for key in value if key != "kind")]}

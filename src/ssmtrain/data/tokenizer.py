@@ -12,7 +12,7 @@ import numpy as np
 from ssmtrain.config.errors import UserError
 
 if TYPE_CHECKING:
-    from ssmtrain.config.schema import AnyTokenizer
+    from ssmtrain.config.schema import AnyTokenizer, RunConfig
 
 END_OF_TEXT_NAMES = (
     "<|endoftext|>",
@@ -109,6 +109,11 @@ class FileTokenizer:
             elif 0 <= i < self.vocab_size:
                 documents[-1].append(i)
         return "\n".join(self._backend.decode(d, skip_special_tokens=False) for d in documents)
+
+
+def vocab_rows(config: RunConfig) -> int:
+    """Rows of the embedding: the recipe's model.vocab_size, or the tokenizer's size."""
+    return config.model.vocab_size or load_tokenizer(config.tokenizer).vocab_size
 
 
 def load_tokenizer(config: AnyTokenizer) -> Tokenizer:

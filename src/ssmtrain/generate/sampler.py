@@ -61,7 +61,7 @@ def _tokens(model: HybridModel, prompt: list[int], config: GenerateConfig, seed:
 def stream(
     model: HybridModel, tokenizer: Tokenizer, prompt: str, config: GenerateConfig, seed: int
 ) -> Iterator[str]:
-    """Continue a prompt piece by piece, until max_tokens or the end of the text; an empty prompt starts a document.
+    """Continue a prompt piece by piece, until max_tokens or the text's end; an empty one starts a document.
 
     The pieces joined are the decoded text: a piece is held back while it ends inside a character.
     """

@@ -40,23 +40,13 @@ def describe_block(block: BlockConfig) -> str:
     return " + ".join(parts) + ("" if block.norm == "pre" else f", {block.norm} norm")
 
 
-def vocab_of(config: RunConfig) -> int:
-    """Rows of the embedding: the recipe's own number, or the tokenizer's size."""
-    if config.model.vocab_size is not None:
-        return config.model.vocab_size
-    from ssmtrain.data.tokenizer import load_tokenizer
-
-    return load_tokenizer(config.tokenizer).vocab_size
-
-
-def report(config: RunConfig) -> tuple[Counts, list[str]]:
-    """Count a recipe and write its picture, a list of lines."""
-    vocab = vocab_of(config)
+def report(config: RunConfig, vocab: int) -> tuple[Counts, list[str]]:
+    """Count a recipe whose embedding has `vocab` rows, and write its picture, a list of lines."""
     counts = count(config, vocab)
     model, p, f, t = config.model, counts.params, counts.flops, counts.training
     names = expand(model.layout, model.n_layers)
     lines = [
-        f"{config.recipe}  {model.layout}, {counts.layers} layers, width {model.d_model}, vocabulary {vocab:,}",
+        f"{config.recipe}  {model.layout}, {len(names)} layers, width {model.d_model}, vocabulary {vocab:,}",
         "",
         strip(names),
     ]
@@ -69,7 +59,7 @@ def report(config: RunConfig) -> tuple[Counts, list[str]]:
     lines += [
         "",
         f"parameters  {p.total:,} ({human(p.total)}){active}; embedding {human(p.embedding)}, {tied}",
-        f"FLOPs       {human(f.total, 'FLOP')} a token, forward and backward at {config.data.seq_len} tokens: "
+        f"FLOPs       {human(f.total, 'FLOP')} a token of {config.data.seq_len}, forward and backward: "
         + ", ".join(f"{k} {v:.0f} %" for k, v in share.items()),
         f"serving     {counts.sessions} sessions of {counts.context:,} tokens: "
         f"weights {human_bytes(counts.weight_bytes)}, keys and values {human_bytes(counts.state.kv)}, "
@@ -82,7 +72,7 @@ def report(config: RunConfig) -> tuple[Counts, list[str]]:
     return counts, lines
 
 
-def show(config: RunConfig, as_json: bool = False) -> str:
+def show(config: RunConfig, vocab: int, as_json: bool = False) -> str:
     """The picture of a recipe as text, or its numbers as JSON."""
-    counts, lines = report(config)
+    counts, lines = report(config, vocab)
     return json.dumps(counts.as_dict(), indent=2) if as_json else "\n".join(lines)
