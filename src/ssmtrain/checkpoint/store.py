@@ -80,7 +80,7 @@ def step_of(path: Path) -> int:
 def save(
     folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
 ) -> Path:
-    """Publish `folder/step-<8 digits>` from shards {stem: {name: tensor}} and a JSON state, durable on return.
+    """Publish `folder/step-<8 digits>`, durable on return, from shards {stem: {name: tensor}} and a JSON state.
 
     A good checkpoint of that step is kept as it is (the same run gives the same state); a damaged one is
     replaced. Raises SaveFailed when the system refuses (nothing half-written stays), TypeError or
