@@ -29,9 +29,10 @@ def attention(
     it sees itself and the w - 1 keys before; with doc_ids (B, S) only its own document. `mask`, made once by
     attention_mask from the same arguments, saves making it again. The scale defaults to hd ** -0.5.
     """
-    run = reference.attention
     if chosen("attention", q.device.type) == "triton":
         from ssmtrain.kernels.attention.triton import attention as run
+    else:
+        run = reference.attention
     return run(
         q, k, v, scale=scale, causal=causal, window=window, mask=mask, doc_ids=doc_ids, q_offset=q_offset
     )

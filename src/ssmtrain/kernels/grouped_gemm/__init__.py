@@ -14,7 +14,8 @@ def grouped_gemm(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     counts (E,), integers that sum to T, says how many rows each expert has; none is fine. Runs in autocast's
     dtype where autocast is on.
     """
-    run = reference.grouped_gemm
     if chosen("grouped_gemm", x.device.type) == "triton":
         from ssmtrain.kernels.grouped_gemm.triton import grouped_gemm as run
+    else:
+        run = reference.grouped_gemm
     return run(x, weight, counts)

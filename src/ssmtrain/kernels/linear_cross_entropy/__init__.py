@@ -23,7 +23,8 @@ def linear_cross_entropy(
     count for neither. `chunk` rows of logits exist at a time, by default about 2^24 / V. Labels outside
     [0, V) raise as in torch's cross_entropy. Gradients are computed in the forward pass.
     """
-    run = reference.linear_cross_entropy
     if chosen("linear_cross_entropy", hidden.device.type) == "triton":
         from ssmtrain.kernels.linear_cross_entropy.triton import linear_cross_entropy as run
+    else:
+        run = reference.linear_cross_entropy
     return run(hidden, weight, labels, logit_scale=logit_scale, ignore_index=ignore_index, chunk=chunk)

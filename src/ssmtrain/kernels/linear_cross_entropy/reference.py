@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 LOGITS = 2**24
 """Elements of logits held at a time."""
@@ -22,10 +23,17 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """See ssmtrain.kernels.linear_cross_entropy."""
     valid = labels != ignore_index  # (T,)
-    targets = labels.masked_fill(~valid, 0)
+    targets = labels.masked_fill(~valid, 0).unsqueeze(1)  # (T, 1)
     rows = chunk or max(1, LOGITS // weight.shape[0])
+    grad = torch.is_grad_enabled()
     loss = _LinearCrossEntropy.apply(
-        hidden, weight, targets, valid, float(logit_scale), rows, torch.is_grad_enabled()
+        hidden,
+        weight,
+        targets,
+        valid.unsqueeze(1),
+        float(logit_scale),
+        rows,
+        (grad and hidden.requires_grad, grad and weight.requires_grad),
     )
     return loss, valid.sum()
 
@@ -40,51 +48,44 @@ class _LinearCrossEntropy(torch.autograd.Function):
         valid: Tensor,
         scale: float,
         rows: int,
-        grad: bool,
+        wanted: tuple[bool, bool],
     ) -> Tensor:
         low = _matmul_dtype(hidden, weight)
         wide = torch.float64 if low == torch.float64 else torch.float32
-        wants_hidden, wants_weight = (grad and need for need in ctx.needs_input_grad[:2])
-        W = weight.to(low)
-        h = hidden.to(low)
-        weights = valid.to(wide)
-        loss = hidden.new_zeros((), dtype=wide)
-        dh = torch.empty_like(hidden, dtype=wide) if wants_hidden else None
-        dW = None
+        h, W = hidden.to(low), weight.to(low)
+        row = valid.to(wide) * scale  # (T, 1), the derivative of the loss by a row's unscaled cross-entropy
+        loss = row.new_zeros(())
+        dh = torch.empty_like(h, memory_format=torch.contiguous_format) if wanted[0] else None
+        dW = torch.zeros_like(W, dtype=wide) if wanted[1] else None
         with torch.autocast(hidden.device.type, enabled=False):
-            for first in range(0, hidden.shape[0], rows):
+            for first in range(0, h.shape[0], rows):
                 part = slice(first, first + rows)
-                target = targets[part].unsqueeze(1)  # (Q, 1)
                 logits = _mm(h[part], W.t(), wide)  # (Q, V)
-                if scale != 1.0:
-                    logits.mul_(scale)
-                logp = torch.log_softmax(logits, 1)
+                logp = torch.log_softmax(logits if scale == 1.0 else logits.mul_(scale), 1)
                 del logits
-                loss -= (logp.gather(1, target).squeeze(1) * weights[part]).sum()
-                if not (wants_hidden or wants_weight):
+                loss -= logp.gather(1, targets[part]).masked_fill_(~valid[part], 0.0).sum()
+                if dh is None and dW is None:
                     continue
-                # Gradient of the logits, softmax - onehot; row weights and scale go onto the narrower side.
+                # softmax - onehot. Rows are weighted where they are narrow: hidden here, its gradient later.
                 p = logp.exp_()
-                p.scatter_add_(1, target, p.new_full((1, 1), -1.0).expand_as(target))
+                p.scatter_add_(1, targets[part], p.new_full((1, 1), -1.0).expand(p.shape[0], 1))
                 p = p.to(low)
-                row = (weights[part] * scale).unsqueeze(1)
                 if dh is not None:
-                    torch.mul(_mm(p, W, wide), row, out=dh[part])
-                if wants_weight:
-                    piece = _mm(p.t(), (h[part] * row).to(low), wide)  # (V, D)
-                    dW = piece if dW is None else dW.add_(piece)
-        if wants_weight and dW is None:
-            dW = torch.zeros_like(weight)
-        ctx.save_for_backward(
-            None if dh is None else dh.to(hidden.dtype), None if dW is None else dW.to(weight.dtype)
-        )
+                    torch.mm(p, W, out=dh[part])
+                if dW is not None:
+                    _add_mm(dW, p.t(), (h[part] * row[part]).to(low))
+        ctx.dtypes = hidden.dtype, weight.dtype
+        ctx.save_for_backward(dh, dW, row)
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dh, dW = ctx.saved_tensors
-        dh = None if dh is None else dh * grad.to(dh.dtype)
-        dW = None if dW is None else dW * grad.to(dW.dtype)
+        dh, dW, row = ctx.saved_tensors
+        if dh is not None:
+            dh = (dh * (row * grad)).to(ctx.dtypes[0])
+        if dW is not None:
+            dW = (dW * grad).to(ctx.dtypes[1])
         return dh, dW, None, None, None, None, None
 
 
@@ -104,3 +105,11 @@ def _mm(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
     if a.is_cuda:
         return torch.mm(a, b, out_dtype=wide)
     return (a @ b).to(wide)
+
+
+def _add_mm(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, in total's dtype."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += _mm(a, b, total.dtype)

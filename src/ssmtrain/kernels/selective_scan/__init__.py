@@ -7,6 +7,7 @@ For each channel e and state n, with step sizes dt = clamp(softplus(dt + dt_bias
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ssmtrain.kernels.backend import chosen
@@ -37,25 +38,27 @@ def selective_scan(
     y is like u; states (n_docs, E, N) are fp32 (float64 for float64 u), one per document, and differentiable;
     the final state is None unless asked for. ValueError when doc_ids do not number n_docs documents.
     """
-    run = reference.selective_scan
     if chosen("selective_scan", u.device.type) == "triton":
         from ssmtrain.kernels.selective_scan.triton import selective_scan as run
-    return run(
-        u,
-        dt,
-        A,
-        B,
-        C,
-        D=D,
-        z=z,
-        dt_bias=dt_bias,
-        dt_softplus=dt_softplus,
-        dt_limit=dt_limit,
-        doc_ids=doc_ids,
-        n_docs=n_docs,
-        initial_state=initial_state,
-        return_final_state=return_final_state,
-    )
+    else:
+        run = reference.selective_scan
+    with torch.autocast(u.device.type, enabled=False):
+        return run(
+            u,
+            dt,
+            A,
+            B,
+            C,
+            D=D,
+            z=z,
+            dt_bias=dt_bias,
+            dt_softplus=dt_softplus,
+            dt_limit=dt_limit,
+            doc_ids=doc_ids,
+            n_docs=n_docs,
+            initial_state=initial_state,
+            return_final_state=return_final_state,
+        )
 
 
 def selective_scan_step(
@@ -73,7 +76,8 @@ def selective_scan_step(
     dt_limit: tuple[float, float] = NO_LIMIT,
 ) -> Tensor:
     """Advance state (B, E, N) in place by one token: u, dt, z (B, E), B and C (B, N) -> y (B, E) like u."""
-    run = reference.selective_scan_step
     if chosen("selective_scan", u.device.type) == "triton":
         from ssmtrain.kernels.selective_scan.triton import selective_scan_step as run
+    else:
+        run = reference.selective_scan_step
     return run(state, u, dt, A, B, C, D=D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit)

@@ -45,8 +45,9 @@ class Documents:
         found: list[list[tuple[int, int, int]]] = [[] for _ in range(n_blocks)]
         for doc, (row, token) in enumerate(zip(self.rows, tokens)):
             found[token // block].append((token % block, row, doc))
-        places: list[Places | None] = []
-        for entries in found:
-            token, row, doc = torch.tensor(entries, device=device).reshape(-1, 3).unbind(1)
-            places.append((token, row, doc) if entries else None)
-        return places
+        return [_indices(entries, device) if entries else None for entries in found]
+
+
+def _indices(entries: list[tuple[int, int, int]], device: torch.device) -> Places:
+    token, row, doc = torch.tensor(entries, device=device).unbind(1)
+    return token, row, doc

@@ -47,8 +47,7 @@ class _Scan(torch.autograd.Function):
         start: Tensor | None,
         docs: Documents,
     ) -> tuple[Tensor, Tensor]:
-        with torch.autocast(x.device.type, enabled=False):
-            y, final, carried = _Sweep(x, dt, A, B, C, start, docs).forward()
+        y, final, carried = _Sweep(x, dt, A, B, C, start, docs).forward()
         ctx.docs = docs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, dt, A, B, C, start, carried)
