@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ssmtrain.config.errors import UserError
-from ssmtrain.data.sources import LINE, PIECE, SPACE, Source, Span, TextFile
+from ssmtrain.data.spans import LINE, PIECE, SPACE, Source, Span, TextFile
 
 if TYPE_CHECKING:
     from ssmtrain.config.schema import TextData
@@ -108,7 +108,8 @@ def _paths(entry: str, include: list[str], key: str) -> list[Path]:
     path = Path(entry).expanduser()
     try:
         if path.is_dir():
-            inside = {p for pattern in include for p in path.glob(pattern) if p.is_file()}
+            matches = {p for pattern in include for p in path.glob(pattern) if p.is_file()}
+            inside = [p for p in matches if not any(n[0] == "." for n in p.relative_to(path).parts)]
             if not inside:
                 raise UserError(f"{key}: no file in {entry} matches data.include={include}")
             return sorted(inside)

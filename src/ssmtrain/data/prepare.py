@@ -20,7 +20,8 @@ from ssmtrain.config.base import Config
 from ssmtrain.config.errors import UserError
 from ssmtrain.data import cache
 from ssmtrain.data.shards import SHARD_TOKENS, SplitEntry, SplitWriter, TokenStream, sizes_match, verify
-from ssmtrain.data.sources import BadText, Source, Span, more_problems, open_source, pieces
+from ssmtrain.data.sources import open_source
+from ssmtrain.data.spans import BadText, Source, Span, more_problems, pieces
 from ssmtrain.data.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:

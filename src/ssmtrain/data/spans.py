@@ -1,0 +1,163 @@
+"""Documents as spans of bytes in files, read in pieces of checked text."""
+
+from __future__ import annotations
+
+import hashlib
+import lzma
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.resources.abc import Traversable
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from ssmtrain.config.errors import UserError
+
+PIECE = 2**20
+"""Bytes of text handed to the tokenizer at a time; a longer document is cut where words end."""
+# Where a text may be cut without a pre-tokenizer noticing: after a lone line's end, else before a lone space.
+LINE = re.compile(rb"\S\n(?=\S)")
+SPACE = re.compile(rb"\S(?= \S)")
+PACKED = {
+    b"\x1f\x8b": "gzip",
+    b"PK\x03\x04": "zip",
+    b"\xfd7zXZ": "xz",
+    b"BZh": "bzip2",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"PAR1": "Parquet",
+}
+
+
+class BadText(UserError):
+    """A file that is not plain UTF-8 text."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A novel of the embedded corpus, compressed inside the package."""
+
+    path: Traversable
+    size: int
+    sha256: str
+
+    def open(self) -> BinaryIO:
+        """The text, verified."""
+        try:
+            text = lzma.decompress(self.path.read_bytes())
+        except (OSError, lzma.LZMAError):
+            text = b""
+        if hashlib.sha256(text).hexdigest() != self.sha256:
+            raise UserError(f"{self.path} is damaged: install ssmtrain again")
+        return BytesIO(text)
+
+    def check(self, file: BinaryIO) -> None:
+        """Nothing can change it."""
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """A text file as it was when it was found."""
+
+    path: Path
+    size: int
+    changed: tuple[int, int]
+    """Times of the last change of content and of inode, in nanoseconds."""
+    key: str
+    """The config key that named it."""
+
+    def open(self) -> BinaryIO:
+        """The file; UserError when it cannot be read."""
+        try:
+            file = self.path.open("rb")
+        except OSError as error:
+            raise UserError(f"{self.key}: cannot read {self.path}: {error.strerror}") from None
+        self.check(file)
+        return file
+
+    def check(self, file: BinaryIO) -> None:
+        """UserError when the file is no longer what was found."""
+        now = os.fstat(file.fileno())
+        if (now.st_size, now.st_mtime_ns, now.st_ctime_ns) != (self.size, *self.changed):
+            raise UserError(f"{self.key}: {self.path} changed while it was read", "run again when it rests")
+
+
+class Span(NamedTuple):
+    """Bytes [start, stop) of a file: one document."""
+
+    file: Member | TextFile
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """The documents of each split, in order, and what identifies them."""
+
+    label: str
+    """Short name for folders and reports."""
+    splits: dict[str, list[Span]]
+    """train and val."""
+    fingerprint: dict[str, Any] = field(repr=False)
+    """Plain JSON that changes when the text may have changed."""
+
+
+def pieces(span: Span) -> Iterator[str]:
+    """The text of a document, in pieces of at most `PIECE` bytes; BadText names file and offset."""
+    with span.file.open() as file:
+        file.seek(span.start)
+        at, held = span.start, b""
+        while at + len(held) < span.stop:
+            more = file.read(min(PIECE - len(held), span.stop - at - len(held)))
+            held += more
+            if not more:  # it shrank, which `check` says better
+                break
+            cut = len(held) if at + len(held) == span.stop else _cut(held)
+            yield _text(held[:cut], span.file, at)
+            at, held = at + cut, held[cut:]
+        span.file.check(file)
+
+
+def more_problems(spans: Sequence[Span], limit: int) -> list[str]:
+    """One line for each further document that is not plain UTF-8 text, up to `limit`."""
+    found: list[str] = []
+    for span in spans:
+        if len(found) == limit:
+            break
+        try:
+            for _ in pieces(span):
+                pass
+        except UserError as error:
+            found.append(error.lines[0])
+    return found
+
+
+def _cut(held: bytes) -> int:
+    """Where to end a piece: the last line's end, else space, else character of `held`."""
+    for pattern in (LINE, SPACE):
+        for tail in (2**14, len(held)):  # the last match is nearly always near the end
+            base = len(held) - min(tail, len(held))
+            ends = [m.end() for m in pattern.finditer(held, base)]
+            if ends:
+                return ends[-1]
+    end = len(held) - 1
+    while end > 0 and held[end] & 0xC0 == 0x80:  # a continuation byte: step back to its character's start
+        end -= 1
+    return end or len(held)
+
+
+def _text(data: bytes, file: Member | TextFile, at: int) -> str:
+    """The bytes at offset `at` of a file as text; BadText says why they are none."""
+    bad = [data.find(b"\0")] if b"\0" in data else []
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        bad.append(error.start)
+    if not bad:
+        return text
+    offset = min(bad)
+    kind = next((k for magic, k in PACKED.items() if at == 0 and data.startswith(magic)), None)
+    byte = "a NUL byte" if data[offset] == 0 else f"byte {data[offset]:#04x} is not UTF-8"
+    why = f"this is {kind} data, not text" if kind else f"{byte}: this is not plain text"
+    raise BadText(f"{getattr(file, 'key', 'data')}: {file.path}:{at + offset}: {why}")
