@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmtrain.kernels.ssd.chunked import ChunkedScan
-from ssmtrain.kernels.ssd.layout import document_chunks, to_chunks, to_tokens
 
 CHUNK = 64
 """Chunk length when none is asked for: the fastest on a CPU core at N = P = 64."""
@@ -35,24 +34,21 @@ def ssd(
 ) -> tuple[Tensor, Tensor | None]:
     """Compute `kernels.ssd` (same arguments) in chunks."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    length = x.shape[1]
-    q = min(chunk_size or CHUNK, length)
     steps = step_sizes(dt.to(dtype), dt_bias, dt_softplus, dt_limit)  # (B, L, H)
-    parts = [x.to(dtype), steps, B.to(dtype), C.to(dtype)]
-    layout = None
-    if doc_ids is not None:
-        layout = document_chunks(doc_ids, n_docs, q)
-        parts = [to_chunks(part, layout) for part in parts]
-        parts[1] = parts[1] * layout.valid.flatten(1).unsqueeze(-1)
-    elif length % q:
-        tail = q - length % q
-        parts = [F.pad(part, (0, 0) * (part.dim() - 2) + (0, tail)) for part in parts]
-    u, steps, keys, queries = (part.unflatten(1, (-1, q)) for part in parts)  # (B, c, Q, ...)
     inner_d = D.to(dtype) if D is not None and D.dim() == 1 else None
     initial = None if initial_state is None else initial_state.to(dtype)
-    y, final = ChunkedScan.apply(u, steps, A.to(dtype), keys, queries, inner_d, initial, layout)
-    y = y.flatten(1, 2)
-    y = y[:, :length] if layout is None else to_tokens(y, layout, length)  # (B, L, H, P)
+    y, final = ChunkedScan.apply(
+        x.to(dtype),
+        steps,
+        A.to(dtype),
+        B.to(dtype),
+        C.to(dtype),
+        inner_d,
+        initial,
+        doc_ids,
+        n_docs,
+        min(chunk_size or CHUNK, x.shape[1]),
+    )
     if D is not None and inner_d is None:
         y = y + x.to(dtype) * D.to(dtype)
     if z is not None:
