@@ -38,6 +38,7 @@ _STEM = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _FILE = re.compile(r"[a-z][a-z0-9_]{0,63}\.(safetensors|json)")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _JSON_LIMIT = 64 * 2**20
+_WORTH_THREADS = 8 * 2**20
 
 
 class SaveFailed(Exception):
@@ -80,7 +81,7 @@ def step_of(path: Path) -> int:
 def save(
     folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
 ) -> Path:
-    """Publish `folder/step-<8 digits>`, durable on return, from shards {stem: {name: tensor}} and a JSON state.
+    """Publish `folder/step-<8 digits>`, durable on return, from {stem: {name: tensor}} and a JSON state.
 
     A good checkpoint of that step is kept as it is (the same run gives the same state); a damaged one is
     replaced. Raises SaveFailed when the system refuses (nothing half-written stays), TypeError or
@@ -117,8 +118,11 @@ def verify(path: Path, hashes: bool = True) -> list[str]:
         files = _manifest(path)
     except (OSError, ValueError) as error:
         return [_reason(MANIFEST, error)]
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        found = pool.map(lambda item: _check_file(path / item[0], item[1], hashes), files.items())
+    # Hashing leaves the interpreter's lock, but for small files a thread costs more than its work.
+    threads = 4 if hashes and sum(entry["size"] for entry in files.values()) > _WORTH_THREADS else 1
+    with ThreadPoolExecutor(threads) if threads > 1 else contextlib.nullcontext() as pool:
+        check = pool.map if pool else map
+        found = check(lambda item: _check_file(path / item[0], item[1], hashes), files.items())
         return [problem for problem in found if problem]
 
 
@@ -311,6 +315,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         text = file.read(_JSON_LIMIT + 1)
     if len(text) > _JSON_LIMIT:
         raise ValueError("it is too large")
+    if not text.endswith(b"\n"):
+        raise ValueError("its end is missing")
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
