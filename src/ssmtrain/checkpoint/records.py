@@ -8,44 +8,39 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import ValidationError
-
 from ssmtrain.checkpoint.durable import json_bytes, replace_file
 from ssmtrain.config.errors import UserError
-from ssmtrain.config.schema import RunConfig, dump
+from ssmtrain.config.identity import default_name
+from ssmtrain.config.schema import RunConfig
+from ssmtrain.config.yaml_reader import read_yaml
 
 CONFIG = "config.yaml"
 STATUS = "status.json"
-_CONFIG_LIMIT = 2**20
 _LEFT_BEHIND = re.compile(r"\..+\.[0-9a-f]{32}")
 
 
 def write_config(folder: Path, config: RunConfig) -> None:
     """Write the resolved config, every value spelled out; it is itself a page for `config=`."""
-    # How this start was asked to resume is not part of what the run is.
-    page = dump(config) | {"resume": "auto"}
-    text = yaml.dump(page, Dumper=_Writer, sort_keys=False, allow_unicode=True, width=110)
+    from ssmtrain.config.load import to_yaml
+
+    # How this start was asked to resume is not part of what the run is; nor is a name that follows from
+    # the rest, so that the page with a change on top is a run of its own.
+    name = None if config.name == default_name(config) else config.name
+    text = to_yaml(config.model_copy(update={"resume": "auto", "name": name}))
     replace_file(folder / CONFIG, text.encode())
 
 
 def read_config(folder: Path) -> RunConfig:
-    """The config of a run folder; UserError if it is missing or not a config."""
+    """The config of a run folder; UserError if it is missing or not a config of this version."""
+    from ssmtrain.config.load import typed
+
     path = folder / CONFIG
+    if not path.is_file():
+        raise UserError(f"{folder} is not a run folder: it has no {CONFIG}")
     try:
-        with path.open("rb") as file:
-            text = file.read(_CONFIG_LIMIT + 1)
-        if len(text) > _CONFIG_LIMIT:
-            raise ValueError("it is larger than a config can be")
-        return RunConfig.model_validate(yaml.load(text, Loader=_Reader))
-    except FileNotFoundError:
-        raise UserError(f"{folder} is not a run folder: it has no {CONFIG}") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{path} is not a config of this version: {where}: {first['msg']}") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+        return typed(read_yaml(path))
+    except UserError as error:
+        raise UserError(f"{path} is not a config of this version:", *error.lines) from None
 
 
 def write_status(folder: Path, status: str, step: int, tokens: int) -> None:
@@ -102,19 +97,3 @@ def _is_within(line: bytes, step: int) -> bool:
     except ValueError:
         return False
     return isinstance(record, dict) and record.get("step", 0) <= step
-
-
-class _Writer(yaml.SafeDumper):
-    """Plain YAML: nothing is written as an alias of something above."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-class _Reader(yaml.SafeLoader):
-    """Plain YAML that someone else may have written: aliases, which can explode, are refused."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases are not allowed in the config of a run")
-        return super().compose_node(parent, index)

@@ -25,12 +25,24 @@ from ssmtrain.checkpoint.records import (
     write_config,
     write_status,
 )
-from ssmtrain.checkpoint.sameness import changes_rounding, differences, may_change
 from ssmtrain.config.errors import UserError
+from ssmtrain.config.identity import default_name, differences, may_change
 from ssmtrain.config.schema import RunConfig
 
 DECISION = "SSMTRAIN_RUN"
 """Environment variable by which rank 0 hands its decision to the ranks that it starts."""
+
+ROUNDING = (
+    "trainer.micro_batch",
+    "trainer.kernels",
+    "trainer.recompute",
+    "trainer.compile",
+    "trainer.accelerator",
+    "trainer.devices",
+    "trainer.threads",
+    "parallel.",
+)
+"""Free keys that keep every token in its place but may change the last bits of the sums."""
 
 LOGS = ("metrics.jsonl", "ledger.jsonl")
 
@@ -149,11 +161,7 @@ def open_run(where: str, runs_dir: str = "runs") -> Run:
 
 def locate(config: RunConfig) -> tuple[str, Path]:
     """Name and folder of the config's run, inside runs_dir; nothing is made. UserError for an unsafe name."""
-    name = config.name
-    if name is None:
-        from ssmtrain.config.load import config_hash
-
-        name = f"{config.recipe}-{config_hash(config)[:6]}"
+    name = config.name or default_name(config)
     parts = name.split("/")
     bad = [part for part in parts if not _PART.fullmatch(part) or part in _RESERVED]
     if bad or len(parts) > 2:
@@ -207,7 +215,7 @@ def _compare(run: Run) -> None:
         return
     told = [key for key in changed if key.startswith(("trainer.", "parallel."))]
     run.notices.extend(f"{key} changes from {changed[key][0]} to {changed[key][1]}" for key in told)
-    if any(changes_rounding(key) for key in told):
+    if any(key.startswith(ROUNDING) for key in told):
         run.notices.append("the same tokens follow in the same order; the last bits of the loss may differ")
 
 
