@@ -61,9 +61,10 @@ def writable(candidates: list[Path], explicit: bool) -> Path:
 
 
 @contextlib.contextmanager
-def lock(path: Path) -> Iterator[None]:
-    """Hold the lock file; where the file system has no locks, go on: publishing settles the race."""
+def lock(path: Path) -> Iterator[bool]:
+    """Hold the lock file and yield True; False where there are no locks, and publishing settles the race."""
     with path.open("w") as file:
+        held = True
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -71,7 +72,8 @@ def lock(path: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
             log.warning("no file locks in %s (%s)", path.parent, error.strerror)
-        yield
+            held = False
+        yield held
 
 
 def sweep(root: Path, name: str) -> None:

@@ -88,11 +88,12 @@ def prepare(config: RunConfig, tokenizer: Tokenizer | None = None) -> Prepared:
         if found is not None:
             return _checked(found)
     root = cache.writable(roots, explicit=config.data.cache_dir is not None)
-    with cache.lock(root / f".{name}.lock"):
+    with cache.lock(root / f".{name}.lock") as alone:
         found = load(root / name)  # another process may have made it while this one waited
         if found is not None:
             return _checked(found)
-        cache.sweep(root, name)
+        if alone:
+            cache.sweep(root, name)
         _make(source, tokenizer, root / name)
         made = load(root / name)
         if made is None:
