@@ -51,7 +51,7 @@ def find(name: str) -> Page:
     """The page that `config=<name or path>` means; UserError with the nearest name or the recipes."""
     as_path = Path(name).expanduser()
     if "\0" in name or not name:
-        raise UserError("config= expects the name of a recipe or a path", *recipe_lines())
+        raise UserError("config= expects the name of a recipe or a path", details=recipe_lines())
     if as_path.suffix in (".yaml", ".yml") or "/" in name:
         return _at(as_path, name)
     for folder in folders():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ssmtrain.config.expect import show_value
 from ssmtrain.config.layout import MAX_LAYERS, LayoutError, check_name, expand
-from ssmtrain.config.schema import BlockConfig, FileTokenizer, ModelConfig, RunConfig
+from ssmtrain.config.schema import BlockConfig, FileTokenizer, ModelConfig, RunConfig, TextData
 
 _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -19,7 +19,14 @@ BYTES_VOCABULARY = 257
 
 def problems(config: RunConfig) -> list[str]:
     """Everything wrong with a config whose fields are each legal, a line each."""
-    return [*_name(config), *_model(config.model), *_vocabulary(config), *_batch(config), *_schedule(config)]
+    return [
+        *_name(config),
+        *_model(config.model),
+        *_vocabulary(config),
+        *_batch(config),
+        *_schedule(config),
+        *_ignored(config),
+    ]
 
 
 def training_problems(config: RunConfig) -> list[str]:
@@ -169,6 +176,26 @@ def _schedule(config: RunConfig) -> Iterator[str]:
         yield (
             f"schedule.decay = {decay}: with the warm-up ({schedule.warmup}) it is longer than the run "
             f"({total} {schedule.unit}); expected fractions, or whole numbers that fit"
+        )
+
+
+def _ignored(config: RunConfig) -> Iterator[str]:
+    """Settings that another setting switches off."""
+    data, generate = config.data, config.generate
+    if isinstance(data, TextData) and data.val is not None:
+        default = TextData.model_fields["val_fraction"].default
+        if data.val_fraction != default:
+            yield f"data.val_fraction = {data.val_fraction}: no effect beside data.val; leave one out"
+    if generate.temperature == 0 and (generate.top_k or generate.top_p < 1):
+        which = "top_k" if generate.top_k else "top_p"
+        yield (
+            f"generate.{which} = {getattr(generate, which)}: no effect at temperature 0, which always "
+            "takes the most likely token"
+        )
+    if config.trainer.val_every == 0 and config.trainer.val_tokens is not None:
+        yield (
+            f"trainer.val_tokens = {config.trainer.val_tokens}: no effect with val_every = 0, because "
+            "the validation at the end is always whole"
         )
 
 

@@ -1,8 +1,8 @@
 """Pages and command-line words into one plain tree: Hydra's defaults lists and override grammar.
 
-Hydra (pinned) finds the pages, orders them by their defaults lists and parses the overrides. The merge is done
-here, because a `kind` that changes must take its older siblings with it, between pages as on the command line;
-and pages are read by our own reader, because OmegaConf's resolves tags and grows aliases.
+Hydra (pinned) finds the pages, orders them by their defaults lists and parses the overrides. The merge is
+done here, because a `kind` that changes must take its older siblings with it, between pages as on the command
+line; and pages are read by our own reader, because OmegaConf's resolves tags and grows aliases.
 """
 
 from __future__ import annotations

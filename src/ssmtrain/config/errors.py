@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 FINISHED = 0
 BUG = 1
 WRONG_INPUT = 2
@@ -16,12 +18,17 @@ SHOWN = 5
 
 
 class Stop(Exception):
-    """Ends the program with `code` after printing `lines`; never with a traceback unless SSMTRAIN_DEBUG=1."""
+    """Ends the program with `code` after printing `lines`; never with a traceback unless SSMTRAIN_DEBUG=1.
+
+    Of `lines` the first five are printed and the rest counted; `details` (a list to choose from) is printed
+    whole.
+    """
 
     code = BUG
 
-    def __init__(self, *lines: str) -> None:
+    def __init__(self, *lines: str, details: Sequence[str] = ()) -> None:
         self.lines = list(lines)
+        self.details = list(details)
         super().__init__("\n".join(lines))
 
 

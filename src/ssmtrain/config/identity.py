@@ -1,4 +1,4 @@
-"""What makes two configs the same run: the hash behind the default name, and the differences between pages."""
+"""What makes two configs the same run: the hash behind the default name, and the differences."""
 
 from __future__ import annotations
 

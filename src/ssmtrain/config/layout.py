@@ -104,7 +104,7 @@ def _read(formula: str) -> list[str]:
 def spread(n_layers: int, k: int, most: str = "M", some: str = "A") -> list[str]:
     """Space k blocks of one name evenly among n_layers, never first or last; the others have the other name.
 
-    With n_layers > 2k they stand in the middle of k equal stretches, as in Granite 4 (4 of 40: 5, 15, 25, 35).
+    With n_layers > 2k they stand in the middle of k equal stretches, as in Granite 4 (5, 15, 25, 35 of 40).
     """
     _limit(n_layers)
     if n_layers < 1:

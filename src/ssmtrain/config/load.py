@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssmtrain.config import schema_file
-from ssmtrain.config.catalog import Page, find, recipe_lines
+from ssmtrain.config.catalog import Page, find, folders, recipe_lines, recipes
 from ssmtrain.config.errors import UserError
 from ssmtrain.config.expect import problems
 
@@ -26,8 +27,11 @@ def load(argv_overrides: Sequence[str]) -> RunConfig:
     """
     named = [word for word in argv_overrides if _is_config(word)]
     if not named:
+        bare = next((word for word in argv_overrides if word in recipes()), None)
+        if bare is not None:
+            raise UserError(f"{bare!r} is not key=value; did you mean config={bare}?")
         raise UserError(
-            "config= is missing: give the name of a recipe or the path of a page", *recipe_lines()
+            "config= is missing: give the name of a recipe or the path of a page", details=recipe_lines()
         )
     if len(named) > 1:
         raise UserError(f"config= is given twice: {' and '.join(named)}")
@@ -35,24 +39,34 @@ def load(argv_overrides: Sequence[str]) -> RunConfig:
     return _load(page, [word for word in argv_overrides if not _is_config(word)])
 
 
-def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The config that a run folder (or its config.yaml) holds, with key=value words on top."""
-    file = Path(path)
-    file = file / "config.yaml" if file.is_dir() else file
-    if not file.is_file():
-        raise UserError(f"{path} is not a run: it has no config.yaml")
+def load_run_config(run: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config of a run (folder, its config.yaml, or name under runs_dir) with key=value words on top."""
     for word in overrides:
         if _is_config(word):
             raise UserError(f"{word}: a run has its config already; give run= or config=, not both")
-    return _load(Page(file.absolute(), find_folders(file)), list(overrides))
-
-
-def find_folders(file: Path) -> tuple[Path, ...]:
-    """Where the pages that a file extends are looked up: beside it, then the user's, then the shipped ones."""
-    from ssmtrain.config.catalog import folders
-
+    file = _run_page(Path(run).expanduser(), overrides)
     beside = file.absolute().parent
-    return (beside, *(folder for folder in folders() if folder != beside))
+    page = Page(file.absolute(), (beside, *(folder for folder in folders() if folder != beside)))
+    return _load(page, list(overrides))
+
+
+def _run_page(run: Path, overrides: Sequence[str]) -> Path:
+    runs_dir = next((word.partition("=")[2] for word in overrides if word.startswith("runs_dir=")), "runs")
+    for place in (run, Path(runs_dir) / run):
+        for file in (place, place / "config.yaml"):
+            if file.is_file() and file.suffix == ".yaml":
+                return file
+    known = sorted(str(file.parent.relative_to(runs_dir)) for file in Path(runs_dir).glob("**/config.yaml"))
+    near = difflib.get_close_matches(str(run), known, 3, 0.4) or known[:5]
+    hint = f"runs here: {', '.join(near)}" if near else f"there are no runs in {runs_dir}/ yet"
+    raise UserError(f"run={run}: there is no such run; {hint}")
+
+
+def check_training(config: RunConfig) -> None:
+    """Refuse what only matters once the config is to be trained."""
+    from ssmtrain.config.checks import training_problems
+
+    _refuse(training_problems(config))
 
 
 def _is_config(word: str) -> bool:

@@ -1,7 +1,7 @@
 """The generated schema.json: what --help, completion and quick checks read without importing torch.
 
-It is the JSON schema of RunConfig, for editors too, with two additions: `x-shared` on a union of kinds lists the
-fields that all its kinds have from a common base, and `x-sources` is the digest of the files it was made from.
+It is the JSON schema of RunConfig, for editors too, with two additions: `x-shared` on a union of kinds lists
+the fields that all its kinds have from a common base; `x-sources` is the digest of the files it was made from.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def _unions(value: Any) -> list[Schema]:
 
 
 def piece(path: tuple[str, ...], kinds: Any = None, schema: Schema | None = None) -> Schema | None:
-    """The part of the schema at a path, or None; `kinds` is the tree whose `kind` keys choose among unions."""
+    """The part of the schema at a path, or None; the tree `kinds` has the `kind` keys that choose in unions."""
     schema = load() if schema is None else schema
     at: Schema | None = schema
     for key in path:

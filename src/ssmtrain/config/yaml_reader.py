@@ -1,7 +1,7 @@
 """A small, safe YAML reader: plain containers and YAML 1.2 scalars, every refusal with its line.
 
-It stands before OmegaConf, whose loader resolves tags, reads 010 as 8 and 12:30:00 as 45000, and lets a file of
-170 bytes with nested aliases grow for minutes.
+It stands before OmegaConf, whose loader resolves tags, reads 010 as 8 and 12:30:00 as 45000, and lets a file
+of 170 bytes with nested aliases grow for minutes.
 """
 
 from __future__ import annotations

@@ -1,0 +1,346 @@
+"""The command line: verbs, flags and exit codes. Each verb's work is in its own room, imported when called.
+
+sys.argv is never changed: Lightning starts the local ranks of a run by calling the same line again.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ssmtrain.config.errors import (
+    BUG,
+    FINISHED,
+    INTERRUPTED,
+    OUT_OF_MEMORY,
+    SHOWN,
+    WRONG_INPUT,
+    Stop,
+    UserError,
+)
+from ssmtrain.config.request import Request
+
+PIPE_CLOSED = 141
+"""What a shell reports for a program whose reader went away (128 + SIGPIPE)."""
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One verb: what it does, what it takes, and the function that does it."""
+
+    summary: str
+    target: str
+    """module:function, taking a Request and returning an exit code."""
+    takes: str = ""
+    """What the line must name: "config", "config or run", or nothing; "words" takes bare words."""
+    flags: dict[str, str] = field(default_factory=dict)
+    """Flag -> what it does; a flag whose text starts with = takes a value."""
+    example: str = ""
+
+
+_JSON = {"json": "print JSON"}
+
+VERBS: dict[str, Verb] = {
+    "fit": Verb(
+        "train a recipe, or continue where it stopped",
+        "ssmtrain.train.fit:command",
+        "config",
+        {"multirun": "run every combination of a=1,2 … one after another", **_JSON},
+        "ssmtrain fit config=quickstart optim.lr=2e-3",
+    ),
+    "show": Verb(
+        "print a recipe's layers, parameters, FLOPs, state and memory",
+        "ssmtrain.cli:show",
+        "config or run",
+        _JSON,
+        "ssmtrain show config=quickstart show.context=131072",
+    ),
+    "generate": Verb(
+        "continue a prompt with a trained run",
+        "ssmtrain.generate:command",
+        "config or run",
+        {"prompt": "=TEXT the text to continue", **_JSON},
+        'ssmtrain generate run=quickstart-1a2b3c --prompt "It is a truth"',
+    ),
+    "eval": Verb(
+        "loss, perplexity and bits per byte of a run on a split or a file",
+        "ssmtrain.eval:command",
+        "config or run",
+        {"split": "=NAME train or val (default)", "file": "=PATH a text file instead", **_JSON},
+        "ssmtrain eval run=quickstart-1a2b3c --file my.txt",
+    ),
+    "prepare": Verb(
+        "turn a recipe's text into token shards (fit does it by itself)",
+        "ssmtrain.data.report:command",
+        "config or run",
+        _JSON,
+        "ssmtrain prepare config=quickstart data=text data.train=texts/",
+    ),
+    "config show": Verb(
+        "print the whole config of a line, every default spelled out",
+        "ssmtrain.config.command:show",
+        "config or run",
+        _JSON,
+        "ssmtrain config show config=quickstart optim=muon > mine.yaml",
+    ),
+    "config list": Verb("list the recipes", "ssmtrain.config.command:catalog", "", _JSON),
+    "config diff": Verb(
+        "print what differs between two recipes, pages or runs",
+        "ssmtrain.config.command:diff",
+        "words",
+        _JSON,
+        "ssmtrain config diff quickstart runs/mine",
+    ),
+    "config schema": Verb("print the JSON schema for editors", "ssmtrain.config.command:schema"),
+    "check resume": Verb(
+        "prove on a recipe that a killed run continues to the last bit",
+        "ssmtrain.check.resume:command",
+        "config",
+        _JSON,
+        "ssmtrain check resume config=quickstart",
+    ),
+    "doctor": Verb(
+        "versions, devices, kernels, disk, and what would be slow", "ssmtrain.doctor:command", "", _JSON
+    ),
+    "help": Verb(
+        "explain a verb, a kind or a key",
+        "ssmtrain.config.manual:command",
+        "words",
+        _JSON,
+        "ssmtrain help mamba2",
+    ),
+    "completion": Verb(
+        "print the completion script of a shell (bash, zsh)",
+        "ssmtrain.config.completion:command",
+        "words",
+        {},
+        'eval "$(ssmtrain completion bash)"',
+    ),
+}
+
+SYNONYMS = {
+    "train": "fit",
+    "run": "fit",
+    "resume": "fit",
+    "sample": "generate",
+    "evaluate": "eval",
+    "info": "show",
+    "summary": "show",
+    "list": "config list",
+    "recipes": "config list",
+    "diff": "config diff",
+    "preprocess": "prepare",
+    "tokenize": "prepare",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line (without the program's name) and return its exit code."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            # A terminal that cannot show a character gets another, not a crash.
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = run(args)
+        sys.stdout.flush()
+    except BaseException as error:
+        if isinstance(error, SystemExit):
+            raise
+        return _ended_by(error)
+    return code
+
+
+def run(args: list[str]) -> int:
+    """Dispatch a command line; exceptions pass through."""
+    if args and args[0] in ("--version", "-V"):
+        from ssmtrain import __version__
+
+        print(f"ssmtrain {__version__}")
+        return 0
+    name, rest = _verb(args)
+    verb = VERBS[name]
+    flags, words = _flags(name, verb, rest)
+    if flags.pop("help", False):
+        name, verb, words, flags = "help", VERBS["help"], name.split(), {}
+    request = _request(name, verb, flags, words)
+    return int(_function("ssmtrain.sweep.local:command" if flags.get("multirun") else verb.target)(request))
+
+
+def _verb(args: list[str]) -> tuple[str, list[str]]:
+    """The verb (one or two words) and what follows it."""
+    if not args or args[0] in ("-h", "--help"):
+        return "help", args[1:]
+    pair = " ".join(args[:2])
+    if pair in VERBS:
+        return pair, args[2:]
+    if args[0] in VERBS:
+        return args[0], args[1:]
+    family = [name for name in VERBS if name.startswith(f"{args[0]} ")]
+    if family:
+        if len(args) > 1 and args[1] in ("-h", "--help"):
+            return "help", args[:1]
+        said = f"{args[0]} {args[1]}: unknown" if len(args) > 1 else f"{args[0]} needs a second word"
+        raise UserError(f"{said}; expected one of: {', '.join(f'ssmtrain {name}' for name in family)}")
+    near = next(iter(difflib.get_close_matches(args[0], [*VERBS, *SYNONYMS], 1, 0.5)), None)
+    near = SYNONYMS.get(near or "", near)
+    hint = f"did you mean `ssmtrain {near}`?" if near else "`ssmtrain help` lists the verbs"
+    if "=" in args[0]:
+        hint = f"the verb comes first, as in: ssmtrain fit {args[0]}"
+    raise UserError(f"{args[0]!r} is not a verb; {hint}")
+
+
+def _flags(name: str, verb: Verb, rest: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Separate --flags from words."""
+    flags: dict[str, Any] = {}
+    words: list[str] = []
+    queue = list(rest)
+    while queue:
+        word = queue.pop(0)
+        word = {"-h": "--help", "-m": "--multirun"}.get(word, word)
+        if not word.startswith("--"):
+            words.append(word)
+            continue
+        flag, equals, text = word[2:].partition("=")
+        if flag == "help":
+            flags["help"] = True
+            continue
+        if flag not in verb.flags:
+            raise UserError(_unknown_flag(name, verb, word, flag))
+        takes_text = verb.flags[flag].startswith("=")
+        if not takes_text and equals:
+            raise UserError(f"--{flag} takes no value")
+        if takes_text and not equals:
+            if not queue:
+                raise UserError(f"--{flag} needs a value: --{flag} {verb.flags[flag].split()[0][1:]}")
+            text = queue.pop(0)
+        flags[flag] = text if takes_text else True
+    return flags, words
+
+
+def _unknown_flag(name: str, verb: Verb, word: str, flag: str) -> str:
+    near = difflib.get_close_matches(flag, verb.flags, 1, 0.6)
+    if near:
+        return f"{word}: {name} has no such flag; did you mean --{near[0]}?"
+    if "." in flag or "=" in word:
+        return f"{word}: settings have no dashes; type {word.lstrip('-')}" + ("" if "=" in word else "=…")
+    known = ", ".join(f"--{one}" for one in (*verb.flags, "help"))
+    return f"{word}: {name} has no such flag; it has {known}"
+
+
+def _request(name: str, verb: Verb, flags: dict[str, Any], words: list[str]) -> Request:
+    """Check what the line names and load its config."""
+    if verb.takes == "words":
+        return Request(name, overrides=words, flags=flags)
+    if not verb.takes:
+        if words:
+            raise UserError(f"{name} takes no {words[0]!r}")
+        return Request(name, flags=flags)
+    runs = [word.partition("=")[2] for word in words if word.startswith("run=")]
+    overrides = [word for word in words if not word.startswith(("run=", "config="))]
+    if not runs:
+        if flags.get("multirun"):
+            return Request(name, overrides=words, flags=flags)
+        return Request(name, _load(name, verb, words), None, overrides, flags)
+    if "run" not in verb.takes:
+        raise UserError(
+            f"{name} takes config=; to go on with a run: {name} config=runs/{runs[0]}/config.yaml"
+        )
+    if len(runs) > 1 or len(overrides) + 1 < len(words):
+        raise UserError(f"{name} takes one run= or one config=, not both")
+    return Request(name, None, runs[0], overrides, flags)
+
+
+def _load(name: str, verb: Verb, words: list[str]) -> Any:
+    from ssmtrain.config.load import check_training, load
+
+    if "run" in verb.takes and not any(word.startswith("config=") for word in words):
+        from ssmtrain.config.catalog import recipe_lines
+
+        raise UserError(
+            f"{name} needs run=<name or folder> or config=<recipe or page>",
+            details=["recipes:", *recipe_lines()],
+        )
+    config = load(words)
+    if verb.takes == "config":
+        check_training(config)
+    return config
+
+
+def show(request: Request) -> int:
+    """Print the picture of a recipe, or of a run's model."""
+    from ssmtrain.config.load import load_run_config
+    from ssmtrain.data.tokenizer import vocab_rows
+    from ssmtrain.model.show import show as picture
+
+    config = request.config or load_run_config(request.run or "", request.overrides)
+    print(picture(config, vocab_rows(config), request.as_json))
+    return FINISHED
+
+
+def _function(target: str) -> Any:
+    import importlib
+
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _ended_by(error: BaseException) -> int:
+    """Say why the program ends and return the exit code that means it."""
+    if isinstance(error, BrokenPipeError):
+        # Whoever read our output has gone: say nothing more, and let Python's own flush have nowhere to fail.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return PIPE_CLOSED
+    if os.environ.get("SSMTRAIN_DEBUG") == "1":
+        import traceback
+
+        traceback.print_exception(error)
+    if isinstance(error, KeyboardInterrupt):
+        _say("interrupted")
+        return INTERRUPTED
+    if isinstance(error, Stop):
+        more = [f"… and {len(error.lines) - SHOWN} more"] if len(error.lines) > SHOWN else []
+        _say(*error.lines[:SHOWN], *more, details=error.details)
+        return error.code
+    return _unexpected(error)
+
+
+def _unexpected(error: BaseException) -> int:
+    names = {kind.__name__ for kind in type(error).__mro__}
+    if isinstance(error, MemoryError) or "OutOfMemoryError" in names or "can't allocate memory" in str(error):
+        _say(
+            f"out of memory: {' '.join(str(error).split())[:300]}",
+            "use less with trainer.micro_batch=1, data.seq_len=…, or trainer.recompute=true",
+        )
+        return OUT_OF_MEMORY
+    if "BackendError" in names:
+        _say(str(error))
+        return WRONG_INPUT
+    disk = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, OSError) and error.errno in disk:
+        _say(f"{error.filename or 'the disk'}: {error.strerror}")
+        return WRONG_INPUT
+    if os.environ.get("SSMTRAIN_DEBUG") != "1":
+        import traceback
+
+        traceback.print_exception(error)
+    _say(
+        "this is a bug in ssmtrain; please report it with the lines above and the output of `ssmtrain doctor`"
+    )
+    return BUG
+
+
+def _say(*lines: str, details: Sequence[str] = ()) -> None:
+    try:
+        for i, line in enumerate(lines):
+            print(f"{'       ' if i else 'error: '}{line}", file=sys.stderr)
+        for line in details:
+            print(line, file=sys.stderr)
+        sys.stderr.flush()
+    except OSError:
+        pass

@@ -1,0 +1,201 @@
+"""`fit --multirun`: every combination of the line's choices, one after another, a process each, then a table.
+
+CUDA and torch.distributed do not survive two trainings in one process, so each arm is `ssmtrain fit` again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ssmtrain.config.errors import FINISHED, INTERRUPTED, UNFINISHED, UserError
+from ssmtrain.config.identity import config_hash
+from ssmtrain.config.load import check_training, load
+from ssmtrain.config.words import MAX_ARMS, Word, parse
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from ssmtrain.config.request import Request
+
+STATUS = {
+    0: "finished",
+    2: "refused",
+    3: "non-finite",
+    4: "lost",
+    5: "out of memory",
+    75: "stopped",
+    130: "interrupted",
+}
+
+COLUMNS = {
+    "arm": "arm",
+    "status": "status",
+    "val_bpb": "bits/byte",
+    "val_loss": "val loss",
+    "params": "parameters",
+    "tokens_per_s": "tokens/s",
+    "steps": "steps",
+    "seconds": "seconds",
+}
+"""What the table shows: key of a row -> heading; from val_bpb on they are keys of the runs' report.json."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One combination: its name under the multirun's, what sets it apart, its line and its run folder."""
+
+    name: str
+    choices: tuple[str, ...]
+    line: tuple[str, ...]
+    folder: Path
+
+
+def command(request: Request) -> int:
+    """Run all arms of a `fit … --multirun` line; 0 only when every arm finished."""
+    arms = plan(request.overrides)
+    codes: list[int] = []
+    with _forwarding() as children:
+        for number, arm in enumerate(arms, 1):
+            print(f"[{number}/{len(arms)}] {' '.join(arm.choices)}", file=sys.stderr, flush=True)
+            codes.append(children.run([sys.executable, "-m", "ssmtrain", "fit", *arm.line], request.as_json))
+            if children.stopped or codes[-1] in (UNFINISHED, INTERRUPTED):
+                break
+    rows = [row(arm, code) for arm, code in itertools.zip_longest(arms, codes)]
+    print(json.dumps(rows, indent=2) if request.as_json else "\n".join(table(rows)))
+    if len(codes) < len(arms) or codes[-1] in (UNFINISHED, INTERRUPTED):
+        print("stopped; the same line goes on where it stopped", file=sys.stderr)
+        return codes[-1] if codes[-1] == INTERRUPTED else UNFINISHED
+    return next((code for code in codes if code != FINISHED), FINISHED)
+
+
+def plan(texts: Sequence[str]) -> list[Arm]:
+    """Every combination, each config loaded and checked before the first is started."""
+    page = [text for text in texts if text.lstrip("+").startswith("config=")]
+    words = parse([text for text in texts if text not in page], sweep=True)
+    axes = [word for word in words if word.choices]
+    _refuse(axes)
+    fixed = [word.text for word in words if not word.choices and word.key != "name"]
+    given = next((str(word.value) for word in words if word.key == "name"), None)
+    picks = [[text for text, _ in pick] for pick in itertools.product(*(axis.choices for axis in axes))]
+    names = arm_names([axis.key for axis in axes], picks)
+    chosen = [tuple(f"{axis.key}={text}" for axis, text in zip(axes, pick)) for pick in picks]
+    configs = []
+    for name, choices in zip(names, chosen):
+        configs.append(load([*page, *fixed, *choices, f"name={given or 'multirun'}/{name}"]))
+        check_training(configs[-1])
+    together = hashlib.sha256("".join(map(config_hash, configs)).encode()).hexdigest()
+    above = given or f"{configs[0].recipe}-{together[:6]}"
+    return [
+        Arm(
+            f"{above}/{name}",
+            choices,
+            (*page, *fixed, *choices, f"name={above}/{name}"),
+            Path(config.runs_dir) / above / name,
+        )
+        for name, choices, config in zip(names, chosen, configs)
+    ]
+
+
+def _refuse(axes: Sequence[Word]) -> None:
+    if not axes:
+        raise UserError("--multirun: nothing to combine; give a key several values, as in optim.lr=1e-3,2e-3")
+    total = math.prod(len(axis.choices) for axis in axes)
+    if total > MAX_ARMS:
+        raise UserError(f"--multirun: {total} combinations; at most {MAX_ARMS} are run")
+    for axis in axes:
+        if axis.key in ("name", "runs_dir", "resume"):
+            raise UserError(
+                f"{axis.text}: {axis.key} is the same for all arms; they are named after their values"
+            )
+
+
+def arm_names(keys: Sequence[str], picks: Sequence[Sequence[str]]) -> list[str]:
+    """A folder name per combination: last part of each key and its value; numbered if not unique."""
+    plain = []
+    for pick in picks:
+        parts = (f"{key.rpartition('.')[2]}-{value}" for key, value in zip(keys, pick))
+        plain.append("_".join(re.sub(r"[^A-Za-z0-9.]+", "-", part).strip("-") for part in parts))
+    if len({name.lower() for name in plain}) == len(plain) and max(map(len, plain)) <= 100:
+        return plain
+    width = len(str(len(plain) - 1))
+    return [f"{number:0{width}}-{name}"[:100] for number, name in enumerate(plain)]
+
+
+class _Children:
+    """Starts one process at a time and hands it the signals that this one gets."""
+
+    def __init__(self) -> None:
+        self.child: subprocess.Popen[bytes] | None = None
+        self.stopped = False
+
+    def run(self, line: Sequence[str], quiet: bool) -> int:
+        """Run a command to its end; returns its exit code, 128 + n for one killed by signal n."""
+        # A group of its own: the terminal's Ctrl-C comes once, through this process.
+        self.child = subprocess.Popen(line, stdout=sys.stderr if quiet else None, process_group=0)
+        code = self.child.wait()
+        self.child = None
+        return code if code >= 0 else 128 - code
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Remember to stop after this arm, and tell it."""
+        self.stopped = True
+        if self.child is not None and self.child.poll() is None:
+            self.child.send_signal(number)
+
+
+@contextmanager
+def _forwarding() -> Iterator[_Children]:
+    children = _Children()
+    before = {n: signal.signal(n, children.handle) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield children
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def row(arm: Arm, code: int | None) -> dict[str, Any]:
+    """One arm's line of the table, from its exit code and its run's report."""
+    try:
+        report = json.loads((arm.folder / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        report = {}
+    status = "not started" if code is None else STATUS.get(code, f"failed (exit {code})")
+    # A report of an earlier start says nothing about an arm that failed now.
+    known = report if code == FINISHED and isinstance(report, dict) else {}
+    figures = {key: known.get(key) for key in list(COLUMNS)[2:]}
+    return {"arm": arm.name, "choices": list(arm.choices), "status": status, "exit": code, **figures}
+
+
+def table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The rows as an aligned table, best validation first where there is one."""
+    ordered = sorted(rows, key=lambda one: (one["val_bpb"] is None, one["val_bpb"] or 0.0))
+    cells = [list(COLUMNS.values())]
+    cells += [[_cell(key, one[key]) for key in COLUMNS] for one in ordered]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
+    lines = []
+    for line in cells:
+        left = [text.ljust(width) for text, width in zip(line[:2], widths)]
+        right = [text.rjust(width) for text, width in zip(line[2:], widths[2:])]
+        lines.append("  ".join([*left, *right]).rstrip())
+    return lines
+
+
+def _cell(key: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4f}" if key.startswith("val") else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
