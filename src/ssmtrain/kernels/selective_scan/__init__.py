@@ -36,8 +36,10 @@ def selective_scan(
     """Scan rows u, dt, z (B, L, E) with A (E, N) negative, B, C (B, L, N), D, dt_bias (E,) -> y, final state.
 
     y is like u; states (n_docs, E, N) are fp32 (float64 for float64 u), one per document, and differentiable;
-    the final state is None unless asked for. ValueError when doc_ids do not number n_docs documents.
+    the final state is None unless asked for. ValueError where shapes disagree or doc_ids do not number n_docs
+    documents.
     """
+    _check(u, dt, A, B, C, D, z, dt_bias, doc_ids, n_docs, initial_state)
     if chosen("selective_scan", u.device.type) == "triton":
         from ssmtrain.kernels.selective_scan.triton import selective_scan as run
     else:
@@ -81,3 +83,36 @@ def selective_scan_step(
     else:
         run = reference.selective_scan_step
     return run(state, u, dt, A, B, C, D=D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit)
+
+
+def _check(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    doc_ids: Tensor | None,
+    n_docs: int | None,
+    initial_state: Tensor | None,
+) -> None:
+    batch, length, channels = u.shape
+    n = A.shape[-1]
+    if (doc_ids is None and n_docs not in (None, batch)) or (doc_ids is not None and n_docs is None):
+        raise ValueError(f"n_docs is {n_docs}: give it with doc_ids, and without them leave it out")
+    expected = {
+        "dt": (dt, (batch, length, channels)),
+        "A": (A, (channels, n)),
+        "B": (B, (batch, length, n)),
+        "C": (C, (batch, length, n)),
+        "D": (D, (channels,)),
+        "z": (z, (batch, length, channels)),
+        "dt_bias": (dt_bias, (channels,)),
+        "doc_ids": (doc_ids, (batch, length)),
+        "initial_state": (initial_state, (n_docs or batch, channels, n)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} must be {shape} with u {tuple(u.shape)}, not {tuple(tensor.shape)}")

@@ -23,17 +23,15 @@ class Documents:
     def find(doc_ids: Tensor | None, n_docs: int | None, batch: int, length: int) -> Documents:
         """Read doc_ids (B, L), numbered row-major; None means one document per row.
 
-        Raises ValueError when the shape is not (B, L) or the number of documents is not n_docs.
+        Raises ValueError when the number of documents is not n_docs.
         """
         if doc_ids is None:
             return Documents(list(range(batch)), [0] * batch, [length - 1] * batch)
-        if doc_ids.shape != (batch, length):
-            raise ValueError(f"doc_ids must be (B, L) = {(batch, length)}, not {tuple(doc_ids.shape)}")
         ids = doc_ids.cpu()
         new = torch.ones(batch, length, dtype=torch.bool)
         new[:, 1:] = ids[:, 1:] != ids[:, :-1]
         rows, first = (axis.tolist() for axis in new.nonzero(as_tuple=True))
-        if n_docs is not None and n_docs != len(rows):
+        if n_docs != len(rows):
             raise ValueError(f"n_docs is {n_docs}, but doc_ids {(batch, length)} hold {len(rows)} documents")
         after = [*first[1:], 0]
         return Documents(rows, first, [(end or length) - 1 for end in after])
