@@ -39,6 +39,7 @@ class Lock:
 
 def acquire(path: Path) -> Lock:
     """Take the lock in the file `path`, or raise Held naming the host, process and start of its owner."""
+    succeeded: dict[str, Any] = {}
     for _ in range(100):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
@@ -50,6 +51,7 @@ def acquire(path: Path) -> Lock:
                     raise Held(_describe(owner))
             elif locked is False:
                 # Its owner is dead, but a process forked by it keeps the file open: start a new file.
+                succeeded = owner
                 _discard(path, descriptor)
                 os.close(descriptor)
                 continue
@@ -57,6 +59,7 @@ def acquire(path: Path) -> Lock:
                 os.close(descriptor)
                 continue
             _write(descriptor)
+            owner = owner or succeeded
             return Lock(path, descriptor, _describe(owner) if owner else None)
         except BaseException:
             with contextlib.suppress(OSError):

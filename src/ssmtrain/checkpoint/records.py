@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -78,15 +77,6 @@ def sweep(folder: Path) -> None:
     for path in folder.glob(".*"):
         if _LEFT_BEHIND.fullmatch(path.name) and path.is_file():
             path.unlink(missing_ok=True)
-
-
-def append_json(path: Path, record: dict[str, Any]) -> None:
-    """Append one line to a JSON-lines file (0600) in one write: a kill tears at most the last."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-    try:
-        os.write(descriptor, (json.dumps(record, ensure_ascii=False) + "\n").encode())
-    finally:
-        os.close(descriptor)
 
 
 def _is_within(line: bytes, step: int) -> bool:

@@ -161,7 +161,7 @@ def open_run(where: str, runs_dir: str = "runs") -> Run:
 
 def locate(config: RunConfig) -> tuple[str, Path]:
     """Name and folder of the config's run, inside runs_dir; nothing is made. UserError for an unsafe name."""
-    name = config.name or default_name(config)
+    name = default_name(config) if config.name is None else config.name
     parts = name.split("/")
     bad = [part for part in parts if not _PART.fullmatch(part) or part in _RESERVED]
     if bad or len(parts) > 2:
