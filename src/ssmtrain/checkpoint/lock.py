@@ -39,39 +39,38 @@ class Lock:
 
 def acquire(path: Path) -> Lock:
     """Take the lock in the file `path`, or raise Held naming the host, process and start of its owner."""
-    succeeded: dict[str, Any] = {}
-    for _ in range(100):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
+    # Whoever looks at the lock or changes it holds its folder's lock for that moment, so that no one sees
+    # the record of a dead owner in a file that a living one has just locked.
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        _flock(folder, wait=True)
+        descriptor, owner = _open(path)
+        locked = _flock(descriptor)
+        if locked is False and _is_dead(owner):
+            # A process that the dead owner forked still holds the old file: start a new one.
+            os.close(descriptor)
+            path.unlink()
+            descriptor, _ = _open(path)
             locked = _flock(descriptor)
-            owner = _read(descriptor)
-            if locked is not True and not (owner and _is_dead(owner)):
-                # Without a verdict of the file system (None) an empty record is a free lock.
-                if locked is False or owner:
-                    raise Held(_describe(owner))
-            elif locked is False:
-                # Its owner is dead, but a process forked by it keeps the file open: start a new file.
-                succeeded = owner
-                _discard(path, descriptor)
-                os.close(descriptor)
-                continue
-            if not _is_at(path, descriptor):
-                os.close(descriptor)
-                continue
-            _write(descriptor)
-            owner = owner or succeeded
-            return Lock(path, descriptor, _describe(owner) if owner else None)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.close(descriptor)
-            raise
-    raise Held("a process that keeps replacing the lock")
+        if locked is False or (locked is None and owner and not _is_dead(owner)):
+            os.close(descriptor)
+            raise Held(_describe(owner))
+        _write(descriptor)
+        return Lock(path, descriptor, _describe(owner) if owner else None)
+    finally:
+        os.close(folder)
 
 
-def _flock(descriptor: int) -> bool | None:
+def _open(path: Path) -> tuple[int, dict[str, Any]]:
+    """The lock's file, made where it is absent, and the record in it."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    return descriptor, _read(descriptor)
+
+
+def _flock(descriptor: int, wait: bool = False) -> bool | None:
     """True: ours. False: someone holds it. None: this file system has no locks."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         return True
     except BlockingIOError:
         return False
@@ -79,25 +78,6 @@ def _flock(descriptor: int) -> bool | None:
         if error.errno in _NO_LOCKS:
             return None
         raise
-
-
-def _discard(path: Path, descriptor: int) -> None:
-    """Unlink the file we looked at, and only that one: the folder's lock keeps two takers apart."""
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
-        if _is_at(path, descriptor):
-            path.unlink()
-    finally:
-        os.close(folder)
-
-
-def _is_at(path: Path, descriptor: int) -> bool:
-    """Whether the path still names the file we locked (another may have replaced it meanwhile)."""
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
 
 
 def _write(descriptor: int) -> None:
