@@ -128,6 +128,16 @@ def test_a_file_that_changes(page, write) -> None:
         list(pieces(span))
 
 
+def test_a_file_that_changes_between_two_pieces(page, write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spans_module, "PIECE", 8)
+    path = write("a.txt", "some text here\n")
+    reading = pieces(open_source(page(train=str(path), val=str(path)).data).splits["train"][0])
+    next(reading)
+    path.write_text("some text HERE\n")
+    with pytest.raises(UserError, match=r"a\.txt changed while it was read"):
+        list(reading)
+
+
 PROSE = "The quick fox, naïve;\n\n  and the lazy\tdog.\r\nIt's 日本語 and 🙂🙂 text.\nEnd of it\n" * 40
 
 
@@ -169,6 +179,13 @@ def test_hold_out_between_documents(page, write) -> None:
     train, val = held(page, paths, 0.1)
     assert val == b"".join(p.read_bytes() for p in paths[36:])
     assert train == b"".join(p.read_bytes() for p in paths[:36])
+
+
+def test_hold_out_inside_when_no_boundary_is_near(page, write) -> None:
+    paths = [write(f"{i}.txt", PROSE) for i in range(2)]
+    train, val = held(page, paths, 0.1)
+    assert train + val == PROSE.encode() * 2 and train.endswith(b"\n")
+    assert abs(len(val) - 0.2 * len(PROSE.encode())) < 100
 
 
 def test_hold_out_never_empties_a_side(write) -> None:
