@@ -21,7 +21,7 @@ SAVE_POINTS = (
 )
 """The points inside a save, in the order in which it passes them."""
 
-STEP_POINTS = ("after_forward", "before_optimizer", "after_optimizer", "step_end")
+STEP_POINTS = ("step_start", "after_forward", "before_optimizer", "after_optimizer", "step_end")
 """The points inside a training step, in order."""
 
 _passed: Counter[str] = Counter()

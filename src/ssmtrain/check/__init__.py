@@ -1,0 +1,1 @@
+"""Proofs that a user can run on a recipe of their own."""

@@ -1,0 +1,189 @@
+"""The verb check resume: kill a recipe's run at the worst moments and compare it with an unbroken one, bit by bit.
+
+Both runs go through the real command line, in processes of their own and in a folder that is removed afterwards.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ssmtrain.check.compare import compare
+from ssmtrain.check.starts import Start, start
+from ssmtrain.checkpoint.runs import Run, open_run
+from ssmtrain.config.errors import BUG, FINISHED, UNFINISHED, UserError
+from ssmtrain.config.load import to_yaml
+from ssmtrain.config.request import Request
+from ssmtrain.config.schema import NoLogger, RunConfig
+
+STEPS = 12
+LEAST = 4
+
+
+@dataclass
+class Proof:
+    """What was done and what was found; `differences` empty means equal to the last bit."""
+
+    steps: int
+    save_every: int
+    starts: list[Start] = field(default_factory=list)
+    equal: dict[str, int] = field(default_factory=dict)
+    """How many of what were compared and found equal."""
+    differences: list[str] = field(default_factory=list)
+    deterministic: bool | None = None
+    """Whether two unbroken runs are equal; only asked when something differs."""
+
+
+def command(request: Request) -> int:
+    """`ssmtrain check resume config=…`: exit code 0 when the killed run equals the unbroken one, else 1."""
+    assert request.config is not None
+    folder = Path(tempfile.mkdtemp(prefix="ssmtrain-check-"))
+    proof = prove(request.config, folder, *lengths(request.config, request.overrides))
+    if request.as_json:
+        print(json.dumps(as_dict(proof), indent=2))
+    else:
+        print("\n".join(table(request.config, proof)))
+    if proof.differences:
+        print(f"both runs are kept in {folder}", file=sys.stderr)
+        return BUG
+    shutil.rmtree(folder, ignore_errors=True)
+    return FINISHED
+
+
+def lengths(config: RunConfig, overrides: list[str]) -> tuple[int, int]:
+    """Steps of the proof and steps between its saves; UserError when four saves do not fit.
+
+    The recipe's own length stays the schedule's; the proof stops both runs early, unless the line sets one.
+    """
+    given = {word.lstrip("+").partition("=")[0] for word in overrides}
+    limit = config.trainer.max_steps
+    tokens = config.trainer.max_tokens
+    if tokens is not None:
+        by_tokens = -(-tokens // config.trainer.global_batch)
+        limit = by_tokens if limit is None else min(limit, by_tokens)
+    assert limit is not None, "the command line refuses a config without an end"
+    steps = limit if "trainer.max_steps" in given else min(STEPS, limit)
+    if steps < LEAST:
+        raise UserError(
+            f"trainer.max_steps: {steps} steps are too few to be killed in; expected at least {LEAST}"
+        )
+    every = config.trainer.save_every if "trainer.save_every" in given else (steps - 1) // 3
+    if 3 * every >= steps:
+        raise UserError(f"trainer.save_every: {every} leaves no room for three saves before step {steps}")
+    return steps, every
+
+
+def faults(every: int) -> list[str]:
+    """Where the broken run is killed, start by start; each point is passed whatever the start before reached."""
+    return [
+        "mid_file:1",  # in the first save: nothing is saved yet
+        f"after_optimizer:{every + max(1, every // 2)}",  # between saves
+        "before_rename:1",  # the second save is whole but not published
+        "mid_prune:1",  # the third is published, an old one half deleted
+    ]
+
+
+def prove(config: RunConfig, folder: Path, steps: int, every: int) -> Proof:
+    """Run the recipe unbroken and broken below `folder` and compare; UserError when a start cannot run."""
+    proof = Proof(steps, every)
+    plan = faults(every)
+    _tell(f"unbroken: {steps} steps", 1, len(plan) + 2)
+    unbroken = _finish(proof, config, folder, "unbroken")
+    for number, fault in enumerate(plan, 2):
+        _tell(f"killed with SIGKILL at {fault.partition(':')[0]}", number, len(plan) + 2)
+        done = start(_page(config, folder, "broken", every), folder / "broken", fault)
+        proof.starts.append(done)
+        if done.code != -9:
+            _refuse(done)
+            proof.differences.append(
+                f"the point {fault} was not passed: the start ended with code {done.code}"
+            )
+            return proof
+    _tell(f"continued to step {steps}", len(plan) + 2, len(plan) + 2)
+    broken = _finish(proof, config, folder, "broken")
+    proof.equal, proof.differences = compare(unbroken, broken, steps)
+    if proof.differences:
+        _tell("they differ: is an unbroken run equal to another?", 1, 1)
+        again = _finish(proof, config, folder, "again")
+        proof.deterministic = not compare(unbroken, again, steps)[1]
+    return proof
+
+
+def _finish(proof: Proof, config: RunConfig, folder: Path, name: str) -> Run:
+    """Start the run `name` and stop it, planned, after the proof's last step."""
+    run = folder / name
+    begin = open_run(str(run)).step if (run / "config.yaml").is_file() else 0
+    # A signal at the beginning of a step is obeyed at its end.
+    fault = f"step_start:{proof.steps - begin}:TERM"
+    done = start(_page(config, folder, name, proof.save_every), run, fault)
+    proof.starts.append(done)
+    if done.code not in (FINISHED, UNFINISHED):
+        _refuse(done)
+    return open_run(str(run))
+
+
+def _page(config: RunConfig, folder: Path, name: str, every: int) -> Path:
+    """The recipe as a page of its own: same model, data and schedule, other saving and printing."""
+    trainer = {"save_every": every, "keep_last": 2, "log_every": 1, "sample_every": 0, "max_seconds": None}
+    trainer |= {"val_every": every, "val_tokens": config.trainer.global_batch}
+    changes: dict[str, Any] = {
+        "name": name,
+        "runs_dir": str(folder),
+        "resume": "auto",
+        "logger": NoLogger(),
+        "trainer": config.trainer.model_copy(update=trainer),
+    }
+    page = folder / f"{name}.yaml"
+    page.write_text(to_yaml(config.model_copy(update=changes)))
+    return page
+
+
+def _refuse(done: Start) -> None:
+    """End with what the started process said, when it could not run at all."""
+    said = [line for line in done.output.splitlines() if line.strip()][-4:]
+    raise UserError(f"the run ended with code {done.code}:", *said)
+
+
+def _tell(what: str, number: int, total: int) -> None:
+    print(f"[{number}/{total}] {what}", file=sys.stderr, flush=True)
+
+
+def as_dict(proof: Proof) -> dict[str, Any]:
+    """The proof as plain data."""
+    return {
+        "ok": not proof.differences,
+        "steps": proof.steps,
+        "save_every": proof.save_every,
+        "kills": sum(done.code == -9 for done in proof.starts),
+        "starts": [
+            {"run": done.run, "fault": done.fault, "code": done.code, "from": done.begin, "to": done.end}
+            for done in proof.starts
+        ],
+        "equal": proof.equal,
+        "differences": proof.differences,
+        "deterministic": proof.deterministic,
+    }
+
+
+def table(config: RunConfig, proof: Proof) -> list[str]:
+    """The proof for a reader."""
+    lines = [f"{config.recipe}: {proof.steps} steps, a save every {proof.save_every}", ""]
+    lines.append(f"{'run':<10}{'from step':>10}{'to':>6}  ended by")
+    for done in proof.starts:
+        point = done.fault.partition(":")[0]
+        ended = f"SIGKILL at {point}" if done.code == -9 else "stopped, saved"
+        lines.append(f"{done.run:<10}{done.begin:>10}{done.end:>6}  {ended}")
+    lines.append("")
+    lines += [f"equal      {count} {what}" for what, count in proof.equal.items()]
+    lines += [f"differs    {line}" for line in proof.differences[:10]]
+    if proof.deterministic is False:
+        lines.append("two unbroken runs differ as well: this recipe is not deterministic on this machine")
+    lines.append(
+        "FAILED" if proof.differences else "OK: the killed run equals the unbroken one to the last bit"
+    )
+    return lines

@@ -1,0 +1,72 @@
+"""One start of the real command line, which may be made to end itself at a named point."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from ssmtrain.checkpoint.faults import VARIABLE
+from ssmtrain.checkpoint.runs import DECISION
+from ssmtrain.checkpoint.store import checkpoints, step_of
+
+INHERITED = (DECISION, "SSMTRAIN_PARENT", "RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "SLURM_PROCID")
+"""What would make the started process believe that it is a rank of this one."""
+
+
+@dataclass
+class Start:
+    """How one start went: steps at its beginning and end, exit code (-9: SIGKILL), everything it printed."""
+
+    run: str
+    fault: str
+    code: int
+    begin: int
+    end: int
+    output: str
+
+
+def start(page: Path, run: Path, fault: str) -> Start:
+    """`ssmtrain fit config=<page>` with a fault planned, to its end; `run` is the folder it works in.
+
+    Whatever the process leaves of its own ranks is ended with it.
+    """
+    environment = {key: value for key, value in os.environ.items() if key not in INHERITED}
+    environment |= {VARIABLE: fault, "SSMTRAIN_LEDGER": "1", "PYTHONUNBUFFERED": "1"}
+    begin = _saved(run)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ssmtrain", "fit", f"config={page}"],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return Start(run.name, fault, process.returncode, begin, _trained(run), output)
+
+
+def _saved(run: Path) -> int:
+    found = checkpoints(run / "checkpoints")
+    return step_of(found[-1]) if found else 0
+
+
+def _trained(run: Path) -> int:
+    """The last step in the ledger."""
+    try:
+        lines = (run / "ledger.jsonl").read_text().splitlines()
+        return int(json.loads(lines[-1])["step"])
+    except (OSError, ValueError, IndexError, KeyError):
+        return 0
