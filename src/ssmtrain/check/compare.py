@@ -1,4 +1,4 @@
-"""Whether two runs did the same, to the last bit: every step's figures and rows, and all tensors at the end."""
+"""Whether two runs did the same, to the last bit: each step's figures and rows, and all tensors at the end."""
 
 from __future__ import annotations
 
@@ -37,10 +37,9 @@ def compare(one: Run, other: Run, steps: int) -> tuple[dict[str, int], list[str]
     if one.step != other.step:
         differences.append(f"the newest checkpoints are of steps {one.step} and {other.step}")
     for shard, what in SHARDS.items():
-        names = differing(
-            store.load_tensors(one.checkpoint, shard), store.load_tensors(other.checkpoint, shard)
-        )
-        equal[what] = len(store.load_tensors(one.checkpoint, shard)) - len(names)
+        tensors = store.load_tensors(one.checkpoint, shard)
+        names = differing(tensors, store.load_tensors(other.checkpoint, shard))
+        equal[what] = len(tensors.keys() - set(names))
         if names:
             differences.append(f"{len(names)} {what}, such as {names[0]}")
     return equal, differences
