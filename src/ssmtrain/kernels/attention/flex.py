@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_mask, flex_attention
 
@@ -65,7 +66,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float | None
         # Unlike scaled_dot_product_attention, FlexAttention leaves its inputs as they are under autocast.
         low = torch.get_autocast_dtype(q.device.type)
         q, k, v = (tensor.to(low) for tensor in (q, k, v))
-    return _compiled()(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    options: dict[str, Any] = {"block_mask": mask, "scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
+    if torch.compiler.is_compiling():
+        return flex_attention(q, k, v, **options)
+    # Validation, generation and several kinds of block each bring shapes of their own. Beyond the limit torch
+    # would go on uncompiled, with the full score matrix: that must not happen unseen.
+    with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
+        return _compiled()(q, k, v, **options)
 
 
 def to_dense(mask: BlockMask) -> Tensor:
