@@ -1,4 +1,4 @@
-"""Whether two runs did the same, to the last bit: each step's figures and rows, and all tensors at the end."""
+"""Whether two runs did the same to the last bit: each step's figures and rows, and all tensors at the end."""
 
 from __future__ import annotations
 

@@ -74,9 +74,7 @@ def lengths(config: RunConfig, overrides: list[str]) -> tuple[int, int]:
         )
     every = config.trainer.save_every if "trainer.save_every" in given else (steps - 1) // 3
     if 3 * every >= steps:
-        raise UserError(
-            f"trainer.save_every = {every}: it leaves no room for three saves before step {steps}"
-        )
+        raise UserError(f"trainer.save_every = {every}: no room for three saves before step {steps}")
     return steps, every
 
 

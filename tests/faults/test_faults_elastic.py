@@ -1,0 +1,43 @@
+"""One process, then two, then one: the same tokens in the same order, whoever computes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from faults.harness import Story, write_page
+from ssmtrain.config.load import load
+from ssmtrain.data.module import open_data
+from ssmtrain.data.tokenizer import load_tokenizer
+
+STEPS = 9
+
+
+def _expected_rows(page: Path) -> list[list[int]]:
+    """The rows of each step, straight from the data."""
+    config = load([f"config={page}"])
+    rows = open_data(config, load_tokenizer(config.tokenizer)).train
+    size = config.trainer.global_batch // config.data.seq_len
+    return [rows.batch(range(step * size, (step + 1) * size)).sample_ids for step in range(STEPS)]
+
+
+def test_one_process_then_two_then_one(tmp_path: Path) -> None:
+    write_page(tmp_path, STEPS, every=100)
+    alone, story = Story(tmp_path, "alone"), Story(tmp_path, "elastic")
+    undisturbed = alone.begin()
+    assert story.start("step_start:3:TERM").code == 75, story.starts[-1].output
+    done = story.start("step_start:3:TERM", "trainer.devices=2")
+    assert done.code == 75 and done.saved == 6, done.output
+    assert "trainer.devices changes from None to 2" in done.output
+    done = story.start()
+    assert done.code == 0, done.output
+    assert alone.end(undisturbed).code == 0, alone.starts[-1].output
+
+    lines, expected = story.ledger(), alone.ledger()
+    assert [line["samples"] for line in lines] == _expected_rows(tmp_path / "tiny.yaml")
+    assert [line["samples"] for line in lines] == [line["samples"] for line in expected]
+    assert [line["tokens"] for line in lines] == [line["tokens"] for line in expected]
+    losses = [float.fromhex(line["loss_hex"]) for line in lines]
+    assert losses == pytest.approx([float.fromhex(line["loss_hex"]) for line in expected], rel=1e-5)
+    assert losses[:3] == [float.fromhex(line["loss_hex"]) for line in expected[:3]]

@@ -1,0 +1,105 @@
+"""A run that is killed again and again is, to the last bit, the run that was never disturbed."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from faults.harness import Story, write_page
+from ssmtrain.check.compare import compare
+from ssmtrain.checkpoint import faults, store
+
+KILLED = -signal.SIGKILL
+
+
+def _undisturbed(folder: Path, steps: int, every: int) -> Story:
+    write_page(folder, steps, every)
+    reference = Story(folder, "undisturbed")
+    done = reference.start()
+    assert done.code == 0, done.output
+    assert len(reference.ledger()) == steps
+    return reference
+
+
+def _so_far(story: Story, reference: Story) -> None:
+    """Whatever has been done, also what a kill has made to be done again, is the reference's."""
+    lines = story.ledger()
+    assert lines == reference.ledger()[: len(lines)]
+
+
+def _is_the_same(story: Story, reference: Story, steps: int) -> None:
+    equal, differences = compare(reference.open(), story.open(), steps)
+    assert differences == []
+    assert equal["losses"] == equal["batches of rows"] == steps and equal["tensors of parameters"] > 30
+    left = [path.name for path in story.path.rglob("*") if ".tmp-" in path.name]
+    assert left == []
+
+
+def test_six_kills_two_signals_and_a_damaged_checkpoint(tmp_path: Path) -> None:
+    steps = 40
+    reference = _undisturbed(tmp_path, steps, every=3)
+    story = Story(tmp_path, "disturbed")
+    # A point inside the save of a step; the newest good checkpoint afterwards.
+    for fault, saved in [
+        ("mid_file:2", 0),  # the optimiser's shard of the very first save
+        ("after_manifest:2", 3),  # the second save, whole but unpublished
+        ("mid_prune:1", 9),  # the third is published, the first half deleted
+        ("before_optimizer:2", 9),
+        ("after_rename:1", 12),
+    ]:
+        done = story.start(fault)
+        assert (done.code, done.saved) == (KILLED, saved), done.output
+        _so_far(story, reference)
+    assert "continuing run disturbed from step 9" in story.starts[-1].output
+
+    done = story.start_and_signal(signal.SIGKILL, story.has_done(4))
+    assert done.code == KILLED and 15 <= done.saved < steps, done.output
+    _so_far(story, reference)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        done = story.start_and_signal(number, story.has_done(2))
+        assert done.code == 75, done.output
+        assert f"{number.name}: finishing this step, then saving" in done.output
+        assert f"saved at step {done.saved}; continue with: ssmtrain fit" in done.output
+        assert done.saved == len(story.ledger()) < steps
+        _so_far(story, reference)
+
+    newest = store.checkpoints(story.path / "checkpoints")[-1]
+    damaged = newest / "model.safetensors"
+    data = bytearray(damaged.read_bytes())
+    data[len(data) // 2] ^= 4
+    damaged.write_bytes(data)
+    done = story.start()
+    assert done.code == 0, done.output
+    assert f"{newest.name} is damaged: model.safetensors has sha256" in done.output
+    assert f"continuing run disturbed from step {store.step_of(newest)}" not in done.output
+    _is_the_same(story, reference, steps)
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(3600)
+def test_fifty_kills(tmp_path: Path) -> None:
+    steps = 300
+    reference = _undisturbed(tmp_path, steps, every=5)
+    story = Story(tmp_path, "disturbed")
+    draw = random.Random(7)
+    points = [f"{name}:{draw.randint(1, 2)}" for name in faults.SAVE_POINTS * 3]
+    points += [f"{name}:{draw.randint(1, 12)}" for name in faults.STEP_POINTS * 2]
+    points += ["outside"] * (50 - len(points))
+    draw.shuffle(points)
+    for point in points:
+        if point == "outside":
+            end = time.monotonic() + draw.uniform(0.5, 15)
+            done = story.start_and_signal(signal.SIGKILL, lambda end=end: time.monotonic() > end)
+        else:
+            done = story.start(point)
+        assert done.code in (KILLED, 0), done.output
+        _so_far(story, reference)
+    while story.starts[-1].code != 0:
+        assert story.start().code == 0, story.starts[-1].output
+    assert sum(done.code == KILLED for done in story.starts) >= 50
+    _is_the_same(story, reference, steps)
