@@ -48,6 +48,28 @@ def test_home_is_expanded(write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert names(find("~/mine.txt", INCLUDE, "k")) == ["mine.txt"]
 
 
+@pytest.mark.parametrize(
+    ("include", "expected"),
+    [
+        ("*.txt", ["b.txt", "empty.txt", "é.txt"]),
+        ("**", ["a.txt", "z.md", "b.txt", "c.py", "empty.txt", "é.txt"]),
+        ("a/*", ["a.txt", "z.md"]),
+        ("**/[ab].*", ["a.txt", "b.txt"]),
+        ("*/**/?.md", ["z.md"]),
+    ],
+)
+def test_include(tree: Path, include: str, expected: list[str]) -> None:
+    assert names(find(str(tree), [include], "k")) == expected
+
+
+def test_links(tree: Path, write) -> None:
+    """A link to a file counts once, beside the file itself; a link to a folder is not followed."""
+    (tree / "b2.txt").symlink_to(tree / "b.txt")
+    (tree / "loop").symlink_to(tree)
+    (tree / "dangling.txt").symlink_to(tree / "none")
+    assert names(find(str(tree), ["**/b*.txt", "**/d*.txt"], "k")) == ["b.txt"]
+
+
 def refused(page, **data) -> list[str]:
     """Lines of the error that preparing these files ends with."""
     from ssmtrain.data.prepare import prepare
@@ -182,10 +204,10 @@ def test_hold_out_between_documents(page, write) -> None:
 
 
 def test_hold_out_inside_when_no_boundary_is_near(page, write) -> None:
-    paths = [write(f"{i}.txt", PROSE) for i in range(2)]
-    train, val = held(page, paths, 0.1)
-    assert train + val == PROSE.encode() * 2 and train.endswith(b"\n")
-    assert abs(len(val) - 0.2 * len(PROSE.encode())) < 100
+    paths = [write(f"{i}.txt", PROSE) for i in range(3)]
+    train, val = held(page, paths, 0.45)
+    assert train + val == PROSE.encode() * 3 and train.endswith(b"\n")
+    assert abs(len(val) - 0.45 * 3 * len(PROSE.encode())) < 100
 
 
 def test_hold_out_never_empties_a_side(write) -> None:

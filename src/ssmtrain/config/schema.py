@@ -107,7 +107,7 @@ class TextData(_Data):
     val_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
     """Share of the text held out when `val` is absent."""
     include: list[str] = ["**/*.txt", "**/*.md"]
-    """Globs of the files taken from a directory, in sorted path order."""
+    """Globs of the files taken from a directory, in sorted path order; hidden ones are left out."""
 
 
 AnyData = Annotated[EmbeddedData | TextData, Field(discriminator="kind")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import glob
 import logging
 import os
@@ -44,15 +45,15 @@ def text_source(data: TextData) -> Source:
 def find(entries: str | list[str], include: list[str], key: str) -> list[TextFile]:
     """Text files of paths, globs and directories: entries in the order given, each in sorted path order."""
     entries = [entries] if isinstance(entries, str) else entries
-    found: dict[Path, TextFile] = {}
+    found: dict[tuple[int, int], TextFile] = {}  # by device and inode: the same file counts once
     for entry in entries:
         for path in _paths(entry, include, key):
-            file = _stat(path, key)
-            found.setdefault(file.path, file)
+            inode, file = _stat(path, key)
+            found.setdefault(inode, file)
     if not found:
         raise UserError(f"{key}: no files given")
     if not any(f.size for f in found.values()):
-        names = next(iter(found)) if len(found) == 1 else f"all {len(found)} files"
+        names = next(iter(found.values())).path if len(found) == 1 else f"all {len(found)} files"
         raise UserError(f"{key}: {names}: empty, no text to read")
     for file in found.values():
         if file.path.suffix in (".jsonl", ".json"):
@@ -108,11 +109,10 @@ def _paths(entry: str, include: list[str], key: str) -> list[Path]:
     path = Path(entry).expanduser()
     try:
         if path.is_dir():
-            matches = {p for pattern in include for p in path.glob(pattern) if p.is_file()}
-            inside = [p for p in matches if not any(n[0] == "." for n in p.relative_to(path).parts)]
+            inside = _walk(path, include)
             if not inside:
                 raise UserError(f"{key}: no file in {entry} matches data.include={include}")
-            return sorted(inside)
+            return inside
         if path.exists():
             return [path]
     except (OSError, ValueError) as error:
@@ -125,6 +125,29 @@ def _paths(entry: str, include: list[str], key: str) -> list[Path]:
     raise UserError(f"{key}: {entry} does not exist", *_nearest(path))
 
 
+def _walk(folder: Path, include: list[str]) -> list[Path]:
+    """Regular files below a folder that match a glob, in path order; hidden ones and links to folders not."""
+    wanted = [pattern.split("/") for pattern in include]
+    found: list[list[str]] = []
+    for root, folders, files in os.walk(folder):
+        folders[:] = [f for f in folders if f[0] != "."]
+        below = [] if Path(root) == folder else os.path.relpath(root, folder).split("/")
+        names = [[*below, f] for f in files if f[0] != "."]
+        found += [n for n in names if any(_matches(n, globs) for globs in wanted)]
+    paths = (folder.joinpath(*names) for names in sorted(found))
+    return [path for path in paths if path.is_file()]
+
+
+def _matches(names: list[str], globs: list[str]) -> bool:
+    """Whether the components of a path match those of a glob; `**` stands for any number of folders."""
+    if not globs or not names:
+        return not globs and not names
+    if globs[0] == "**":
+        rest = globs[1:] or ["*"]
+        return any(_matches(names[i:], rest) for i in range(len(names)))
+    return fnmatch.fnmatchcase(names[0], globs[0]) and _matches(names[1:], globs[1:])
+
+
 def _nearest(path: Path) -> list[str]:
     try:
         names = [p.name for p in path.parent.iterdir()]
@@ -134,8 +157,8 @@ def _nearest(path: Path) -> list[str]:
     return [f"did you mean {path.parent / close[0]}?"] if close else []
 
 
-def _stat(path: Path, key: str) -> TextFile:
-    path = path.resolve()
+def _stat(path: Path, key: str) -> tuple[tuple[int, int], TextFile]:
+    path = path.absolute()
     try:
         info = path.stat()
     except OSError as error:
@@ -144,7 +167,8 @@ def _stat(path: Path, key: str) -> TextFile:
         raise UserError(f"{key}: {path} is not a regular file")
     if not os.access(path, os.R_OK):
         raise UserError(f"{key}: cannot read {path}: permission denied")
-    return TextFile(path, info.st_size, (info.st_mtime_ns, info.st_ctime_ns), key)
+    changed = (info.st_mtime_ns, info.st_ctime_ns)
+    return (info.st_dev, info.st_ino), TextFile(path, info.st_size, changed, key)
 
 
 def _first(entries: str | list[str]) -> str:

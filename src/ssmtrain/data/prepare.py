@@ -49,8 +49,8 @@ class Manifest(Config):
     """Type of a token on disk: <u2 or <u4."""
     shard_tokens: int
     """Tokens in each shard but a split's last."""
-    source: dict[str, Any]
-    """Fingerprint of the source."""
+    source: str
+    """SHA-256 of the source's fingerprint: which files, how large, and when they last changed."""
     splits: dict[str, SplitEntry]
     """train and val."""
 
@@ -80,8 +80,7 @@ def prepare(config: RunConfig, tokenizer: Tokenizer | None = None) -> Prepared:
     tokenizer = tokenizer or load_tokenizer(config.tokenizer)
     source = open_source(config.data)
     identity = {"format": FORMAT, "tokenizer": tokenizer.hash, "source": source.fingerprint}
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    name = f"{source.label}-{digest[:16]}"
+    name = f"{source.label}-{_digest(identity)[:16]}"
     roots = cache.roots(config.data.cache_dir)
     for root in roots:
         found = load(root / name)
@@ -109,6 +108,10 @@ def load(folder: Path) -> Prepared | None:
         return None
     whole = all(sizes_match(folder, s, manifest.dtype) for s in manifest.splits.values())
     return Prepared(folder, manifest, made=False) if whole and manifest.format == FORMAT else None
+
+
+def _digest(identity: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def _checked(prepared: Prepared) -> Prepared:
@@ -140,7 +143,7 @@ def _make(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
             eot=tokenizer.eot,
             dtype=dtype,
             shard_tokens=SHARD_TOKENS,
-            source=source.fingerprint,
+            source=_digest(source.fingerprint),
             splits=splits,
         )
         cache.write_file(temporary / "manifest.json", manifest.model_dump_json(indent=1).encode())
