@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import ssmtrain
 from ssmtrain.check.starts import INHERITED
 from ssmtrain.checkpoint import faults, store
 from ssmtrain.checkpoint.runs import Run, open_run
@@ -41,7 +42,7 @@ trainer:
 generate: {{max_tokens: 4}}
 """
 MOE = "{kind: moe, n_experts: 4, top_k: 2, hidden: 16, router: sigmoid_bias}"
-WORDS = [
+WORDS = "it was the house of a lady and she said to him that there is no other"
     "it",
     "was",
     "the",
@@ -96,6 +97,7 @@ class Story:
         """Start `ssmtrain fit` and return at once."""
         environment = {key: value for key, value in os.environ.items() if key not in INHERITED}
         environment |= {faults.VARIABLE: fault, "SSMTRAIN_LEDGER": "1", "OMP_NUM_THREADS": "1"}
+        environment["PYTHONPATH"] = str(Path(ssmtrain.__file__).parents[1])
         line = ["fit", f"config={self.folder}/tiny.yaml", f"name={self.name}", f"runs_dir={self.folder}/runs"]
         return subprocess.Popen(
             [sys.executable, "-m", "ssmtrain", *line, *words],
@@ -139,7 +141,7 @@ class Story:
 def write_page(folder: Path, steps: int, every: int) -> None:
     """The recipe page and a few KB of text."""
     draw = random.Random(0)
-    (folder / "text.txt").write_text(" ".join(draw.choice(WORDS) for _ in range(2000)))
+    (folder / "text.txt").write_text(" ".join(draw.choice(WORDS.split()) for _ in range(2000)))
     (folder / "tiny.yaml").write_text(PAGE.format(folder=folder, steps=steps, every=every, moe=MOE))
 
 
