@@ -43,24 +43,6 @@ generate: {{max_tokens: 4}}
 """
 MOE = "{kind: moe, n_experts: 4, top_k: 2, hidden: 16, router: sigmoid_bias}"
 WORDS = "it was the house of a lady and she said to him that there is no other"
-    "it",
-    "was",
-    "the",
-    "house",
-    "of",
-    "a",
-    "lady",
-    "and",
-    "she",
-    "said",
-    "to",
-    "him",
-    "that",
-    "there",
-    "is",
-    "no",
-    "other",
-]
 
 
 @dataclass
