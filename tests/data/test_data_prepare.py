@@ -281,3 +281,25 @@ def test_a_folder_that_cannot_be_written_is_still_read(config, monkeypatch: pyte
     prepare(config)
     monkeypatch.setattr(cache, "writable", lambda *a, **k: pytest.fail("nothing needs writing"))
     assert not prepare(config).made
+
+
+def test_on_disk_before_it_has_its_name(config, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file is synced, the manifest last, then its folder; only then the name, and then the name itself."""
+    events: list[str] = []
+    sync, rename = os.fsync, Path.rename
+
+    def fsync(handle: int) -> None:
+        events.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+        sync(handle)
+
+    def renamed(path: Path, target: Path) -> Path:
+        events.append(f"rename {target.name}")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "rename", renamed)
+    folder = prepare(config).folder
+    *first, manifest, temporary, named, parent = events
+    assert sorted(first) == sorted(p.name for p in folder.glob("*.bin"))
+    assert manifest == "manifest.json" and temporary.startswith(f"{folder.name}.tmp-")
+    assert (named, parent) == (f"rename {folder.name}", own_cache.name)
