@@ -1,10 +1,16 @@
-"""Causal depthwise convolution in torch: K shifted multiply-adds, the definition and the CPU path."""
+"""Causal depthwise convolution in torch: K shifted multiply-adds, the definition and the CPU path.
+
+Every row is first convolved as if it were one document with nothing before it. Where that is not so, at the first
+K - 1 tokens of the other documents, the outputs are computed again from gathered windows and put in their place.
+"""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ssmtrain.kernels.causal_conv1d.rows import RowConv
 
 
 def causal_conv1d(
@@ -18,78 +24,70 @@ def causal_conv1d(
     initial_state: Tensor | None,
     return_final_state: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute `kernels.causal_conv1d` (same arguments) from torch ops."""
+    """Compute `kernels.causal_conv1d` (same arguments)."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    length, taps = x.shape[1], weight.shape[1]
-    inputs, w = x.to(dtype), weight.to(dtype)
+    taps, shift = weight.to(dtype), None if bias is None else bias.to(dtype)
     past = None if initial_state is None else initial_state.to(dtype).transpose(1, 2)  # (n_docs, K, C)
-    if doc_ids is None:
-        if past is None:
-            padded = F.pad(inputs, (0, 0, taps, 0))
-        else:
-            padded = torch.cat([past, inputs], 1)  # (B, K + L, C)
-        y = sum(padded[:, 1 + k : 1 + k + length] * w[:, k] for k in range(taps))
-        final = padded[:, length:].transpose(1, 2) if return_final_state else None
-    else:
-        y, final = _packed(inputs, w, doc_ids, n_docs, past, return_final_state)
-    if bias is not None:
-        y = y + bias.to(dtype)
-    if activation == "silu":
-        y = F.silu(y)
-    return y.to(x.dtype), final
+    y = RowConv.apply(x, taps, shift, activation == "silu")
+    if doc_ids is None and past is None and not return_final_state:
+        return y, None
+    starts, lengths = _documents(doc_ids, n_docs, x)
+    inputs = x.flatten(0, 1)  # (B * L, C)
+    if doc_ids is not None or past is not None:
+        offset = torch.arange(taps.shape[1] - 1, device=x.device)
+        docs, offset = (offset < lengths[:, None]).nonzero(as_tuple=True)
+        tokens = starts[docs] + offset
+        heads = (_windows(inputs, past, tokens, offset, docs, taps) * taps.t()).sum(1)  # (T, C)
+        heads = _finish(heads, shift, activation).to(y.dtype)
+        y = y.flatten(0, 1).index_copy(0, tokens, heads).view(y.shape)
+    if not return_final_state:
+        return y, None
+    docs = torch.arange(n_docs, device=x.device)
+    return y, _windows(inputs, past, starts + lengths - 1, lengths - 1, docs, taps).transpose(1, 2)
 
 
 def causal_conv1d_step(
     state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *, activation: str | None
 ) -> Tensor:
-    """Compute `kernels.causal_conv1d_step` (same arguments) from torch ops."""
+    """Compute `kernels.causal_conv1d_step` (same arguments)."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     state.copy_(torch.cat([state[..., 1:], x.to(state.dtype).unsqueeze(-1)], -1))
     y = (state.to(dtype) * weight.to(dtype)).sum(-1)  # (B, C)
-    if bias is not None:
-        y = y + bias.to(dtype)
-    if activation == "silu":
-        y = F.silu(y)
-    return y.to(x.dtype)
+    return _finish(y, None if bias is None else bias.to(dtype), activation).to(x.dtype)
 
 
-def _packed(
-    inputs: Tensor, w: Tensor, doc_ids: Tensor, n_docs: int, past: Tensor | None, return_final: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Convolve rows of several documents: taps that reach over a boundary read that document's past instead."""
-    batch, length, channels = inputs.shape
-    taps = w.shape[1]
-    offset = _offsets(doc_ids)  # (B, L)
-    y = inputs * w[:, taps - 1]
-    for back in range(1, taps):
-        shifted = F.pad(inputs, (0, 0, back, 0))[:, :length]
-        inside = (offset >= back).unsqueeze(-1)  # (B, L, 1)
-        if past is None:
-            y = y + torch.where(inside, shifted, 0.0) * w[:, taps - 1 - back]
-        else:
-            column = (taps + offset - back).clamp(0, taps - 1)
-            before = past[doc_ids.long(), column]  # (B, L, C)
-            y = y + torch.where(inside, shifted, before) * w[:, taps - 1 - back]
-    if not return_final:
-        return y, None
-    flat = doc_ids.reshape(-1).long()
-    lengths = torch.bincount(flat, minlength=n_docs)
-    ends = lengths.cumsum(0)  # documents are row-major, so they lie one after another in the flat batch
-    back = torch.arange(taps - 1, -1, -1, device=inputs.device)
-    inside = (lengths[:, None] > back).unsqueeze(-1)  # (n_docs, K, 1)
-    index = (ends[:, None] - 1 - back).clamp(min=0)
-    window = torch.where(inside, inputs.reshape(batch * length, channels)[index], 0.0)  # (n_docs, K, C)
-    if past is not None:
-        # A document shorter than the window keeps the newest part of its past.
-        column = (lengths[:, None] + taps - 1 - back).clamp(0, taps - 1)
-        kept = past.gather(1, column.unsqueeze(-1).expand(-1, -1, channels))
-        window = torch.where(inside, window, kept)
-    return y, window.transpose(1, 2)
+def _finish(y: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    y = y if bias is None else y + bias
+    return F.silu(y) if activation == "silu" else y
 
 
-def _offsets(doc_ids: Tensor) -> Tensor:
-    """Return each token's distance from its document's first token in the row (B, L)."""
-    time = torch.arange(doc_ids.shape[1], device=doc_ids.device).expand_as(doc_ids)
-    first = torch.ones_like(doc_ids, dtype=torch.bool)
-    first[:, 1:] = doc_ids[:, 1:] != doc_ids[:, :-1]
-    return time - torch.where(first, time, 0).cummax(1).values
+def _documents(doc_ids: Tensor | None, n_docs: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return where each document starts in the flat batch, and its length (n_docs,)."""
+    batch, length = x.shape[:2]
+    if doc_ids is None:
+        starts = torch.arange(0, batch * length, length, device=x.device)
+        return starts, torch.full_like(starts, length)
+    lengths = torch.bincount(doc_ids.flatten(), minlength=n_docs)
+    return lengths.cumsum(0) - lengths, lengths  # documents are row-major: one after another when flat
+
+
+def _windows(
+    inputs: Tensor, past: Tensor | None, tokens: Tensor, offset: Tensor, docs: Tensor, taps: Tensor
+) -> Tensor:
+    """Gather the K inputs up to and with each token (T,), oldest first, (T, K, C).
+
+    inputs (B * L, C); offset (T,) counts from the start of the token's document, docs (T,) names it; what lies
+    before the document comes from its past (n_docs, K, C), or is zero.
+    """
+    width = taps.shape[1]
+    back = torch.arange(width - 1, -1, -1, device=inputs.device)
+    inside = offset[:, None] >= back  # (T, K)
+    index = (tokens[:, None] - back).clamp(min=0).flatten()
+    window = inputs.index_select(0, index).to(taps.dtype).view(-1, width, inputs.shape[1])
+    if past is None:
+        before = torch.zeros((), dtype=taps.dtype, device=inputs.device)
+    else:
+        column = (width + offset[:, None] - back).clamp(max=width - 1)
+        before = past.flatten(0, 1).index_select(0, (docs[:, None] * width + column).flatten())
+        before = before.view(window.shape)
+    return torch.where(inside.unsqueeze(-1), window, before)
