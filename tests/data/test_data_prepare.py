@@ -284,7 +284,7 @@ def test_a_folder_that_cannot_be_written_is_still_read(config, monkeypatch: pyte
 
 
 def test_on_disk_before_it_has_its_name(config, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every file is synced, the manifest last, then its folder; only then the name, and then the name itself."""
+    """Every file is synced, the manifest last, then its folder; only then comes the name, synced too."""
     events: list[str] = []
     sync, rename = os.fsync, Path.rename
 
