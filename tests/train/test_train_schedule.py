@@ -25,7 +25,10 @@ def test_warmup_is_linear_and_starts_above_zero() -> None:
     [
         (schema.WsdSchedule(warmup=0.1, decay=0.2, floor=0.0), {0: 0.1, 9: 1.0, 80: 1.0, 90: 0.5, 99: 0.05}),
         (schema.WsdSchedule(warmup=0, decay=50, floor=0.5), {0: 1.0, 50: 1.0, 75: 0.75, 99: 0.51}),
-        (schema.CosineSchedule(warmup=0, floor=0.1), {0: 1.0, 50: 0.55, 25: 0.1 + 0.45 * (1 + math.sqrt(0.5))}),
+        (
+            schema.CosineSchedule(warmup=0, floor=0.1),
+            {0: 1.0, 50: 0.55, 25: 0.1 + 0.45 * (1 + math.sqrt(0.5))},
+        ),
         (schema.LinearSchedule(warmup=20, floor=0.0), {9: 0.5, 20: 1.0, 60: 0.5, 99: 1 / 80}),
         (schema.ConstantSchedule(warmup=0), {0: 1.0, 99: 1.0}),
         (

@@ -67,7 +67,9 @@ def picture(path: Path, train: Points, val: Points, marks: dict[str, float]) -> 
             axes.plot(*zip(*val), "o-", ms=4, label="validation")
         for name, bits in marks.items():
             axes.axhline(bits, lw=0.8, ls="--", color="grey")
-            axes.annotate(name, (1.0, bits), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="grey")
+            axes.annotate(
+                name, (1.0, bits), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="grey"
+            )
         axes.set(xlabel="step", ylabel="bits per byte")
         if train or val:
             axes.legend(loc="upper right")

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ssmtrain.checkpoint.faults import point
+from ssmtrain.checkpoint.weights import load_weights
 from ssmtrain.config.errors import NonFinite
 from ssmtrain.config.schema import RunConfig
 from ssmtrain.data.module import Batch, Data
@@ -52,7 +53,13 @@ class LitLM(LightningModule):
     """The model, its optimisers and the step; what happens between steps is in callbacks/."""
 
     def __init__(
-        self, config: RunConfig, vocab_size: int, data: Data, signals: Signals, checkpoint: Path | None = None
+        self,
+        config: RunConfig,
+        vocab_size: int,
+        data: Data,
+        signals: Signals,
+        clock: Clock,
+        checkpoint: Path | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -61,7 +68,7 @@ class LitLM(LightningModule):
         self.horizon = horizon(config.trainer)
         self.state = RunState()
         self.journal = Journal()
-        self.clock = Clock()
+        self.clock = clock
         self.tokens_here = 0
         """Tokens that this process's run of the program has trained on, over all ranks."""
         self.model: HybridModel
@@ -88,7 +95,7 @@ class LitLM(LightningModule):
         if self.checkpoint is None:
             init_weights(self.model, self.config.model.init, self.config.seed)
         else:
-            snapshot.load_model(self.checkpoint, self.model)
+            load_weights(self.checkpoint, self.model)
         self._assert_fp32()
 
     def _assert_fp32(self) -> None:
@@ -154,11 +161,13 @@ class LitLM(LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """One optimiser step over the global batch, or a counted skip when something was not finite."""
+        point("step_start")
         with self.clock("data"):
             micro = self.rows()
             mine = sum(int((b.labels != -100).sum()) for b in micro)
         with self.clock("step"):
             self.step(micro, mine)
+        point("step_end")
 
     def step(self, micro: list[Batch], my_labels: int) -> None:
         """Gradients of the mean loss over all labels of all ranks, agreed finite, clipped, applied."""
@@ -256,7 +265,9 @@ class LitLM(LightningModule):
         if state.nonfinite_row < trainer.max_nonfinite:
             return
         gradients = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
-        found = [nonfinite.locate(self.model, lambda b=b: self.run_model(b).loss_sum, gradients) for b in micro]  # type: ignore[misc]
+        found = [
+            nonfinite.locate(self.model, lambda b=b: self.run_model(b).loss_sum, gradients) for b in micro
+        ]  # type: ignore[misc]
         clear = [text for text in found if "does not repeat" not in text]
         where = ranks.agree(clear[0] if clear else None) or found[0]
         raise NonFinite(

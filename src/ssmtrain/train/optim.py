@@ -49,9 +49,7 @@ def build_optimizers(
     return optimizers
 
 
-def _adamw(
-    named: Mapping[str, nn.Parameter], specs: Mapping[str, ParamSpec], config: AnyOptim
-) -> Optimizer:
+def _adamw(named: Mapping[str, nn.Parameter], specs: Mapping[str, ParamSpec], config: AnyOptim) -> Optimizer:
     decayed = [p for n, p in named.items() if is_decayed(n, specs[n], config)]
     exempt = [p for n, p in named.items() if not is_decayed(n, specs[n], config)]
     groups = [
@@ -107,7 +105,9 @@ def load_state_tensors(
         if parameter is None:
             problems.append(f"{full}: no such parameter")
         elif value.ndim and value.shape != parameter.shape:
-            problems.append(f"{full}: {tuple(value.shape)} in the file, {tuple(parameter.shape)} in the model")
+            problems.append(
+                f"{full}: {tuple(value.shape)} in the file, {tuple(parameter.shape)} in the model"
+            )
         else:
             owner[id(parameter)].state[parameter][key] = value.to(parameter.device, copy=True)
     covered = {full.rpartition("/")[0] for full in saved}

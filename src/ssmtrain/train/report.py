@@ -104,7 +104,11 @@ def next_commands(run: Run) -> list[tuple[str, str]]:
     page = shlex.quote(str(run.folder / "config.yaml"))
     folder = shlex.quote(str(run.folder))
     steps = run.config.trainer.max_steps
-    longer = f"trainer.max_steps={2 * steps}" if steps else f"trainer.max_tokens={2 * (run.config.trainer.max_tokens or 0)}"
+    longer = (
+        f"trainer.max_steps={2 * steps}"
+        if steps
+        else f"trainer.max_tokens={2 * (run.config.trainer.max_tokens or 0)}"
+    )
     prompt = shlex.quote("It is a truth")
     recipe = run.config.recipe
     return [

@@ -39,7 +39,9 @@ def horizon(trainer: TrainerConfig) -> Horizon:
         return Horizon(trainer.max_steps, trainer.global_batch, trainer.max_tokens)
     if trainer.max_tokens is None:
         raise ValueError("trainer.max_steps or trainer.max_tokens must be set: the schedule ends there")
-    return Horizon(math.ceil(trainer.max_tokens / trainer.global_batch), trainer.global_batch, trainer.max_tokens)
+    return Horizon(
+        math.ceil(trainer.max_tokens / trainer.global_batch), trainer.global_batch, trainer.max_tokens
+    )
 
 
 def span(length: int | float, total: int) -> float:

@@ -47,9 +47,10 @@ class Signals:
         name = signal.Signals(number).name
         if self.asked is None:
             self.asked = name
-            _say(f"{name}: finishing this step, then saving" + (
-                " (again to stop at once)" if number == signal.SIGINT else ""
-            ))
+            _say(
+                f"{name}: finishing this step, then saving"
+                + (" (again to stop at once)" if number == signal.SIGINT else "")
+            )
         elif number == signal.SIGINT:
             _say("stopping at once; the last saved checkpoint stays good")
             self.at_once()

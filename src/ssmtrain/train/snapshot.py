@@ -12,7 +12,6 @@ from torch import Tensor
 import ssmtrain
 from ssmtrain.checkpoint import store
 from ssmtrain.config.errors import UserError
-from ssmtrain.model.hybrid import HybridModel
 from ssmtrain.parallel import ranks
 from ssmtrain.train import optim
 from ssmtrain.train.state import RunState, rng_tensors, seed_generators, set_rng_tensors
@@ -56,30 +55,14 @@ def fingerprint(lit: LitLM) -> dict[str, Any]:
     return {"sha256": train["sha256"], "tokens": train["tokens"], "rows": train["rows"]}
 
 
-def load_model(checkpoint: Path, model: HybridModel) -> None:
-    """Copy the checkpoint's weights and buffers into the model; UserError when they do not fit it."""
-    saved = store.load_tensors(checkpoint, "model")
-    own = model.state_dict()
-    problems = [f"{name} is missing" for name in own if name not in saved]
-    problems += [f"{name} is not in the model" for name in saved if name not in own]
-    problems += [
-        f"{name} is {tuple(saved[name].shape)} {saved[name].dtype}, the model has {tuple(t.shape)} {t.dtype}"
-        for name, t in own.items()
-        if name in saved and (saved[name].shape != t.shape or saved[name].dtype != t.dtype)
-    ]
-    if problems:
-        raise UserError(f"{checkpoint} does not fit the model:", *problems)
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(saved[name])
-
-
 def restore(lit: LitLM, checkpoint: Path) -> RunState:
     """Put optimiser and generators back and return the counters; UserError when the text is another one."""
     state = store.load_state(checkpoint)
     saved, now = state.get("text"), fingerprint(lit)
     if saved != now:
-        changed = [f"  {key}: {saved.get(key)} then, {now[key]} now" for key in now if saved.get(key) != now[key]]
+        changed = [
+            f"  {key}: {saved.get(key)} then, {now[key]} now" for key in now if saved.get(key) != now[key]
+        ]
         raise UserError("data: the text or the tokenizer has changed since the run started", *changed)
     named = dict(lit.model.named_parameters())
     try:

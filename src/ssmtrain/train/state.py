@@ -27,6 +27,10 @@ class RunState:
     """Steps skipped because the loss or the gradient was not finite."""
     nonfinite_row: int = 0
     """How many of them were the latest steps without a break."""
+    window_loss: float = 0.0
+    """Sum of the losses since the latest train record."""
+    window_steps: int = 0
+    """Number of them."""
     seconds: float = 0.0
     """Time spent in fit, over all processes that this run has had."""
     best_val: float | None = None

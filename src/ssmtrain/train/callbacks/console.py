@@ -36,7 +36,11 @@ class Console(Callback):
             return
         from rich.progress import BarColumn, Progress, TextColumn
 
-        columns = (TextColumn("{task.completed}/{task.total}"), BarColumn(24), TextColumn("{task.fields[text]}"))
+        columns = (
+            TextColumn("{task.completed}/{task.total}"),
+            BarColumn(24),
+            TextColumn("{task.fields[text]}"),
+        )
         self.live = Progress(*columns, auto_refresh=False, transient=True)
         self.task = self.live.add_task("", total=lit.horizon.last_step, completed=lit.state.step, text="")
         self.live.start()

@@ -87,7 +87,9 @@ def probe(lit: LitLM) -> dict[str, Figures]:
         if config is None:
             continue
         assert ctx.states is not None
-        merge(found.setdefault(str(config.kind), {}), _mixer(block.mixer, inputs[i], plain, ctx.states[i] or {}))  # type: ignore[attr-defined, arg-type]  # a Module's attributes
+        merge(
+            found.setdefault(str(config.kind), {}), _mixer(block.mixer, inputs[i], plain, ctx.states[i] or {})
+        )  # type: ignore[attr-defined, arg-type]  # a Module's attributes
     return {kind: figures for kind, figures in found.items() if figures}
 
 

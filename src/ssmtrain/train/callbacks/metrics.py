@@ -21,7 +21,6 @@ class Metrics(Callback):
         self.mark = 0.0
         """Seconds of stepping (data included) and tokens at the previous record."""
         self.tokens = 0
-        self.losses: list[float] = []
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin to count."""
@@ -39,13 +38,16 @@ class Metrics(Callback):
         """Send a record where one is due."""
         lit: LitLM = pl_module
         assert lit.last is not None
-        if not lit.last.skipped:
-            self.losses.append(lit.last.loss)
         state = lit.state
-        if not (state.step % self.every == 0 or lit.stop or state.step == 1) or ranks.rank():
+        if not lit.last.skipped:
+            # In the state, so that a resumed run writes the record that the unbroken one would have written.
+            state.window_loss += lit.last.loss
+            state.window_steps += 1
+        if not (state.step % self.every == 0 or lit.stop == "finished" or state.step == 1):
             return
-        lit.journal.write("train", state.step, **self.figures(lit))
-        self.losses.clear()
+        if ranks.rank() == 0:
+            lit.journal.write("train", state.step, **self.figures(lit))
+        state.window_loss, state.window_steps = 0.0, 0
 
     def figures(self, lit: LitLM) -> dict[str, Any]:
         """The record: the loss is the mean of the steps since the previous one."""
@@ -53,7 +55,7 @@ class Metrics(Callback):
         now = time.perf_counter() - self._elsewhere(lit)
         speed = (lit.state.tokens - self.tokens) / max(now - self.mark, 1e-9)
         self.mark, self.tokens = now, lit.state.tokens
-        loss = sum(self.losses) / len(self.losses) if self.losses else math.nan
+        loss = lit.state.window_loss / lit.state.window_steps if lit.state.window_steps else math.nan
         found: dict[str, Any] = {
             "tokens": lit.state.tokens,
             "loss": loss,

@@ -1,0 +1,182 @@
+"""What surrounds the step: signals, random states, records, the curve, loggers, peaks, compile."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ssmtrain.layers.base import Context
+from ssmtrain.parallel import apply as applied
+from ssmtrain.train import curve
+from ssmtrain.train.callbacks.wandb_log import flat
+from ssmtrain.train.callbacks.words import duration, si
+from ssmtrain.train.journal import Journal, JsonLines
+from ssmtrain.train.peaks import peak_of_name
+from ssmtrain.train.signals import Signals
+from ssmtrain.train.state import RunState, forked_rng, rng_tensors, seed_generators, set_rng_tensors
+from train.conftest import records
+
+CPU = torch.device("cpu")
+Train = Callable[..., tuple[int, Path]]
+
+
+def draws() -> tuple[float, float, float, float]:
+    return float(torch.rand(())), float(np.random.normal()), random.random(), random.gauss(0, 1)
+
+
+def test_generators_come_back_to_the_bit() -> None:
+    seed_generators(3, 0, 7)
+    draws()
+    state = rng_tensors(CPU)
+    expected = [draws(), draws()]
+    set_rng_tensors(state, CPU)
+    assert [draws(), draws()] == expected
+    set_rng_tensors(state, CPU)
+    with forked_rng(CPU, seed=5):
+        draws()
+    assert [draws(), draws()] == expected
+    seed_generators(3, 1, 7)
+    assert draws() != expected[0]
+
+
+def test_run_state_round_trip() -> None:
+    state = RunState(step=3, tokens=9, best_val=1.5)
+    assert RunState.from_dict({**state.as_dict(), "of_a_later_version": 1}) == state
+
+
+def test_signals_set_a_flag_and_the_second_interrupt_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    signals, ended = Signals(), []
+    signals.at_once = lambda: ended.append("children")
+    monkeypatch.setattr(os, "_exit", ended.append)
+    try:
+        signals.install()
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # another library takes it: install again takes it back
+        signals.install()
+        signal.raise_signal(signal.SIGTERM)
+        assert signals.asked == "SIGTERM"
+        signal.raise_signal(signal.SIGUSR1)
+        assert (signals.asked, ended) == ("SIGTERM", [])
+        signal.raise_signal(signal.SIGINT)
+        assert ended == ["children", 130]
+    finally:
+        signals.restore()
+    assert signal.getsignal(signal.SIGTERM) is before
+    worker = threading.Thread(target=Signals().install)  # fit may be called outside the main thread
+    worker.start()
+    worker.join()
+
+
+def test_records_are_json_and_a_broken_sink_is_dropped(tmp_path: Path) -> None:
+    class Broken:
+        def write(self, record: Any) -> None:
+            raise OSError("unplugged")
+
+        def close(self) -> None:
+            raise OSError("unplugged")
+
+    journal = Journal()
+    journal.sinks = [Broken(), JsonLines(tmp_path / "m.jsonl")]
+    journal.write("train", 1, loss=float("nan"), layers={"mamba2": {"dt_max": float("inf")}}, many=[1.0])
+    journal.write("train", 2, loss=1.0)
+    assert len(journal.sinks) == 1
+    journal.close()
+    first, second = map(json.loads, (tmp_path / "m.jsonl").read_text().splitlines())
+    assert first == {
+        "kind": "train",
+        "step": 1,
+        "loss": None,
+        "layers": {"mamba2": {"dt_max": None}},
+        "many": [1.0],
+    }
+    assert second["loss"] == 1.0
+
+
+def test_curve(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"kind": "train", "step": i, "loss": 1.0, "bpb": 8.0 - i / 20}) for i in range(100)]
+    path.write_text("\n".join([*lines, '{"kind": "val", "step": 99, "bpb": 3.5}', '{"kind": "tra']))
+    train, val = curve.read(path)
+    assert len(train) == 100 and val == [(99, 3.5)]
+    assert curve.last_loss(path) == 1.0
+    drawn = curve.draw([bpb for _, bpb in train], width=40)
+    assert len(drawn) == 4 and drawn[0].startswith(" 7.9") and drawn[-1].startswith(" 3.07")
+    assert drawn[-1].count("█") > drawn[0].count("█")
+    assert curve.draw([1.0, 1.0, 1.0])[-1].endswith("▁▁▁")
+    assert curve.draw([1.0]) == []
+
+
+def test_words_and_peaks() -> None:
+    assert [duration(s) for s in (41.6, 185, 7800, 273600)] == ["42 s", "3 min 05 s", "2 h 10 min", "3 d 4 h"]
+    assert [si(n) for n in (940, 12345, 1.2e6)] == ["940", "12.3k", "1.2M"]
+    assert peak_of_name("NVIDIA H200") == peak_of_name("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_of_name("NVIDIA A100-SXM4-80GB") == 312e12
+    assert peak_of_name("NVIDIA H100 PCIe") == 756e12
+    assert peak_of_name("NVIDIA L40S") == 362e12
+    assert peak_of_name("some GPU") is None
+
+
+def test_compiled_blocks_decode_and_score_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda f: lambda *args: ("fast", f(*args)))
+    run = applied.compiled(lambda x, ctx, state: x)
+    x = torch.ones(1)
+    assert run(x, Context()) == ("fast", x)
+    assert run(x, Context(states=[])) is x
+    with torch.no_grad():
+        assert run(x, Context()) is x
+
+
+def test_wandb_offline_and_a_service_that_fails(
+    train: Train, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import wandb
+
+    sent: list[dict[str, Any]] = []
+    started: list[dict[str, Any]] = []
+
+    class Page:
+        def define_metric(self, *args: Any, **options: Any) -> None: ...
+
+        def log(self, figures: dict[str, Any]) -> None:
+            sent.append(figures)
+
+        def finish(self) -> None:
+            sent.append({"finished": True})
+
+    def init(**options: Any) -> Page:
+        started.append(options)
+        return Page()
+
+    monkeypatch.setattr(wandb, "init", init)
+    changes = {"logger": {"kind": "wandb", "mode": "offline"}, "trainer__max_steps": 2}
+    assert train(**changes)[0] == 0
+    assert {"step", "train/loss", "train/time/data"} <= sent[0].keys()
+    assert sent[-1] == {"finished": True}
+    train(**{**changes, "trainer__max_steps": 3})
+    assert started[0]["id"] == started[1]["id"] and started[1]["resume"] == "allow"
+    assert (started[0]["mode"], started[0]["project"]) == ("offline", "ssmtrain")
+
+    def refuse(**options: Any) -> None:
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    code, folder = train(name="alone", **changes)
+    assert code == 0 and "no route to host" in caplog.text
+    assert records(folder, "train")
+    assert flat({"kind": "health", "step": 1, "layers": {"m": {"a": 1.0}}}) == {"health/layers/m/a": 1.0}
+
+
+def test_tensorboard_writes_events(train: Train) -> None:
+    _, folder = train(logger={"kind": "tensorboard"}, trainer__max_steps=1)
+    events = list((folder / "tensorboard").glob("events.*"))
+    assert events and b"train/loss" in events[0].read_bytes()

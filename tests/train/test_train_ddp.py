@@ -1,0 +1,87 @@
+"""Several processes: the same losses as one, signals and resume across world sizes, a rank that is lost."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ssmtrain.checkpoint import faults
+from train.conftest import ledger, losses, page, weights
+
+SRC = Path(__file__).parents[2] / "src"
+Train = Callable[..., tuple[int, Path]]
+
+SCRIPT = """
+import sys
+from ssmtrain.checkpoint.records import read_config
+from ssmtrain.config.request import Request
+from ssmtrain.config.errors import Stop
+from ssmtrain.train.fit import command
+from pathlib import Path
+import os
+if len(sys.argv) > 2 and os.environ.get("LOCAL_RANK", "0") == sys.argv[2]:
+    os.environ["SSMTRAIN_FAULT"] = sys.argv[3]
+try:
+    sys.exit(command(Request("fit", read_config(Path(sys.argv[1])))))
+except Stop as stop:
+    print(*stop.lines, sep="\\n")
+    sys.exit(stop.code)
+"""
+
+
+def two_ranks(folder: Path, *fault: str, **changes: Any) -> tuple[int, Path, str]:
+    """Run fit on two gloo ranks; `fault` is a rank and what happens to it. Code, run folder, output."""
+    from ssmtrain.checkpoint.records import write_config
+
+    config = page(folder, trainer__devices=2, trainer__threads=1, **changes)
+    write_config(folder, config)
+    script = folder / "script.py"
+    script.write_text(SCRIPT)
+    env = {**os.environ, "SSMTRAIN_LEDGER": "1", "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1"}
+    env.pop("SSMTRAIN_RUN", None)
+    done = subprocess.run(
+        [sys.executable, str(script), str(folder), *fault],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert config.name is not None
+    return done.returncode, Path(config.runs_dir) / config.name, done.stdout + done.stderr
+
+
+def test_one_two_and_one_ranks_train_as_one(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One process for two steps, two for some, one to the end: the tokens and losses of an unbroken run."""
+    _, whole = train(name="whole")
+    monkeypatch.setenv(faults.VARIABLE, "after_optimizer:1:TERM")
+    faults._passed.clear()
+    assert train(name="parts")[0] == 75
+    monkeypatch.delenv(faults.VARIABLE)
+    # One rank only is told to stop: both finish the step, save once, and end with 75.
+    code, folder, said = two_ranks(tmp_path, "1", "after_optimizer:3:TERM", name="parts")
+    assert code == 75, said
+    assert said.count("saved at step") == 1
+    assert 4 <= len(ledger(folder)) < 8
+    assert train(name="parts")[0] == 0
+    assert [e["samples"] for e in ledger(folder)] == [e["samples"] for e in ledger(whole)]
+    assert losses(folder) == pytest.approx(losses(whole), rel=2e-6)
+    one, two = weights(whole, 8), weights(folder, 8)
+    for name, tensor in one.items():
+        assert tensor.allclose(two[name], rtol=1e-3, atol=1e-4), name
+
+
+def test_a_lost_rank_ends_the_others(tmp_path: Path) -> None:
+    begin = time.monotonic()
+    code, _, said = two_ranks(tmp_path, "1", "after_forward:2", name="lost")
+    assert code == 4, said
+    assert "lost" in said and "ssmtrain fit config=" in said
+    assert time.monotonic() - begin < 100
