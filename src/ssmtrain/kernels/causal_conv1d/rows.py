@@ -45,6 +45,7 @@ class RowConv(torch.autograd.Function):
         dtype, width = columns.dtype, len(columns)
         grad_x = torch.empty(x.shape, dtype=dtype, device=x.device)
         grad_columns = torch.zeros_like(columns)
+        column, grad_column = columns.unbind(0), grad_columns.unbind(0)
         grad_bias = None if bias is None else torch.zeros_like(bias)
         buffer = Scratch(columns)
         for rows, start, stop in _pieces(x):
@@ -57,7 +58,7 @@ class RowConv(torch.autograd.Function):
                 grad = torch.ops.aten.silu_backward.grad_input(grad, sums, grad_input=sums)
             if grad_bias is not None:
                 grad_bias += grad.sum((0, 1))
-            torch.mul(grad, columns[-1], out=grad_x[rows, start:stop])
+            torch.mul(grad, column[-1], out=grad_x[rows, start:stop])
             for back in range(width):
                 skip = max(back - start, 0)  # the row's first tokens have nothing so far back
                 if skip >= stop - start:
@@ -65,9 +66,9 @@ class RowConv(torch.autograd.Function):
                 late = grad[:, skip:]
                 early = piece[:, halo + skip - back : piece.shape[1] - back]
                 if back:
-                    grad_x[rows, start + skip - back : stop - back].addcmul_(late, columns[-1 - back])
+                    grad_x[rows, start + skip - back : stop - back].addcmul_(late, column[-1 - back])
                 product = torch.mul(late, early, out=buffer("product", *late.shape))
-                grad_columns[-1 - back] += product.sum((0, 1))
+                grad_column[-1 - back].add_(product.sum((0, 1)))
         return grad_x.to(x.dtype), grad_columns.t(), grad_bias, None
 
 

@@ -53,13 +53,7 @@ class Chunk:
         self.rows, self.groups, self.q, self.per_group, self.p = here.x.shape
         self.keys, self.queries = here.keys.flatten(0, 1), here.queries.flatten(0, 1)  # (R * G, Q, N)
         total = here.logs.cumsum(-1)  # (R, G, H/G, Q) log decay from the chunk's start through each token
-        # Differences are cut at 0 before the exponential, which would overflow above the diagonal.
-        self.decay = self.square("decay")  # from token j to token i, 1 above the diagonal
-        torch.sub(total.unsqueeze(-1), total.unsqueeze(-2), out=self.decay)
-        self.decay.clamp_(floor(total.dtype), 0.0).exp_()
-        scores = buffer("scores", self.rows * self.groups, self.q, self.q)
-        torch.bmm(self.queries, self.keys.transpose(1, 2), out=scores).tril_()
-        self.scores = buffer("scores", self.rows, self.groups, 1, self.q, self.q)
+        self.total = total
         self.since = total.exp()  # (R, G, H/G, Q)
         self.rest = (total[..., -1:] - total).exp_()  # decay from each token to the chunk's end
         self.weight = here.steps * self.rest
@@ -67,9 +61,11 @@ class Chunk:
 
     def outputs(self, state: Tensor, out: Tensor) -> None:
         """Write y (R, G, Q, H/G, P): from the chunk's own inputs, D x, and the state that enters."""
-        inside = torch.bmm(self.mix(), self.heads("x", self.here.x), out=self.flat_heads("inside"))
-        seen = torch.bmm(self.queries, state.flatten(0, 1).transpose(1, 2), out=self.flat_tokens("seen"))
-        inside, seen = self.by_head("inside").transpose(2, 3), self.by_token("seen")
+        decay = self.decay()
+        mix = self.mix(decay, decay)
+        torch.bmm(mix, self.heads("sources", self.here.x), out=self.flat_heads("outputs"))
+        torch.bmm(self.queries, state.flatten(0, 1).transpose(1, 2), out=self.flat_tokens("readers"))
+        inside, seen = self.by_head("outputs").transpose(2, 3), self.by_token("readers")
         torch.addcmul(inside, seen, _per_token(self.since), out=out)
 
     def take_in(self, state: Tensor, after: Tensor) -> None:
@@ -79,25 +75,30 @@ class Chunk:
         after.flatten(0, 1).baddbmm_(self.fed().transpose(1, 2), self.keys)
 
     def back(
-        self, state: Tensor, grad_state: Tensor, grad_out: Tensor, grads: Tokens, grad_D: Tensor | None
+        self,
+        state: Tensor,
+        grad_state: Tensor,
+        grad_out: Tensor,
+        grads: Tokens,
+        grad_D: Tensor | None,
+        sums: Tensor,
     ) -> None:
         """Pull grad_out (R, G, Q, H/G, P) and grad_state back.
 
         grad_state, of the state that leaves, becomes that of `state`, which enters. The gradients of the block's
-        tokens are written to grads, that of D (H,) is added to grad_D.
+        tokens are written to grads, that of D (H,) is added to grad_D. sums: what `spans` returns.
         """
         grad_keys, grad_queries, from_start, to_end, over_chunk = self._back_states(state, grad_state, grad_out)
         own, later, reach = self._back_pairs(grad_out, grad_keys, grad_queries, grad_D)
-        inside, grad_fed = self.by_head("inside").transpose(2, 3), self.by_token("grad fed")
+        inside, grad_fed = self.by_head("outputs").transpose(2, 3), self.by_token("grad fed")
         torch.addcmul(inside, grad_fed, _per_token(self.weight), out=grads.x)
         grads.keys.copy_(grad_keys.view(grads.keys.shape))
         grads.queries.copy_(grad_queries.view(grads.queries.shape))
         torch.addcmul(own.add_(later), self.rest, to_end, out=grads.steps)
         # The decay at token k lies between every source before k and every reader from k on.
-        lower = torch.ones(self.q, self.q, dtype=own.dtype, device=own.device).tril_()
-        spans = (reach + from_start) @ lower
-        spans += (self.weight * to_end) @ (1.0 - lower)
-        torch.add(spans, over_chunk, out=grads.logs)
+        readers, sources = sums[:, : self.q, : self.q]
+        spans = reach.add_(from_start) @ readers
+        torch.add(spans.add_(to_end.mul_(self.weight) @ sources), over_chunk, out=grads.logs)
 
     def _back_states(
         self, state: Tensor, grad_state: Tensor, grad_out: Tensor
@@ -109,21 +110,21 @@ class Chunk:
         that of the log decay of the whole chunk (R, G, H/G, 1). Leaves the gradient of `fed` in its buffer.
         """
         states, grads = state.flatten(0, 1), grad_state.flatten(0, 1)  # (R * G, H/G * P, N)
-        heard = self.by_token("heard")
+        split = (self.rows, self.groups, self.per_group, -1)
+        heard, flat = self.by_token("readers"), self.flat_tokens("readers")
         torch.mul(grad_out, _per_token(self.since), out=heard)
-        flat = self.flat_tokens("heard")  # (R * G, Q, H/G * P)
         grad_queries = torch.bmm(flat, states)
         grad_keys = torch.bmm(self.fed(), grads)
         torch.bmm(self.keys, grads.transpose(1, 2), out=self.flat_tokens("grad fed"))
-        split = (self.rows, self.groups, self.per_group, -1)
-        product = torch.mul(grad_state, state, out=self.buffer("product", *state.shape))
+        product = torch.mul(grad_state, state, out=self.buffer("pairs", *state.shape))
         over_chunk = product.view(split).sum(-1, keepdim=True).mul_(self.through)
         grad_state.view(split).mul_(self.through)
         grads.baddbmm_(flat.transpose(1, 2), self.queries)
-        torch.bmm(self.queries, states.transpose(1, 2), out=self.flat_tokens("seen"))
-        from_start = heard.mul_(self.by_token("seen")).sum(-1).transpose(2, 3)
-        weighed = torch.mul(self.here.x, self.by_token("grad fed"), out=self.by_token("seen"))
-        return grad_keys, grad_queries, from_start, weighed.sum(-1).transpose(2, 3), over_chunk
+        seen = self.by_token("outputs")
+        torch.bmm(self.queries, states.transpose(1, 2), out=self.flat_tokens("outputs"))
+        from_start = heard.mul_(seen).sum(-1).transpose(2, 3)
+        to_end = torch.mul(self.here.x, self.by_token("grad fed"), out=seen).sum(-1).transpose(2, 3)
+        return grad_keys, grad_queries, from_start, to_end, over_chunk
 
     def _back_pairs(
         self, grad_out: Tensor, grad_keys: Tensor, grad_queries: Tensor, grad_D: Tensor | None
@@ -131,47 +132,59 @@ class Chunk:
         """Go back through the pairs of tokens inside the chunk, adding to three gradients.
 
         Returns, each (R, G, H/G, Q): the gradient of each step by its token's own output and by later ones; pairs
-        that a token reads less pairs that it feeds, its own in neither. Leaves the gradient of x in "inside".
+        that a token reads less pairs that it feeds, its own in neither. Leaves the gradient of x in "outputs".
         """
-        mix, heads, x = self.mix(), self.heads("grad heads", grad_out), self.heads("x", self.here.x)
-        torch.bmm(mix.transpose(1, 2), heads, out=self.flat_heads("inside"))
-        flat = torch.bmm(heads, x.transpose(1, 2), out=self.flat_square("pairs"))
+        decay = self.decay()
+        mix = self.mix(decay, self.square("mix"))
+        heads, x = self.heads("readers", grad_out), self.heads("sources", self.here.x)
+        torch.bmm(mix.transpose(1, 2), heads, out=self.flat_heads("outputs"))
+        torch.bmm(heads, x.transpose(1, 2), out=self.flat_square("pairs"))
         pairs = self.square("pairs")
         if grad_D is not None:
             grad_D += pairs.diagonal(0, 3, 4).sum((0, 3)).flatten()
-        pairs.mul_(self.decay)
-        shares = torch.mul(pairs, self.scores, out=self.square("mix"))
+        shares = torch.mul(pairs.mul_(decay), self.scores, out=self.square("mix"))
         diagonal = shares.diagonal(0, 3, 4)
         own = diagonal.clone()
         diagonal.zero_()
         steps = self.here.steps
         later = shares.sum(3)
-        earlier = torch.bmm(mix, steps.reshape(-1, self.q, 1)).view(steps.shape)  # mix now holds the shares
-        pairs.mul_(steps.unsqueeze(3))
-        grad_scores = pairs.sum(2).tril_().flatten(0, 1)  # (R * G, Q, Q)
+        earlier = torch.bmm(self.flat_square("mix"), steps.reshape(-1, self.q, 1)).view(steps.shape)
+        grad_scores = pairs.mul_(steps.unsqueeze(3)).sum(2).tril_().flatten(0, 1)  # (R * G, Q, Q)
         grad_queries.baddbmm_(grad_scores, self.keys)
         grad_keys.baddbmm_(grad_scores.transpose(1, 2), self.queries)
         return own, later, earlier.addcmul_(steps, later, value=-1.0)
 
-    def mix(self) -> Tensor:
-        """Compute the matrices that map the chunk's x to its y, D included (R * H, Q, Q)."""
-        mix = torch.mul(self.decay, self.scores, out=self.square("mix"))
-        mix.mul_(self.here.steps.unsqueeze(3))
+    def decay(self) -> Tensor:
+        """Compute the decay from token j to token i, 1 above the diagonal (R, G, H/G, Q, Q), and the scores."""
+        decay = self.square("decay")
+        torch.sub(self.total.unsqueeze(-1), self.total.unsqueeze(-2), out=decay)
+        # Differences are cut at 0 before the exponential, which would overflow above the diagonal.
+        decay.clamp_(floor(decay.dtype), 0.0).exp_()
+        scores = self.buffer("scores", self.rows * self.groups, self.q, self.q)
+        torch.bmm(self.queries, self.keys.transpose(1, 2), out=scores).tril_()
+        self.scores = self.buffer("scores", self.rows, self.groups, 1, self.q, self.q)
+        return decay
+
+    def mix(self, decay: Tensor, out: Tensor) -> Tensor:
+        """Write to out the matrices that map the chunk's x to its y, D included; returns them (R * H, Q, Q)."""
+        torch.mul(decay, self.scores, out=out).mul_(self.here.steps.unsqueeze(3))
         if self.D is not None:
-            mix.diagonal(0, 3, 4).add_(self.D.view(self.groups, -1, 1))
-        return self.flat_square("mix")
+            out.diagonal(0, 3, 4).add_(self.D.view(self.groups, -1, 1))
+        return out.view(-1, self.q, self.q)
 
     def fed(self) -> Tensor:
         """Compute x times its weight in the leaving state (R * G, Q, H/G * P)."""
-        torch.mul(self.here.x, _per_token(self.weight), out=self.by_token("fed"))
-        return self.flat_tokens("fed")
+        torch.mul(self.here.x, _per_token(self.weight), out=self.by_token("sources"))
+        return self.flat_tokens("sources")
 
     def heads(self, name: str, tokens: Tensor) -> Tensor:
         """Copy tokens (R, G, Q, H/G, P) into the buffer `name`, per head (R * H, Q, P)."""
         self.by_head(name).copy_(tokens.transpose(2, 3))
         return self.flat_heads(name)
 
-    # Views of buffers. The flat ones are what batched matrix products take.
+    # Views of buffers, few enough for a cache to hold them all: what is done with is overwritten by what comes
+    # next, within outputs() and take_in(), and within _back_states() and _back_pairs(). Flat views are what
+    # batched matrix products take.
     def square(self, name: str) -> Tensor:
         return self.buffer(name, self.rows, self.groups, self.per_group, self.q, self.q)
 
@@ -194,3 +207,9 @@ class Chunk:
 def _per_token(factors: Tensor) -> Tensor:
     """View (R, G, H/G, Q) as factors of tokens (R, G, Q, H/G, 1)."""
     return factors.transpose(2, 3).unsqueeze(-1)
+
+
+def spans(q: int, like: Tensor) -> Tensor:
+    """Return the matrices that sum, at each token k, over tokens from k on and over tokens before k (2, Q, Q)."""
+    from_here = torch.ones(q, q, dtype=like.dtype, device=like.device).tril_()
+    return torch.stack([from_here, 1.0 - from_here])

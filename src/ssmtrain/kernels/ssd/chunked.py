@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from ssmtrain.kernels.scratch import Scratch
 from ssmtrain.kernels.ssd.blocks import Block, plan
-from ssmtrain.kernels.ssd.chunk import Chunk, Tokens, floor
+from ssmtrain.kernels.ssd.chunk import Chunk, Tokens, floor, spans
 
 CACHE = 320 * 1024
 """Bytes that one array of a block may take on a CPU: several of them then share a core's second-level cache."""
@@ -75,13 +75,14 @@ class ChunkedScan(torch.autograd.Function):
         grad_D = None if D is None else torch.zeros_like(D)
         grad_initial = torch.empty_like(grad_final) if ctx.has_initial else None
         grad_out, buffer = _group_heads(grad_y, groups), Scratch(x)
+        sums = spans(max(block.time.stop - block.time.start for block in ctx.blocks), x)
         for block in reversed(ctx.blocks):
             state = entering[block.kept]
             grad_state = buffer("grad state", *state.shape)
             if block.last:
                 grad_state.copy_(grad_final[block.docs].reshape(state.shape))
             part = Chunk(tokens.at(block), D, buffer)
-            part.back(state, grad_state, grad_out[block.rows, :, block.time], grads.at(block), grad_D)
+            part.back(state, grad_state, grad_out[block.rows, :, block.time], grads.at(block), grad_D, sums)
             if block.first and grad_initial is not None:
                 grad_initial[block.docs] = grad_state.view(grad_initial[block.docs].shape)
         grad_logs = torch.where(logs > floor(x.dtype), grads.logs, 0.0)
