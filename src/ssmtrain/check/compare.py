@@ -32,7 +32,7 @@ def compare(one: Run, other: Run, steps: int) -> tuple[dict[str, int], list[str]
         wrong = [a["step"] for a, b in zip(left, right) if a[key] != b[key]]
         equal[what] = min(len(left), len(right)) - len(wrong)
         if wrong:
-            differences.append(f"{len(wrong)} {what}, the first at step {wrong[0]}")
+            differences.append(f"{what}: {len(wrong)} of {len(left)}, the first at step {wrong[0]}")
     assert one.checkpoint and other.checkpoint
     if one.step != other.step:
         differences.append(f"the newest checkpoints are of steps {one.step} and {other.step}")
@@ -41,7 +41,7 @@ def compare(one: Run, other: Run, steps: int) -> tuple[dict[str, int], list[str]
         names = differing(tensors, store.load_tensors(other.checkpoint, shard))
         equal[what] = len(tensors.keys() - set(names))
         if names:
-            differences.append(f"{len(names)} {what}, such as {names[0]}")
+            differences.append(f"{what}: {len(names)}, such as {names[0]}")
     return equal, differences
 
 

@@ -42,17 +42,21 @@ class Proof:
 def command(request: Request) -> int:
     """`ssmtrain check resume config=…`: exit code 0 when the killed run equals the unbroken one, else 1."""
     assert request.config is not None
+    steps, every = lengths(request.config, request.overrides)
     folder = Path(tempfile.mkdtemp(prefix="ssmtrain-check-"))
-    proof = prove(request.config, folder, *lengths(request.config, request.overrides))
-    if request.as_json:
-        print(json.dumps(as_dict(proof), indent=2))
-    else:
-        print("\n".join(table(request.config, proof)))
-    if proof.differences:
-        print(f"both runs are kept in {folder}", file=sys.stderr)
-        return BUG
-    shutil.rmtree(folder, ignore_errors=True)
-    return FINISHED
+    keep = False
+    try:
+        proof = prove(request.config, folder, steps, every)
+        keep = bool(proof.differences)
+    finally:
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)
+    print(
+        json.dumps(as_dict(proof), indent=2) if request.as_json else "\n".join(table(request.config, proof))
+    )
+    if keep:
+        print(f"the runs are kept in {folder}", file=sys.stderr)
+    return BUG if keep else FINISHED
 
 
 def lengths(config: RunConfig, overrides: list[str]) -> tuple[int, int]:
