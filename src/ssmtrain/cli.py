@@ -257,7 +257,7 @@ def _request(name: str, verb: Verb, flags: dict[str, Any], words: list[str]) -> 
 
 
 def _load(name: str, verb: Verb, words: list[str]) -> Any:
-    from ssmtrain.config.load import check_training, load
+    from ssmtrain.config.load import load
 
     if "run" in verb.takes and not any(word.startswith("config=") for word in words):
         from ssmtrain.config.catalog import recipe_lines
@@ -266,10 +266,7 @@ def _load(name: str, verb: Verb, words: list[str]) -> Any:
             f"{name} needs run=<name or folder> or config=<recipe or page>",
             details=["recipes:", *recipe_lines()],
         )
-    config = load(words)
-    if verb.takes == "config":
-        check_training(config)
-    return config
+    return load(words, training=verb.takes == "config")
 
 
 def show(request: Request) -> int:

@@ -60,16 +60,16 @@ def find(name: str) -> Page:
     names = list(recipes())
     near = difflib.get_close_matches(name, names, 1, 0.6)
     hint = f"did you mean config={near[0]}?" if near else "ssmtrain config list shows the recipes"
-    if as_path.is_file():
-        hint = f"for the file, type config=./{name} (a page ends in .yaml)"
+    if Path(f"{name}.yaml").is_file():
+        hint = f"for the file in this folder type config=./{name}.yaml"
     raise UserError(f"config={name}: there is no such recipe; {hint}")
 
 
 def _at(path: Path, shown: str) -> Page:
     if path.is_dir() and (path / "config.yaml").is_file():
         path = path / "config.yaml"
-    if not path.exists() and path.with_name(f"{path.name}.yaml").is_file():
-        path = path.with_name(f"{path.name}.yaml")
+    if not path.exists() and Path(f"{path}.yaml").is_file():
+        path = Path(f"{path}.yaml")
     if not path.is_file():
         what = "a folder, not a page" if path.is_dir() else "no such file"
         raise UserError(f"config={shown}: {what}")

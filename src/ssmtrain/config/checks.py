@@ -1,4 +1,7 @@
-"""What no single field can know: settings that contradict each other, do not fit, or would be ignored."""
+"""What no single field can know: settings that contradict each other, do not fit, or would be ignored.
+
+All but `layer_problems` read plain attributes, so that they run on a config before torch is imported.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,40 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
+from ssmtrain.config import schema_file
 from ssmtrain.config.expect import show_value
 from ssmtrain.config.layout import MAX_LAYERS, LayoutError, check_name, expand
-from ssmtrain.config.schema import BlockConfig, FileTokenizer, ModelConfig, RunConfig, TextData
+
+if TYPE_CHECKING:
+    from ssmtrain.config.schema import ModelConfig, RunConfig
 
 _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 BYTES_VOCABULARY = 257
 
 
-def problems(config: RunConfig) -> list[str]:
-    """Everything wrong with a config whose fields are each legal, a line each."""
+def as_namespace(tree: dict[str, Any]) -> SimpleNamespace:
+    """A filled tree under the attributes of a RunConfig."""
+
+    def convert(value: Any, key: str) -> Any:
+        if not isinstance(value, dict):
+            return value
+        inner = {name: convert(one, name) for name, one in value.items()}
+        return inner if key == "blocks" else SimpleNamespace(**inner)
+
+    return SimpleNamespace(**{key: convert(value, key) for key, value in tree.items()})
+
+
+def problems(config: Any, training: bool = False) -> list[str]:
+    """Everything wrong with a config (or its namespace) whose fields are each legal, a line each.
+
+    `training` adds what only matters once it is to be trained.
+    """
     return [
+        *(_limits(config) if training else ()),
         *_name(config),
         *_model(config.model),
         *_vocabulary(config),
@@ -29,16 +53,26 @@ def problems(config: RunConfig) -> list[str]:
     ]
 
 
-def training_problems(config: RunConfig) -> list[str]:
-    """What only matters once the config is to be trained."""
-    trainer = config.trainer
+def layer_problems(config: RunConfig) -> list[str]:
+    """What the layers say against their settings at this width, and a depth that cannot be meant."""
+    model = config.model
     lines = []
-    if trainer.max_steps is None and trainer.max_tokens is None:
-        lines.append("trainer.max_steps: set it, or trainer.max_tokens: the run and its schedule end there")
+    for name, block in model.blocks.items():
+        for part, layer in (("mixer", block.mixer), ("ffn", block.ffn)):
+            for field, wrong in layer.check(model.d_model) if layer is not None else ():
+                value = show_value(getattr(layer, field, None))
+                lines.append(f"model.blocks.{name}.{part}.{field} = {value}: {wrong}")
+    if model.n_layers is not None and model.n_layers > MAX_LAYERS:
+        lines.append(f"model.n_layers = {model.n_layers}: at most {MAX_LAYERS}{_size(model)}")
     return lines
 
 
-def _name(config: RunConfig) -> Iterator[str]:
+def _limits(config: Any) -> Iterator[str]:
+    if config.trainer.max_steps is None and config.trainer.max_tokens is None:
+        yield "trainer.max_steps: set it, or trainer.max_tokens: the run and its schedule end there"
+
+
+def _name(config: Any) -> Iterator[str]:
     if config.name is None:
         return
     parts = config.name.split("/")
@@ -49,18 +83,18 @@ def _name(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _model(model: ModelConfig) -> Iterator[str]:
+def _model(model: Any) -> Iterator[str]:
     for name, block in model.blocks.items():
         wrong = check_name(name)
         if wrong:
             yield f"model.blocks.{name}: {wrong}"
-        yield from _block(model, name, block)
+        if block.mixer is None and block.ffn is None:
+            yield f"model.blocks.{name}: it has neither a mixer nor an ffn; give it one of them"
     if not model.blocks:
         yield "model.blocks is empty: expected at least one named block"
         return
     if model.n_layers is not None and model.n_layers > MAX_LAYERS:
-        yield f"model.n_layers = {model.n_layers}: at most {MAX_LAYERS}{_size(model)}"
-        return
+        return  # layer_problems says how large it would be
     try:
         names = expand(model.layout, model.n_layers)
     except LayoutError as error:
@@ -73,27 +107,15 @@ def _size(model: ModelConfig) -> str:
     """How large the model would be, for a depth that is surely a slip."""
     try:
         unit = expand(model.layout)
-        layers = [layer for n in unit if n in model.blocks for layer in _layers(model.blocks[n])]
+        blocks = [model.blocks[name] for name in unit if name in model.blocks]
+        layers = [layer for block in blocks for layer in (block.mixer, block.ffn) if layer is not None]
         params = sum(layer.num_params(model.d_model) for layer in layers) * (model.n_layers or 0) / len(unit)
     except (LayoutError, ZeroDivisionError):
         return ""
     return f" (this one would have {params:.1e} parameters, {params * 4 / 2**40:,.1f} TiB of weights)"
 
 
-def _layers(block: BlockConfig) -> list:
-    return [layer for layer in (block.mixer, block.ffn) if layer is not None]
-
-
-def _block(model: ModelConfig, name: str, block: BlockConfig) -> Iterator[str]:
-    if not _layers(block):
-        yield f"model.blocks.{name}: it has neither a mixer nor an ffn; give it one of them"
-    for part, layer in (("mixer", block.mixer), ("ffn", block.ffn)):
-        for field, wrong in layer.check(model.d_model) if layer is not None else ():
-            value = show_value(getattr(layer, field, None))
-            yield f"model.blocks.{name}.{part}.{field} = {value}: {wrong}"
-
-
-def _used(model: ModelConfig, names: list[str]) -> Iterator[str]:
+def _used(model: Any, names: list[str]) -> Iterator[str]:
     unknown = sorted(set(names) - set(model.blocks))
     known = ", ".join(model.blocks)
     for name in unknown:
@@ -111,10 +133,10 @@ def _used(model: ModelConfig, names: list[str]) -> Iterator[str]:
             )
 
 
-def _vocabulary(config: RunConfig) -> Iterator[str]:
+def _vocabulary(config: Any) -> Iterator[str]:
     tokenizer = config.tokenizer
     size: int | None = BYTES_VOCABULARY
-    if isinstance(tokenizer, FileTokenizer):
+    if tokenizer.kind == "file":
         path = Path(tokenizer.path).expanduser()
         if not path.is_file():
             yield f"tokenizer.path = {show_value(tokenizer.path)}: there is no such file"
@@ -139,7 +161,7 @@ def _file_vocabulary(path: Path) -> int | None:
         return None
 
 
-def _batch(config: RunConfig) -> Iterator[str]:
+def _batch(config: Any) -> Iterator[str]:
     trainer, row = config.trainer, config.data.seq_len
     devices = trainer.devices or 1
     share = row * devices * (trainer.micro_batch or 1)
@@ -155,7 +177,7 @@ def _batch(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _schedule(config: RunConfig) -> Iterator[str]:
+def _schedule(config: Any) -> Iterator[str]:
     trainer, schedule = config.trainer, config.schedule
     if trainer.max_steps is not None:
         steps = trainer.max_steps
@@ -179,13 +201,12 @@ def _schedule(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _ignored(config: RunConfig) -> Iterator[str]:
+def _ignored(config: Any) -> Iterator[str]:
     """Settings that another setting switches off."""
     data, generate = config.data, config.generate
-    if isinstance(data, TextData) and data.val is not None:
-        default = TextData.model_fields["val_fraction"].default
-        if data.val_fraction != default:
-            yield f"data.val_fraction = {data.val_fraction}: no effect beside data.val; leave one out"
+    fraction = schema_file.piece(("data", "val_fraction"), {"data": {"kind": "text"}}) or {}
+    if data.kind == "text" and data.val is not None and data.val_fraction != fraction.get("default"):
+        yield f"data.val_fraction = {data.val_fraction}: no effect beside data.val; leave one out"
     if generate.temperature == 0 and (generate.top_k or generate.top_p < 1):
         which = "top_k" if generate.top_k else "top_p"
         yield (

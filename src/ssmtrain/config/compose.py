@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import difflib
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +20,9 @@ from hydra import version
 from hydra._internal.config_repository import CachingConfigRepository, ConfigRepository
 from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
-from hydra._internal.defaults_list import create_defaults_list
+from hydra._internal.defaults_list import DefaultsList, create_defaults_list
 from hydra._internal.sources_registry import SourcesRegistry
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.plugins.config_source import ConfigResult, ConfigSource
 from omegaconf import OmegaConf
@@ -80,7 +82,7 @@ def compose(page: Page, words: Iterable[Word]) -> Composed:
     repository = _repository(page)
     result = Composed({})
     selections, values = _split(repository, words)
-    layers = _layers(repository, page)
+    layers = _layers(repository, page, selections)
     for path, tree in layers:
         if path.rpartition("/")[0] in selections:
             continue
@@ -112,10 +114,21 @@ def _repository(page: Page) -> CachingConfigRepository:
     return CachingConfigRepository(ConfigRepository(path))
 
 
-def _layers(repository: CachingConfigRepository, page: Page) -> list[tuple[str, Tree]]:
+def _ordered(repository: CachingConfigRepository, page: Page, selections: dict[str, str]) -> DefaultsList:
+    try:
+        return create_defaults_list(repository, page.name, [], prepend_hydra=False, skip_missing=False)
+    except HydraException:
+        # A group that the page leaves open (data: ???) must be on the command line.
+        chosen = [OverridesParser.create().parse_override(f"{k}={v}") for k, v in selections.items()]
+        return create_defaults_list(repository, page.name, chosen, prepend_hydra=False, skip_missing=False)
+
+
+def _layers(
+    repository: CachingConfigRepository, page: Page, selections: dict[str, str]
+) -> list[tuple[str, Tree]]:
     """The pages in the order of the defaults lists, each under its package."""
     try:
-        found = create_defaults_list(repository, page.name, [], prepend_hydra=False, skip_missing=False)
+        found = _ordered(repository, page, selections)
         return [
             (
                 default.config_path or "",
@@ -126,8 +139,19 @@ def _layers(repository: CachingConfigRepository, page: Page) -> list[tuple[str, 
     except RecursionError:
         raise UserError(f"{page.file.name}: its defaults list leads back to itself") from None
     except (HydraException, OmegaConfBaseException, ValueError, TypeError, AssertionError) as error:
-        reason = " ".join(str(error).split()) or "its defaults list cannot be read"
-        raise UserError(f"{page.file.name}: {reason}") from None
+        raise UserError(f"{page.file.name}: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    """Hydra's message in one line, without its search path."""
+    text = " ".join(str(error).split()).partition(" Config search path:")[0]
+    text = re.sub(r"^In '[^']*': ", "", text)
+    options = r"(?: Available options in '[^']+': (.*))?"
+    missing = re.fullmatch(rf"Could not (?:find|load) '([^']+)'\.?{options}", text)
+    if missing is None:
+        return text or "its defaults list cannot be read"
+    known = f"; there is {', '.join(missing[2].split())}" if missing[2] else ""
+    return f"its defaults list names {missing[1]}, which does not exist{known}"
 
 
 def _load(repository: CachingConfigRepository, path: str) -> Tree:

@@ -81,7 +81,7 @@ def _check(schema: Schema, at: Schema, value: Any, path: Path) -> Iterator[str]:
         if kind not in mapping if isinstance(kind, str) else True:
             yield _kind_line(path, value, list(mapping))
             return
-        yield from _fields(schema, resolve(schema, {"$ref": mapping[kind]}), value, path)
+        yield from _fields(schema, resolve(schema, {"$ref": mapping[kind]}), value, path, mapping)
         return
     shapes = [option for option in choices if option.get("type") == "object"]
     if shapes and isinstance(value, dict):
@@ -100,7 +100,9 @@ def _union(at: Schema) -> Schema | None:
     return next((one for one in [at, *at.get("anyOf", [])] if "discriminator" in one), None)
 
 
-def _fields(schema: Schema, shape: Schema, value: dict[str, Any], path: Path) -> Iterator[str]:
+def _fields(
+    schema: Schema, shape: Schema, value: dict[str, Any], path: Path, kinds: dict[str, str] | None = None
+) -> Iterator[str]:
     properties = shape.get("properties", {})
     extra = shape.get("additionalProperties", False)
     for key, inner in value.items():
@@ -109,7 +111,8 @@ def _fields(schema: Schema, shape: Schema, value: dict[str, Any], path: Path) ->
         elif isinstance(extra, dict):
             yield from _check(schema, extra, inner, (*path, key))
         else:
-            yield _unknown_line(schema, list(properties), key, inner, path, value.get("kind"))
+            others = _kinds_with(schema, key, kinds or {})
+            yield _unknown_line(schema, list(properties), key, inner, path, value.get("kind"), others)
     for key in shape.get("required", []):
         if key not in value:
             about = properties[key].get("description", "").rstrip(".")
@@ -119,10 +122,20 @@ def _fields(schema: Schema, shape: Schema, value: dict[str, Any], path: Path) ->
             )
 
 
-def _unknown_line(schema: Schema, names: list[str], key: str, value: Any, path: Path, kind: Any) -> str:
+def _kinds_with(schema: Schema, key: str, kinds: dict[str, str]) -> list[str]:
+    return [
+        kind for kind, ref in kinds.items() if key in resolve(schema, {"$ref": ref}).get("properties", {})
+    ]
+
+
+def _unknown_line(
+    schema: Schema, names: list[str], key: str, value: Any, path: Path, kind: Any, others: list[str]
+) -> str:
     where = show_path((*path, key))
     of = f" of {kind}" if isinstance(kind, str) else ""
     line = f"{where} = {show_value(value)}: there is no such key{of}"
+    if others:
+        return f"{line}; it is a key of {' and '.join(others)}"
     near = nearest(schema, names, key, path)
     if near:
         return f"{line}; did you mean {near}?"
@@ -183,14 +196,9 @@ def _hint(schema: Schema, at: Schema, value: Any) -> str:
         return f"; write {int(value)}"
     if "string" in types and not words and isinstance(value, int | float):
         return "; put it in quotes"
-    if path_of_objects(choices):
+    if _union(resolve(schema, at)) is None and {"object"} == types - {"null"}:
         return " with keys of its own"
     return ""
-
-
-def path_of_objects(choices: list[Schema]) -> bool:
-    """Whether only a mapping would do."""
-    return bool(choices) and all(option.get("type") in ("object", "null") for option in choices)
 
 
 def _words(option: Schema) -> list[Any]:

@@ -15,7 +15,6 @@ FIXED_TRAINER = ("global_batch", "precision")
 FREE = (
     "name",
     "recipe",
-    "description",
     "runs_dir",
     "resume",
     "data.cache_dir",

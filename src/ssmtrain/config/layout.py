@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from functools import cache
+from itertools import groupby
+from operator import add
 
 MAX_LAYERS = 4096
 """More layers than any model has; a longer formula is a slip of the keyboard."""
 
+_DEEP = 200
+"""Layers up to which `compress` finds the shortest formula."""
+
 REFUSED = {"No": "YAML reads it as false", "On": "YAML reads it as true"}
 NAME = re.compile(r"[A-Z][a-z]?")
-RATIO = re.compile(r"ratio\(\s*(\d{1,9})\s*,\s*(\d{1,9})\s*(?:,\s*([A-Z][a-z]?)\s*,\s*([A-Z][a-z]?)\s*)?\)")
-_TOKEN = re.compile(r"([A-Z][a-z]?)|(\()|(\))|(\d+)")
+RATIO = re.compile(
+    r"ratio\(\s*([0-9]{1,9})\s*,\s*([0-9]{1,9})\s*(?:,\s*([A-Z][a-z]?)\s*,\s*([A-Z][a-z]?)\s*)?\)"
+)
+_TOKEN = re.compile(r"([A-Z][a-z]?)|(\()|(\))|([0-9]+)")
 
 
 class LayoutError(ValueError):
@@ -133,24 +139,65 @@ def compress(names: Sequence[str]) -> str:
     # One character per name, so that substrings can be compared as strings.
     alphabet = sorted(set(names))
     codes = "".join(chr(0x100 + alphabet.index(n)) for n in names)
+    period = _period(codes)
+    if len(codes) > _DEEP and period < len(codes):
+        return f"({compress(names[:period])}){len(codes) // period}"
+    if len(codes) > _DEEP:
+        # Finding the shortest is cubic: in something deeper than any model only the runs are counted.
+        return "".join(f"{name}{count if count > 1 else ''}" for name, count in _runs(names))
+    return _Shortest(codes, alphabet).formula(0, len(codes))
 
-    @cache
-    def best(text: str) -> str:
-        if len(text) == 1:
-            return alphabet[ord(text) - 0x100]
-        period = (text + text).find(text, 1)
-        options = []
-        if period < len(text):
-            unit = best(text[:period])
-            options.append(f"{unit if period == 1 else f'({unit})'}{len(text) // period}")
-        # Every cut is tried, which is cubic: far deeper than any model only runs are counted.
-        if len(text) <= 256:
-            options += [best(text[:cut]) + best(text[cut:]) for cut in range(1, len(text))]
-        elif period == len(text):
-            options.append("".join(best(run[0]) for run in re.finditer(r"(.)\1*", text, re.DOTALL)))
-        return min(options, key=lambda formula: (len(formula), sum(map(str.isalpha, formula))))
 
-    return best(codes)
+def _period(text: str) -> int:
+    """Length of the shortest unit whose repetition is the text."""
+    return (text + text).find(text, 1)
+
+
+def _runs(names: Sequence[str]) -> list[tuple[str, int]]:
+    return [(name, len(list(run))) for name, run in groupby(names)]
+
+
+class _Shortest:
+    """The cheapest formula of every stretch of layers: one unit repeated, or two stretches side by side.
+
+    A formula costs a thousand for each character and one for each letter: of equally long ones M2 beats MM.
+    """
+
+    def __init__(self, codes: str, alphabet: list[str]) -> None:
+        self.codes, self.alphabet = codes, alphabet
+        n = len(codes)
+        self.from_start = [[0] * (n + 1) for _ in range(n + 1)]
+        self.from_end = [[0] * (n + 1) for _ in range(n + 1)]
+        self.choice: dict[tuple[int, int], tuple[str, int]] = {}
+        for length in range(1, n + 1):
+            for i in range(n - length + 1):
+                self._solve(i, i + length)
+
+    def _solve(self, i: int, j: int) -> None:
+        if j - i == 1:
+            cost = 1001 * len(self.alphabet[ord(self.codes[i]) - 0x100])
+        else:
+            sums = list(map(add, self.from_start[i][i + 1 : j], self.from_end[j][i + 1 : j]))
+            cost = min(sums)
+            self.choice[i, j] = ("cut", i + 1 + sums.index(cost))
+            period = _period(self.codes[i:j])
+            if period < j - i:
+                signs = len(str((j - i) // period)) + (2 if period > 1 else 0)
+                repeated = self.from_start[i][i + period] + 1000 * signs
+                if repeated <= cost:
+                    cost = repeated
+                    self.choice[i, j] = ("repeat", period)
+        self.from_start[i][j] = self.from_end[j][i] = cost
+
+    def formula(self, i: int, j: int) -> str:
+        """The cheapest formula of layers i to j - 1."""
+        if j - i == 1:
+            return self.alphabet[ord(self.codes[i]) - 0x100]
+        how, at = self.choice[i, j]
+        if how == "cut":
+            return self.formula(i, at) + self.formula(at, j)
+        unit = self.formula(i, i + at)
+        return f"{unit if at == 1 else f'({unit})'}{(j - i) // at}"
 
 
 def strip(names: Sequence[str], group: int = 10) -> str:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from ssmtrain.config import schema_file
 from ssmtrain.config.catalog import Page, find, folders, recipe_lines, recipes
+from ssmtrain.config.checks import as_namespace, layer_problems
+from ssmtrain.config.checks import problems as contradictions
 from ssmtrain.config.errors import UserError
 from ssmtrain.config.expect import problems
 
@@ -20,8 +22,10 @@ if TYPE_CHECKING:
 Tree = dict[str, Any]
 
 
-def load(argv_overrides: Sequence[str]) -> RunConfig:
+def load(argv_overrides: Sequence[str], training: bool = False) -> RunConfig:
     """The config of `config=<recipe or page> key=value …`; UserError (exit 2) before anything is made.
+
+    `training` also refuses what only matters once it is to be trained.
 
     What merging dropped is said on stderr, once (rank 0).
     """
@@ -36,7 +40,7 @@ def load(argv_overrides: Sequence[str]) -> RunConfig:
     if len(named) > 1:
         raise UserError(f"config= is given twice: {' and '.join(named)}")
     page = find(named[0].partition("=")[2].strip("\"'"))
-    return _load(page, [word for word in argv_overrides if not _is_config(word)])
+    return _load(page, [word for word in argv_overrides if not _is_config(word)], training)
 
 
 def load_run_config(run: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -62,18 +66,11 @@ def _run_page(run: Path, overrides: Sequence[str]) -> Path:
     raise UserError(f"run={run}: there is no such run; {hint}")
 
 
-def check_training(config: RunConfig) -> None:
-    """Refuse what only matters once the config is to be trained."""
-    from ssmtrain.config.checks import training_problems
-
-    _refuse(training_problems(config))
-
-
 def _is_config(word: str) -> bool:
     return word.lstrip("+").startswith("config=")
 
 
-def _load(page: Page, texts: list[str]) -> RunConfig:
+def _load(page: Page, texts: list[str], training: bool = False) -> RunConfig:
     # Hydra is imported once the page is known to exist, torch once the tree is known to have the right shape.
     from ssmtrain.config.compose import compose
     from ssmtrain.config.words import parse
@@ -83,14 +80,14 @@ def _load(page: Page, texts: list[str]) -> RunConfig:
     tree = _completed(composed.tree, page)
     if schema_file.is_fresh():
         _refuse(problems(schema_file.load(), tree))
-    return typed(tree)
+        _refuse(contradictions(as_namespace(schema_file.filled(tree)), training))
+    return typed(tree, training)
 
 
-def typed(tree: Tree) -> RunConfig:
+def typed(tree: Tree, training: bool = False) -> RunConfig:
     """Validate a plain tree; UserError with a line per problem."""
     from pydantic import ValidationError
 
-    from ssmtrain.config.checks import problems as contradictions
     from ssmtrain.config.identity import default_name
     from ssmtrain.config.schema import RunConfig
 
@@ -99,7 +96,7 @@ def typed(tree: Tree) -> RunConfig:
     except ValidationError as error:
         lines = problems(schema_file.build(), tree)
         raise UserError(*(lines or [_plain(one) for one in error.errors(include_url=False)])) from None
-    _refuse(contradictions(config))
+    _refuse(contradictions(config, training) + layer_problems(config))
     return config if config.name else config.model_copy(update={"name": default_name(config)})
 
 

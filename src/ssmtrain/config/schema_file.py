@@ -1,18 +1,22 @@
 """The generated schema.json: what --help, completion and quick checks read without importing torch.
 
 It is the JSON schema of RunConfig, for editors too, with two additions: `x-shared` on a union of kinds lists
-the fields that all its kinds have from a common base; `x-sources` is the digest of the files it was made from.
+the fields that all its kinds have from a common base; `x-sources` is a digest of the source it was made from.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 Schema = dict[str, Any]
+
+_FIELDS = re.compile(r"^class .*?(?=^    def |^    @|^\S|\Z)|^[A-Z]\w* = .*?$", re.MULTILINE | re.DOTALL)
 
 FILE = Path(__file__).with_name("schema.json")
 
@@ -28,7 +32,7 @@ def load() -> Schema:
 
 
 def digest() -> str:
-    """Hex digest of the files that the schema is made from."""
+    """Hex digest of the source that the schema is made from: classes up to their first method, aliases."""
     package = FILE.parent.parent
     files = [
         *sorted((package / "layers").glob("*.py")),
@@ -37,7 +41,8 @@ def digest() -> str:
     ]
     summed = hashlib.sha256()
     for file in files:
-        summed.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+        for part in _FIELDS.findall(file.read_text(encoding="utf-8")):
+            summed.update(f"{file.name}\0{part.strip()}\0".encode())
     return summed.hexdigest()
 
 
@@ -105,7 +110,7 @@ def _unions(value: Any) -> list[Schema]:
 
 
 def piece(path: tuple[str, ...], kinds: Any = None, schema: Schema | None = None) -> Schema | None:
-    """The part of the schema at a path, or None; the tree `kinds` has the `kind` keys that choose in unions."""
+    """The part of the schema at a path, or None; `kinds` is the tree whose `kind` keys choose in unions."""
     schema = load() if schema is None else schema
     at: Schema | None = schema
     for key in path:
@@ -145,6 +150,24 @@ def resolve(schema: Schema, at: Schema) -> Schema:
         return at
     target = schema["$defs"][at["$ref"].rpartition("/")[2]]
     return {**target, **{k: v for k, v in at.items() if k != "$ref"}}
+
+
+def filled(tree: Any, at: Schema | None = None) -> Any:
+    """A tree of the right shape with every default written out, as the typed config would be dumped."""
+    schema = load()
+    if not isinstance(tree, dict):
+        return tree
+    shapes = [one for one in options(schema, at or schema, tree) if one.get("type") == "object"]
+    shape = shapes[0] if shapes else {}
+    result = dict(tree)
+    for key, piece in shape.get("properties", {}).items():
+        if key in tree:
+            result[key] = filled(tree[key], piece)
+        elif "default" in piece:
+            result[key] = copy.deepcopy(piece["default"])
+    if isinstance(shape.get("additionalProperties"), dict):
+        result = {key: filled(value, shape["additionalProperties"]) for key, value in tree.items()}
+    return result
 
 
 def union_at(path: tuple[str, ...]) -> Schema | None:

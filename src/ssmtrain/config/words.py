@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
 from hydra import version
@@ -133,13 +135,23 @@ def _choices(override: Override, key: str, text: str) -> Iterator[tuple[str, Any
     if isinstance(sweep, RangeSweep) and _length(sweep) > MAX_ARMS:
         raise UserError(f"{text}: {_length(sweep)} values; at most {MAX_ARMS} combinations are run")
     try:
-        texts = list(override.sweep_string_iterator())
-    except (HydraException, AssertionError):
+        steps = isinstance(sweep, RangeSweep)
+        texts = _steps(sweep) if steps else list(override.sweep_string_iterator())
+    except (HydraException, AssertionError, ValueError):
         raise UserError(f"{text}: write the values out, as in {key}=a,b,c") from None
     if not texts:
         raise UserError(f"{text}: a sweep over no values")
     for one in texts:
         yield one, _as_text(key, one, _parse(text, key, one).value())
+
+
+def _steps(sweep: RangeSweep) -> list[str]:
+    """The values of a range, in decimal: Hydra's own are binary, 0.30000000000000004 and past the end."""
+    if isinstance(sweep.start, int) and isinstance(sweep.stop, int) and isinstance(sweep.step, int):
+        return [str(value) for value in range(sweep.start, sweep.stop, sweep.step)]
+    start, stop, step = (Decimal(str(value)) for value in (sweep.start, sweep.stop, sweep.step))
+    count = max(0, math.ceil((stop - start) / step)) if step else 0
+    return [str(float(start + i * step)) for i in range(count)]
 
 
 def _length(sweep: RangeSweep) -> int:

@@ -86,6 +86,8 @@ def _syntax(error: yaml.YAMLError, text: str, shown: str) -> str:
         column = before.index("\t") + 1
         return f"{shown}:{mark.line + 1}:{column}: a tab in the indentation; indent with spaces"
     problem = getattr(error, "problem", None) or "not YAML"
+    if line[mark.column :].startswith("???"):
+        problem = "inside { } or [ ] write '???' in quotes"
     return f"{shown}:{mark.line + 1}:{mark.column + 1}: {problem}"
 
 
@@ -100,7 +102,7 @@ class _Builder:
 
     def fail(self, mark: yaml.Mark | None, what: str) -> UserError:
         where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        return UserError(f"{self.shown}{where}: {what}")
+        return UserError(f"{self.shown}{where}: {what if len(what) <= 200 else what[:199] + '…'}")
 
     def build(self, text: str) -> Any:
         self.events = yaml.parse(text, Loader=yaml.SafeLoader)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from ssmtrain.config.errors import FINISHED, INTERRUPTED, UNFINISHED, UserError
 from ssmtrain.config.identity import config_hash
-from ssmtrain.config.load import check_training, load
+from ssmtrain.config.load import load
 from ssmtrain.config.words import MAX_ARMS, Word, parse
 
 if TYPE_CHECKING:
@@ -93,8 +93,7 @@ def plan(texts: Sequence[str]) -> list[Arm]:
     chosen = [tuple(f"{axis.key}={text}" for axis, text in zip(axes, pick)) for pick in picks]
     configs = []
     for name, choices in zip(names, chosen):
-        configs.append(load([*page, *fixed, *choices, f"name={given or 'multirun'}/{name}"]))
-        check_training(configs[-1])
+        configs.append(load([*page, *fixed, *choices, f"name={given or 'multirun'}/{name}"], training=True))
     together = hashlib.sha256("".join(map(config_hash, configs)).encode()).hexdigest()
     above = given or f"{configs[0].recipe}-{together[:6]}"
     return [
