@@ -60,7 +60,8 @@ def test_killed_at_a_named_point(tmp_path: Path, name: str) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
 
 
-def _save_for_ever(folder: Path, start: int) -> None:
+def _save_for_ever(folder: Path, start: int, begun: object) -> None:
+    begun.set()
     for step in range(start, start + 10_000):
         store.save(folder, step, _tensors(step), {"step": step})
         store.prune(folder, 2)
@@ -70,8 +71,10 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
     draw = random.Random(1)
     step = store.step_of(store.save(tmp_path, 1, _tensors(1), {"step": 1}))
     for _ in range(30):
-        child = FORK.Process(target=_save_for_ever, args=(tmp_path, step + 1))
+        begun = FORK.Event()
+        child = FORK.Process(target=_save_for_ever, args=(tmp_path, step + 1, begun))
         child.start()
+        assert begun.wait(60)
         time.sleep(draw.uniform(0.01, 0.15))
         child.kill()
         child.join(60)
