@@ -15,9 +15,8 @@ from ssmtrain.checkpoint.runs import Run, resolve
 from ssmtrain.config import schema
 from ssmtrain.train.fit import fit
 
-WORDS = (
-    "it is a truth universally acknowledged that a single man in possession of a good fortune must be".split()
-)
+LINE = "it is a truth universally acknowledged that a single man in possession of a good fortune must be"
+WORDS = LINE.split()
 TEXT = "\n".join(" ".join(WORDS[(3 * i + j * j) % len(WORDS)] for j in range(12)) for i in range(120))
 
 MODEL: dict[str, Any] = {

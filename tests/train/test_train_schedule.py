@@ -83,5 +83,5 @@ def test_horizon_and_limits() -> None:
     assert both.steps == 100  # the schedule's horizon stays
     assert both.last_step == 3
     assert both.reached(3, 9_000)
-    with pytest.raises(ValueError, match="max_steps or trainer.max_tokens"):
+    with pytest.raises(ValueError, match=r"max_steps or trainer\.max_tokens"):
         horizon(schema.TrainerConfig())

@@ -1,4 +1,4 @@
-"""What is done to a built model before it trains, in this order: recompute, compile; the strategy wraps last."""
+"""What is done to a built model before it trains: recompute, then compile; the strategy wraps it last."""
 
 from __future__ import annotations
 

@@ -19,13 +19,13 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 
 from ssmtrain.config.errors import LOST, NON_FINITE, OUT_OF_MEMORY, UNFINISHED, WRONG_INPUT
 
-GRACE = 10.0
+GRACE = 6.0
 """Seconds that the other ranks get to end by themselves, with the better message, once one is gone."""
 PLANNED = (0, UNFINISHED)
 
 
 class Launcher(_SubprocessScriptLauncher):
-    """Lightning's launcher with our observer: its own kills everything, rank 0 too, without a word or a code."""
+    """Lightning's launcher with our observer: its own kills all ranks, the first too, without a word."""
 
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
         """Start the other local ranks, watch them or the parent, and run `function`."""
@@ -91,7 +91,7 @@ def _in_background(function: Callable[[], None]) -> None:
 
 
 def _watch_children(processes: list[subprocess.Popen]) -> None:
-    """End this process and all ranks when one of them has failed and the rest did not notice by themselves."""
+    """End this process and all ranks when one has failed and the rest did not notice by themselves."""
     while True:
         time.sleep(0.5)
         codes = [process.poll() for process in processes]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -39,7 +40,7 @@ def draw(values: list[float], width: int = 64, height: int = 4) -> list[str]:
         return []
     columns = min(width, len(values))
     edges = [round(i * len(values) / columns) for i in range(columns + 1)]
-    means = [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:])]
+    means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
     low, high = min(means), max(means)
     levels = [round((m - low) / ((high - low) or 1.0) * (8 * height - 1)) + 1 for m in means]
     rows = []

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -265,9 +266,7 @@ class LitLM(LightningModule):
         if state.nonfinite_row < trainer.max_nonfinite:
             return
         gradients = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
-        found = [
-            nonfinite.locate(self.model, lambda b=b: self.run_model(b).loss_sum, gradients) for b in micro
-        ]  # type: ignore[misc]
+        found = [nonfinite.locate(self.model, partial(self.run_model, b), gradients) for b in micro]
         clear = [text for text in found if "does not repeat" not in text]
         where = ranks.agree(clear[0] if clear else None) or found[0]
         raise NonFinite(

@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ssmtrain.model.hybrid import Output
+
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether every element is finite."""
     return bool(torch.isfinite(tensor).all())
 
 
-def locate(model: nn.Module, forward: Callable[[], Any], gradients: dict[str, Tensor]) -> str:
+def locate(model: nn.Module, forward: Callable[[], Output], gradients: dict[str, Tensor]) -> str:
     """Name what was not finite first: a weight, a layer's output, or else a gradient in backward order.
 
     `forward` runs the offending batch again; `gradients` are those of the failed step by parameter name.
@@ -32,7 +34,7 @@ def locate(model: nn.Module, forward: Callable[[], Any], gradients: dict[str, Te
     return "the forward pass and the gradients of a second run are finite: the fault does not repeat"
 
 
-def _first_output(model: nn.Module, forward: Callable[[], Any]) -> str | None:
+def _first_output(model: nn.Module, forward: Callable[[], Output]) -> str | None:
     """The first module, innermost first, whose output is not finite; None when all are."""
     first: list[str] = []
 
@@ -50,7 +52,7 @@ def _first_output(model: nn.Module, forward: Callable[[], Any]) -> str | None:
     finally:
         for handle in handles:
             handle.remove()
-    if not first and not is_finite(result):
+    if not first and result.loss_sum is not None and not is_finite(result.loss_sum):
         return "the loss (head)"
     return first[0] if first else None
 

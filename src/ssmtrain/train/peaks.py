@@ -1,4 +1,4 @@
-"""Dense bf16 peaks of GPUs, from their datasheets, in FLOP/s: what model FLOPs utilisation is measured against."""
+"""Dense bf16 peaks of GPUs, from their datasheets, in FLOP/s: the measure of model FLOPs utilisation."""
 
 from __future__ import annotations
 

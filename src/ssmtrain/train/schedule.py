@@ -1,7 +1,7 @@
 """Learning-rate schedules: pure functions of where a step begins and ends and of where the run ends.
 
-Positions are counted in the schedule's unit (steps or tokens). The warm-up reads the end of the step, so the first
-step moves; the decay reads its beginning, so the last step does too.
+Positions are counted in the schedule's unit (steps or tokens). The warm-up reads the end of the step, so the
+first step moves; the decay reads its beginning, so the last step does too.
 """
 
 from __future__ import annotations

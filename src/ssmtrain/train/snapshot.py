@@ -58,7 +58,7 @@ def fingerprint(lit: LitLM) -> dict[str, Any]:
 def restore(lit: LitLM, checkpoint: Path) -> RunState:
     """Put optimiser and generators back and return the counters; UserError when the text is another one."""
     state = store.load_state(checkpoint)
-    saved, now = state.get("text"), fingerprint(lit)
+    saved, now = state.get("text") or {}, fingerprint(lit)
     if saved != now:
         changed = [
             f"  {key}: {saved.get(key)} then, {now[key]} now" for key in now if saved.get(key) != now[key]

@@ -52,7 +52,7 @@ class RunState:
 
 
 def seed_generators(seed: int, rank: int, step: int) -> None:
-    """Seed torch, numpy and python from (seed, rank, step): a new run, or a rank that a checkpoint does not know."""
+    """Seed torch, numpy and python from (seed, rank, step): a new run, or a rank new to a checkpoint."""
     mixed = np.random.SeedSequence([seed, rank, step]).generate_state(2, np.uint64)
     torch.manual_seed(int(mixed[0] >> np.uint64(1)))
     np.random.seed(int(mixed[1] & np.uint64(0xFFFFFFFF)))

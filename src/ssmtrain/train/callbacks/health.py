@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 
-from ssmtrain.layers.base import Context, Mixer
+from ssmtrain.layers.base import Context, LayerConfig, Mixer
 from ssmtrain.model.hybrid import HybridModel
 from ssmtrain.parallel import ranks
 from ssmtrain.train.module import LitLM
@@ -60,7 +60,7 @@ def parameter_kinds(lit: LitLM) -> dict[str, str]:
             kinds[name] = "embedding" if parts[0] == "input" else "head"
             continue
         layer = getattr(lit.config.model.blocks[lit.model.names[int(parts[1])]], parts[2], None)
-        kinds[name] = layer.kind if layer is not None else "norm"
+        kinds[name] = kind_of(layer) if layer is not None else "norm"
     return kinds
 
 
@@ -83,17 +83,21 @@ def probe(lit: LitLM) -> dict[str, Figures]:
         lit.model(batch.inputs, batch.labels, ctx)
     plain = Context(doc_ids=batch.doc_ids, n_docs=batch.n_docs)
     for i, (name, block) in enumerate(zip(lit.model.names, lit.model.blocks)):
-        config = lit.config.model.blocks[name].mixer
-        if config is None:
-            continue
-        assert ctx.states is not None
-        merge(
-            found.setdefault(str(config.kind), {}), _mixer(block.mixer, inputs[i], plain, ctx.states[i] or {})
-        )  # type: ignore[attr-defined, arg-type]  # a Module's attributes
+        config, mixer = lit.config.model.blocks[name].mixer, block.mixer
+        if config is not None and isinstance(mixer, Mixer):
+            assert ctx.states is not None
+            figures = mixer_figures(mixer, inputs[i], plain, ctx.states[i] or {})
+            merge(found.setdefault(kind_of(config), {}), figures)
     return {kind: figures for kind, figures in found.items() if figures}
 
 
-def _mixer(mixer: Mixer, x: Tensor, ctx: Context, state: dict[str, Tensor]) -> Figures:
+def kind_of(config: LayerConfig) -> str:
+    """The name of a layer's kind."""
+    return str(type(config).model_fields["kind"].default)
+
+
+def mixer_figures(mixer: Mixer, x: Tensor, ctx: Context, state: dict[str, Tensor]) -> Figures:
+    """The figures of one mixer on its input x (B, L, D) and its final state."""
     found: Figures = {}
     if "ssm" in state:
         found["state_max"] = float(state["ssm"].abs().max())

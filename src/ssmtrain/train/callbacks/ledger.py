@@ -22,7 +22,7 @@ def wanted() -> bool:
 
 
 class Ledger(Callback):
-    """Writes {step, loss_hex, grad_norm_hex, samples, tokens} after each step; rows of all ranks, in order."""
+    """Writes step, loss_hex, grad_norm_hex, samples, tokens after each step; rows of all ranks, in order."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

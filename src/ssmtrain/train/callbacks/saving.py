@@ -35,7 +35,7 @@ class Saving(Callback):
                 self.save(lit)
 
     def save(self, lit: LitLM) -> None:
-        """Publish a checkpoint and prune; UserError when this stop, or the third save in a row, was not saved."""
+        """Publish a checkpoint and prune; UserError when a planned stop, or a third try in a row, fails."""
         tensors, state = snapshot.take(lit)
         problem = None
         if ranks.rank() == 0:
@@ -50,7 +50,7 @@ class Saving(Callback):
             last = self.saved.name if self.saved else "none"
             raise UserError(
                 f"checkpoint not saved: {problem}",
-                f"the last good one: {last}; free space under {self.run.folder} and run the same command again",
+                f"the last good one: {last}; free space under {self.run.folder}, then the same command again",
             )
         left = MAX_FAILURES - lit.state.save_failures
         log.warning("checkpoint not saved, training goes on (%d more failures stop it): %s", left, problem)

@@ -17,7 +17,7 @@ INIT_TIMEOUT = 20.0
 
 
 class WandbSink:
-    """Sends figures as `kind/name`, with the step as their own axis, so that a resumed run may repeat steps."""
+    """Sends figures as `kind/name` over an axis of their own, so that a resumed run may repeat steps."""
 
     def __init__(self, run: Any) -> None:
         self.run = run
