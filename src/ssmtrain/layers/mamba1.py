@@ -94,6 +94,7 @@ class Mamba1(Mixer):
     def __init__(self, config: Mamba1Config, d_model: int) -> None:
         super().__init__()
         E, R, N = config.expand * d_model, config.rank(d_model), config.d_state
+        self.config = config
         self.inner, self.rank, self.d_state = E, R, N
         self.in_proj = Linear(d_model, 2 * E, bias=config.bias)
         self.conv = CausalConv1d(E, config.d_conv, bias=config.conv_bias)

@@ -58,11 +58,11 @@ class Mlp(Ffn):
 
     def __init__(self, config: MlpConfig, d_model: int) -> None:
         super().__init__()
-        self.activation = config.activation
+        self.config = config
         self.in_proj = Linear(d_model, widths(config.activation) * config.hidden, bias=config.bias)
         self.out_proj = Linear(config.hidden, d_model, bias=config.bias, residual=True)
 
     def forward(self, x: Tensor, ctx: Context) -> tuple[Tensor, Stats]:
         """Mix x (B, L, D) over channels; returns y (B, L, D) and no statistics."""
         h = self.in_proj(x)  # (B, L, 2F) or (B, L, F)
-        return self.out_proj(activate(h, self.activation)), {}
+        return self.out_proj(activate(h, self.config.activation)), {}
