@@ -3,10 +3,10 @@
     python scripts/bench_cpu.py                     # about a minute
     python scripts/bench_cpu.py --rounds 31 --only mamba2
 
-Forward, loss and backward in fp32; B 2 x L 512, d_model 256, 2 layers, expand 2, vocabulary 512, tied head. In
-each round every model takes one step, so that a drift of the machine meets all alike; printed are medians of the
-rounds' ratios and of tokens per second of CPU time. The exit code is 1 when a ratio is below its bar.
-`pip install transformers mambapy` brings what is compared with.
+Forward, loss and backward in fp32; B 2 x L 512, d_model 256, 2 layers, expand 2, vocabulary 512, tied head.
+In each round every model takes one step, so that a drift of the machine meets all alike; printed are
+medians of the rounds' ratios and of tokens per second of CPU time. The exit code is 1 when a ratio is below
+its bar. `pip install transformers mambapy` brings what is compared with.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -90,7 +91,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 
 def models(only: str | None) -> dict[str, Step]:
     """All models by name, in the order of a round."""
-    shared = {
+    shared: dict[str, Any] = {
         "vocab_size": VOCAB,
         "hidden_size": WIDTH,
         "num_hidden_layers": LAYERS,
@@ -103,16 +104,16 @@ def models(only: str | None) -> dict[str, Step]:
     if only in (None, "mamba2"):
         found["ours mamba2"] = ours("mamba2", d_state=64, head_dim=64, expand=2)
         for chunk in (256, 64):
-            config = transformers.Mamba2Config(
+            mamba2 = transformers.Mamba2Config(
                 state_size=64, head_dim=64, num_heads=8, n_groups=1, chunk_size=chunk, **shared
             )
-            found[f"transformers mamba2, chunk {chunk}"] = theirs(transformers.Mamba2ForCausalLM(config))
+            found[f"transformers mamba2, chunk {chunk}"] = theirs(transformers.Mamba2ForCausalLM(mamba2))
     if only in (None, "mamba1"):
         if importlib.util.find_spec("mambapy") is None:
             sys.exit("the Mamba-1 comparison needs mambapy: pip install mambapy, or --only mamba2")
         found["ours mamba1"] = ours("mamba1", d_state=16, expand=2)
-        config = transformers.MambaConfig(state_size=16, use_mambapy=True, **shared)
-        found["transformers mamba1, mambapy"] = theirs(transformers.MambaForCausalLM(config))
+        mamba1 = transformers.MambaConfig(state_size=16, use_mambapy=True, **shared)
+        found["transformers mamba1, mambapy"] = theirs(transformers.MambaForCausalLM(mamba1))
     return found
 
 
@@ -147,7 +148,9 @@ def report(seconds: dict[str, list[float]]) -> bool:
 
 def main() -> int:
     """Parse the command line, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=15, help="rounds that count (default 15)")
     parser.add_argument("--only", choices=["mamba1", "mamba2"], help="one comparison only")
     arguments = parser.parse_args()
@@ -155,8 +158,10 @@ def main() -> int:
     torch.manual_seed(0)
     transformers.logging.set_verbosity_error()
     backend.configure("auto", "cpu")
-    print(f"torch {torch.__version__}, transformers {transformers.__version__}, one thread, fp32, "
-          f"{BATCH} x {LENGTH} tokens, d_model {WIDTH}, {LAYERS} layers, {arguments.rounds} rounds")
+    print(
+        f"torch {torch.__version__}, transformers {transformers.__version__}, one thread, fp32, "
+        f"{BATCH} x {LENGTH} tokens, d_model {WIDTH}, {LAYERS} layers, {arguments.rounds} rounds"
+    )
     return 0 if report(measure(models(arguments.only), arguments.rounds)) else 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ LENGTHS = (1, 2, 63, 64, 65, 255, 257, 1000)
 
 
 def cut_rows(batch: int, length: int, seed: int = 0) -> tuple[Tensor, int]:
-    """Cut rows at random places, a one-token document and one over 64 tokens among them where there is room."""
+    """Cut rows at random places; where there is room, documents of one token at both ends of the first."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.empty(batch, length, dtype=torch.int32)
     document = 0
@@ -20,7 +21,7 @@ def cut_rows(batch: int, length: int, seed: int = 0) -> tuple[Tensor, int]:
         if row == 0:
             cuts += [1, length - 1]
         edges = sorted({0, length, *(cut for cut in cuts if 0 < cut < length)})
-        for start, end in zip(edges[:-1], edges[1:], strict=True):
+        for start, end in pairwise(edges):
             ids[row, start:end] = document
             document += 1
     return ids, document

@@ -16,7 +16,7 @@ def causal_conv1d_oracle(
     doc_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Slide each document's window token by token; returns y and the final windows (n_docs, C, K)."""
-    batch, length, channels = x.shape
+    batch, length, _ = x.shape
     if doc_ids is None:
         doc_ids = torch.arange(batch)[:, None].expand(batch, length)
     n_docs = int(doc_ids.max()) + 1

@@ -21,7 +21,7 @@ def ssd_oracle(
     dt_limit: tuple[float, float] = (0.0, float("inf")),
     doc_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run h = exp(dt A) h + dt x B^T, y = h C + D x, y * silu(z) token by token; returns y and final states."""
+    """Run h = exp(dt A) h + dt x B^T, y = h C + D x, times silu(z), by token; returns y and final states."""
     batch, length, heads, head_dim = x.shape
     if doc_ids is None:
         doc_ids = torch.arange(batch)[:, None].expand(batch, length)
@@ -34,18 +34,20 @@ def ssd_oracle(
         step = torch.logaddexp(step, torch.zeros_like(step))
     step = step.clamp(*dt_limit)
     before = torch.cat([torch.full_like(doc_ids[:, :1], -1), doc_ids[:, :-1]], 1)
-    after = torch.cat([doc_ids[:, 1:], torch.full_like(doc_ids[:, :1], -1)], 1)
+    ids = doc_ids.tolist()
     state, outputs, finals = torch.zeros_like(initial_state[:batch]), [], [None] * n_docs
     for t in range(length):
-        starts = (doc_ids[:, t] != before[:, t])[:, None, None, None]
-        state = torch.where(starts, initial_state[doc_ids[:, t].long()], state)
+        starts = doc_ids[:, t] != before[:, t]
+        if starts.any():
+            fresh = initial_state[doc_ids[:, t].long()]
+            state = torch.where(starts[:, None, None, None], fresh, state)
         decay = torch.exp(step[:, t] * A)[..., None, None]
         fed = (step[:, t, :, None] * x[:, t])[..., None] * B[:, t, group][:, :, None]
         state = decay * state + fed
         outputs.append((state * C[:, t, group][:, :, None]).sum(-1))
         for row in range(batch):
-            if doc_ids[row, t] != after[row, t]:
-                finals[int(doc_ids[row, t])] = state[row]
+            if t == length - 1 or ids[row][t] != ids[row][t + 1]:
+                finals[ids[row][t]] = state[row]
     y = torch.stack(outputs, 1)
     if D is not None:
         y = y + (D if D.dim() == 2 else D[:, None]) * x

@@ -6,10 +6,10 @@ import itertools
 
 import pytest
 import torch
-from kernels.cases import LENGTHS, assert_all_close, cut_rows, outputs_and_grads
-from kernels.oracle_ssd import ssd_oracle
 from torch import Tensor
 
+from kernels.cases import LENGTHS, assert_all_close, cut_rows, outputs_and_grads
+from kernels.oracle_ssd import ssd_oracle
 from ssmtrain.kernels.ssd import ssd, ssd_step
 
 TENSORS = ("x", "dt", "A", "B", "C")
@@ -49,28 +49,21 @@ def make_inputs(
 
 
 def both(
-    inputs: dict[str, Tensor],
-    doc_ids: Tensor | None,
-    n_docs: int,
-    final: bool = True,
-    dtype: torch.dtype = torch.float64,
-    **options,
+    inputs: dict[str, Tensor], doc_ids: Tensor | None, n_docs: int, final: bool = True, **options
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Outputs and gradients of the kernel, at the dtype, and of the oracle."""
-    kernel_only = {key: options.pop(key) for key in ("chunk_size",) if key in options}
+    """Outputs and gradients of the kernel and of the oracle."""
+    chunk = options.pop("chunk_size", None)
 
     def kernel(leaves: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        y, state = ssd(
-            **leaves, doc_ids=doc_ids, n_docs=n_docs, return_final_state=final, **options, **kernel_only
-        )
+        packed = {"doc_ids": doc_ids, "n_docs": n_docs, "return_final_state": final, "chunk_size": chunk}
+        y, state = ssd(**leaves, **packed, **options)
         return (y, state) if final else (y,)
 
     def oracle(leaves: dict[str, Tensor]) -> tuple[Tensor, ...]:
         out = ssd_oracle(**leaves, doc_ids=doc_ids, **options)
         return out if final else out[:1]
 
-    ours = outputs_and_grads(kernel, {name: tensor.to(dtype) for name, tensor in inputs.items()})
-    return ours, outputs_and_grads(oracle, inputs)
+    return outputs_and_grads(kernel, inputs), outputs_and_grads(oracle, inputs)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["rows", "documents"])
@@ -82,7 +75,9 @@ def test_matches_the_oracle_at_every_length(length: int, packed: bool) -> None:
     assert all(value.dtype == torch.float64 for value in ours.values())
     assert_all_close(ours, truth, 1e-9)
     # In fp32 the same case stays within the rounding of fp32.
-    ours, _ = both(inputs, doc_ids, n_docs, dtype=torch.float32)
+    options = {"doc_ids": doc_ids, "n_docs": n_docs, "return_final_state": True}
+    single = {name: tensor.float() for name, tensor in inputs.items()}
+    ours = outputs_and_grads(lambda leaves: ssd(**leaves, **options), single)
     assert_all_close(ours, truth, 1e-5)
 
 

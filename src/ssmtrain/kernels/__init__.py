@@ -11,10 +11,11 @@ Legend, used in every docstring and shape comment:
     N  state size           G  groups (of heads that share B and C)
     K  conv width           Q  chunk length         V  vocabulary
 
-Documents. `doc_ids` (B, L) int32 numbers the documents 0 .. n_docs - 1 row-major over the batch, no id in two
-rows; `n_docs` is a host integer. None means one document per row (n_docs = B). States and windows restart where
-doc_ids changes, from that document's initial state; initial and final states have n_docs on the first axis.
+Documents. `doc_ids` (B, L) int32 numbers the documents 0 .. n_docs - 1 row-major over the batch, no id in
+two rows; `n_docs` is a host integer. None means one document per row (n_docs = B). States and windows
+restart where doc_ids changes, from that document's initial state; initial and final states have n_docs on
+the first axis.
 
-Precision. float64 stays float64; everything else computes decays, states and sums in fp32 and returns the dtype
-of its input.
+Precision. float64 stays float64; everything else computes decays, states and sums in fp32 and returns the
+dtype of its input.
 """

@@ -1,7 +1,7 @@
 """Which implementation of each op runs, and why: decided once per run, logged once.
 
-An op has a Triton body when its folder holds a `triton.py`. `auto` takes it on a GPU; where an op has none, the
-reference runs there and a warning says so by name. A backend asked for by name runs or is an error.
+An op has a Triton body when its folder holds a `triton.py`. `auto` takes it on a GPU; where an op has none,
+the reference runs there and a warning says so by name. A backend asked for by name runs or is an error.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def has_triton(op: str) -> bool:
 
 
 def configure(name: str = "auto", device_type: str = "cpu") -> Backend:
-    """Decide every op's implementation for a device type ("cpu", "cuda") and log it; BackendError if impossible."""
+    """Decide and log what runs each op on a device type ("cpu", "cuda"); BackendError if impossible."""
     global _current
     backend = _decide(name, device_type)
     if backend != _current:
@@ -63,7 +63,7 @@ def configure(name: str = "auto", device_type: str = "cpu") -> Backend:
 
 
 def chosen(op: str, device_type: str | None = None) -> str:
-    """Return "reference" or "triton" for an op; tensors on another device than configured use the reference."""
+    """Return "reference" or "triton" for an op; tensors off the configured device use the reference."""
     backend = _current
     if backend is None:
         backend = configure("auto", device_type or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -115,8 +115,9 @@ def _decide(name: str, device_type: str) -> Backend:
         if obstacle:
             raise BackendError(f"kernel backend triton cannot run: {obstacle}. Use auto or reference")
         if without:
+            names = ", ".join(without)
             raise BackendError(
-                f"kernel backend triton cannot run: no Triton body for {', '.join(without)}. Use auto or reference"
+                f"kernel backend triton cannot run: no Triton body for {names}. Use auto or reference"
             )
         return Backend(
             name, device_type, dict.fromkeys(ops, "triton"), f"triton for all ops on {device_type}"

@@ -1,7 +1,7 @@
 """Buffers that an op reuses from piece to piece, so that its temporaries stay in a core's cache.
 
-A fresh tensor of a few hundred kilobytes is memory that no cache holds: on a CPU an elementwise op into a reused
-buffer takes a quarter of the time.
+A fresh tensor of a few hundred kilobytes is memory that no cache holds: on a CPU an elementwise op into a
+reused buffer takes a quarter of the time.
 """
 
 from __future__ import annotations

@@ -20,12 +20,13 @@ def causal_conv1d(
     initial_state: Tensor | None = None,
     return_final_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Convolve each channel with its own K taps, over the present and the K - 1 inputs before it (Gu & Dao 2023).
+    """Convolve each channel with its own K taps, over the present and the K - 1 inputs before it (Gu & Dao
+    2023).
 
-    x (B, L, C), any strides; weight (C, K), tap K - 1 on the present input; bias (C,); activation "silu" or None.
-    doc_ids (B, L) with n_docs: the window restarts at each document. States (n_docs, C, K) hold the last K
-    inputs, oldest first, zeros where there were none; they and everything else are differentiable. Returns
-    (y like x, final state in fp32 or None). ValueError on shapes that disagree.
+    x (B, L, C), any strides; weight (C, K), tap K - 1 on the present input; bias (C,); activation "silu" or
+    None. doc_ids (B, L) with n_docs: the window restarts at each document. States (n_docs, C, K) hold the
+    last K inputs, oldest first, zeros where there were none; they and everything else are differentiable.
+    Returns (y like x, final state in fp32 or None). ValueError on shapes that disagree.
     """
     batch, _, channels = x.shape
     docs = batch if doc_ids is None else n_docs

@@ -1,7 +1,8 @@
 """Causal depthwise convolution in torch: K shifted multiply-adds, the definition and the CPU path.
 
-Every row is first convolved as if it were one document with nothing before it. Where that is not so, at the first
-K - 1 tokens of the other documents, the outputs are computed again from gathered windows and put in their place.
+Every row is first convolved as if it were one document with nothing before it. Where that is not so, at the
+first K - 1 tokens of the other documents, the outputs are computed again from gathered windows and put in
+their place.
 """
 
 from __future__ import annotations
@@ -76,8 +77,8 @@ def _windows(
 ) -> Tensor:
     """Gather the K inputs up to and with each token (T,), oldest first, (T, K, C).
 
-    inputs (B * L, C); offset (T,) counts from the start of the token's document, docs (T,) names it; what lies
-    before the document comes from its past (n_docs, K, C), or is zero.
+    inputs (B * L, C); offset (T,) counts from the start of the token's document, docs (T,) names it; what
+    lies before the document comes from its past (n_docs, K, C), or is zero.
     """
     width = taps.shape[1]
     back = torch.arange(width - 1, -1, -1, device=inputs.device)

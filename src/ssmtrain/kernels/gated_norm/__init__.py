@@ -18,7 +18,8 @@ def gated_norm(
     n_groups: int = 1,
     norm_before_gate: bool = False,
 ) -> Tensor:
-    """RMSNorm with a SiLU gate, each of n_groups groups of channels normalised by itself (Dao & Gu 2024, sec. 7).
+    """RMSNorm with a SiLU gate, each of n_groups groups of channels normalised by itself (Dao & Gu 2024,
+    sec. 7).
 
     x, z (..., E), z None for no gate; weight (E,). norm(x * silu(z)) * weight or, with norm_before_gate,
     norm(x) * weight * silu(z). Computed in fp32 (float64 stays); the result has x's shape and dtype.

@@ -20,7 +20,8 @@ def gated_norm(
 ) -> Tensor:
     """Compute `kernels.gated_norm` (same arguments)."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    rows, gates = x.flatten(0, -2), None if z is None else z.flatten(0, -2)  # (T, E)
+    width = x.shape[-1]
+    rows, gates = x.reshape(-1, width), None if z is None else z.reshape(-1, width)  # (T, E)
     y = GatedNorm.apply(rows, gates, weight.to(dtype), eps, n_groups, norm_before_gate)
     return y.view(x.shape)
 
@@ -62,7 +63,7 @@ class GatedNorm(torch.autograd.Function):
         """Gradients of x, z and weight."""
         x, z, weight, scales = ctx.saved_tensors
         grad_x = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
-        grad_z = None if z is None else torch.empty(z.shape, dtype=weight.dtype, device=z.device)
+        grad_z = None if z is None else torch.empty_like(grad_x)
         grad_weight = torch.zeros_like(weight)
         buffer = Scratch(weight)
         for part in _pieces(x):
@@ -86,14 +87,28 @@ class GatedNorm(torch.autograd.Function):
                 _norm_back(normed, grad, weight, scales[part], grad_weight, inner, buffer)
                 torch.mul(inner, plain, out=grad_gate)
                 torch.mul(inner, gate, out=grad_x[part])
+            assert grad_z is not None
             torch.ops.aten.silu_backward.grad_input(grad_gate, logit, grad_input=grad_z[part])
-        return grad_x.to(x.dtype), None if z is None else grad_z.to(z.dtype), grad_weight, None, None, None
+        return (
+            grad_x.to(x.dtype),
+            None if grad_z is None else grad_z.to(z.dtype),
+            grad_weight,
+            None,
+            None,
+            None,
+        )
 
 
 def _norm_back(
-    inner: Tensor, grad: Tensor, weight: Tensor, scale: Tensor, grad_weight: Tensor, out: Tensor, buffer: Scratch
+    inner: Tensor,
+    grad: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    grad_weight: Tensor,
+    out: Tensor,
+    buffer: Scratch,
 ) -> None:
-    """Write to out (T, E) the gradient of the norm's input, adding to grad_weight (E,); inner is overwritten."""
+    """Write to out (T, E) the gradient of the norm's input; adds to grad_weight (E,), overwrites inner."""
     n_groups = scale.shape[1]
     normed = _split(inner, n_groups).mul_(scale)  # (T, G, E / G)
     share = torch.mul(grad, inner, out=buffer("share", *grad.shape))

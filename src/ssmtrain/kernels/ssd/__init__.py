@@ -29,13 +29,14 @@ def ssd(
     initial_state: Tensor | None = None,
     return_final_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Scan h = exp(dt A) h + dt B x, y = C h + D x, optionally times silu(z) (Dao & Gu 2024, sec. 6, listing 1).
+    """Scan h = exp(dt A) h + dt B x, y = C h + D x, optionally times silu(z) (Dao & Gu 2024, sec. 6,
+    listing 1).
 
     x, z (B, L, H, P); dt (B, L, H), to which dt_bias (H,) is added, then softplus, then the limits; A (H,)
-    negative; B, C (B, L, G, N), each group shared by H / G neighbouring heads; D (H,) or (H, P). doc_ids (B, L)
-    with n_docs: the state restarts at each document. States (n_docs, H, P, N) are fp32 (float64 for float64 x).
-    chunk_size changes speed only; None lets the implementation choose. Returns (y like x, final state or None);
-    differentiable in all tensors, states included. ValueError on shapes that disagree.
+    negative; B, C (B, L, G, N), each group shared by H / G neighbouring heads; D (H,) or (H, P). doc_ids
+    (B, L) with n_docs: the state restarts at each document. States (n_docs, H, P, N) are fp32 (float64 for
+    float64 x). chunk_size changes speed only; None lets the implementation choose. Returns (y like x, final
+    state or None); differentiable in all tensors, states included. ValueError on shapes that disagree.
     """
     _check(x, dt, A, B, C, D, z, chunk_size)
     batch = x.shape[0]

@@ -1,7 +1,8 @@
 """How a batch is cut for the chunked scan: blocks of a few rows by one chunk, walked in order.
 
-No block holds two documents in one row, so nothing is masked at document boundaries; a document's last chunk is
-as short as it is. On a CPU a block is small enough that what passes between its ops stays in the core's cache.
+No block holds two documents in one row, so nothing is masked at document boundaries; a document's last
+chunk is as short as it is. On a CPU a block is small enough that what passes between its ops stays in the
+core's cache.
 """
 
 from __future__ import annotations
@@ -43,15 +44,15 @@ def plan(batch: int, length: int, chunk: int, doc_ids: Tensor | None, rows_at_on
 def _runs(
     batch: int, length: int, doc_ids: Tensor | None, rows_at_once: int
 ) -> list[tuple[slice, slice, int, int]]:
-    """List (documents, rows, start, end): rows together where each is one document, else one document each."""
+    """List (documents, rows, start, end): rows together if each is one document, else one document each."""
     if doc_ids is None:
-        starts = range(0, batch, rows_at_once)
-        spans = [slice(row, min(row + rows_at_once, batch)) for row in starts]
+        spans = [slice(row, min(row + rows_at_once, batch)) for row in range(0, batch, rows_at_once)]
         return [(span, span, 0, length) for span in spans]
     first = torch.ones_like(doc_ids, dtype=torch.bool)
     first[:, 1:] = doc_ids[:, 1:] != doc_ids[:, :-1]
-    starts = first.flatten().nonzero().flatten().tolist()  # documents are row-major: one after another when flat
-    runs = []
+    # Documents are row-major: one after another when flat.
+    starts = first.flatten().nonzero().flatten().tolist()
+    runs: list[tuple[slice, slice, int, int]] = []
     for start, end in zip(starts, [*starts[1:], batch * length], strict=True):
         row, time = divmod(start, length)
         document = len(runs)

@@ -1,7 +1,8 @@
 """One block of the chunked scan, forward and backward: a few rows, one chunk of each.
 
-Layouts, R rows: per head (R, G, H/G, Q, .) for products inside the chunk, per group (R, G, Q, .) for products with
-B ("keys") and C ("queries"), which are never repeated to heads. States are (R, G, H/G * P, N).
+Layouts, R rows: per head (R, G, H/G, Q, .) for products inside the chunk, per group (R, G, Q, .) for
+products with B ("keys") and C ("queries"), which are never repeated to heads. States are (R, G, H/G * P,
+N).
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ class Tokens(NamedTuple):
 def floor(dtype: torch.dtype) -> float:
     """Return the log decay at which a decay is as good as 0.
 
-    exp(-70) = 4e-31 vanishes beside any fp32 sum it enters, while smaller decays would soon be subnormal numbers,
-    with which a processor is tens of times slower. Sums of log decays stay small, hence exact.
+    exp(-70) = 4e-31 vanishes beside any fp32 sum it enters, while smaller decays would soon be subnormal
+    numbers, with which a processor is tens of times slower. Sums of log decays stay small, hence exact.
     """
     return -700.0 if dtype == torch.float64 else -70.0
 
@@ -52,10 +53,11 @@ class Chunk:
         self.here, self.D, self.buffer = here, D, buffer
         self.rows, self.groups, self.q, self.per_group, self.p = here.x.shape
         self.keys, self.queries = here.keys.flatten(0, 1), here.queries.flatten(0, 1)  # (R * G, Q, N)
-        total = here.logs.cumsum(-1)  # (R, G, H/G, Q) log decay from the chunk's start through each token
+        total = here.logs.cumsum(-1)  # (R, G, H/G, Q)
         self.total = total
-        self.since = total.exp()  # (R, G, H/G, Q)
-        self.rest = (total[..., -1:] - total).exp_()  # decay from each token to the chunk's end
+        lowest = floor(total.dtype)
+        self.since = total.clamp(min=lowest).exp_()  # decay from the chunk's start through each token
+        self.rest = (total[..., -1:] - total).clamp_(min=lowest).exp_()  # from each token to the chunk's end
         self.weight = here.steps * self.rest
         self.through = self.since[..., -1:]  # (R, G, H/G, 1)
 
@@ -85,10 +87,12 @@ class Chunk:
     ) -> None:
         """Pull grad_out (R, G, Q, H/G, P) and grad_state back.
 
-        grad_state, of the state that leaves, becomes that of `state`, which enters. The gradients of the block's
-        tokens are written to grads, that of D (H,) is added to grad_D. sums: what `spans` returns.
+        grad_state, of the state that leaves, becomes that of `state`, which enters. The gradients of the
+        block's tokens are written to grads, that of D (H,) is added to grad_D. sums: what `spans` returns.
         """
-        grad_keys, grad_queries, from_start, to_end, over_chunk = self._back_states(state, grad_state, grad_out)
+        grad_keys, grad_queries, from_start, to_end, over_chunk = self._back_states(
+            state, grad_state, grad_out
+        )
         own, later, reach = self._back_pairs(grad_out, grad_keys, grad_queries, grad_D)
         inside, grad_fed = self.by_head("outputs").transpose(2, 3), self.by_token("grad fed")
         torch.addcmul(inside, grad_fed, _per_token(self.weight), out=grads.x)
@@ -105,9 +109,10 @@ class Chunk:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Go back through the states.
 
-        Returns, by that way, the gradients of keys and queries (R * G, Q, N), each reader's share in the gradient
-        of the log decay since the chunk's start, the gradient of each token's weight (both (R, G, H/G, Q)), and
-        that of the log decay of the whole chunk (R, G, H/G, 1). Leaves the gradient of `fed` in its buffer.
+        Returns, by that way, the gradients of keys and queries (R * G, Q, N), each reader's share in the
+        gradient of the log decay since the chunk's start, the gradient of each token's weight (both (R, G,
+        H/G, Q)), and that of the log decay of the whole chunk (R, G, H/G, 1). Leaves the gradient of `fed`
+        in its buffer.
         """
         states, grads = state.flatten(0, 1), grad_state.flatten(0, 1)  # (R * G, H/G * P, N)
         split = (self.rows, self.groups, self.per_group, -1)
@@ -131,8 +136,9 @@ class Chunk:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Go back through the pairs of tokens inside the chunk, adding to three gradients.
 
-        Returns, each (R, G, H/G, Q): the gradient of each step by its token's own output and by later ones; pairs
-        that a token reads less pairs that it feeds, its own in neither. Leaves the gradient of x in "outputs".
+        Returns, each (R, G, H/G, Q): the gradient of each step by its token's own output and by later ones;
+        pairs that a token reads less pairs that it feeds, its own in neither. Leaves the gradient of x in
+        "outputs".
         """
         decay = self.decay()
         mix = self.mix(decay, self.square("mix"))
@@ -155,7 +161,7 @@ class Chunk:
         return own, later, earlier.addcmul_(steps, later, value=-1.0)
 
     def decay(self) -> Tensor:
-        """Compute the decay from token j to token i, 1 above the diagonal (R, G, H/G, Q, Q), and the scores."""
+        """Compute the scores, and the decay from token j to i, 1 above the diagonal (R, G, H/G, Q, Q)."""
         decay = self.square("decay")
         torch.sub(self.total.unsqueeze(-1), self.total.unsqueeze(-2), out=decay)
         # Differences are cut at 0 before the exponential, which would overflow above the diagonal.
@@ -166,7 +172,7 @@ class Chunk:
         return decay
 
     def mix(self, decay: Tensor, out: Tensor) -> Tensor:
-        """Write to out the matrices that map the chunk's x to its y, D included; returns them (R * H, Q, Q)."""
+        """Write to out what maps the chunk's x to its y, D included; returns it as (R * H, Q, Q)."""
         torch.mul(decay, self.scores, out=out).mul_(self.here.steps.unsqueeze(3))
         if self.D is not None:
             out.diagonal(0, 3, 4).add_(self.D.view(self.groups, -1, 1))
@@ -182,9 +188,9 @@ class Chunk:
         self.by_head(name).copy_(tokens.transpose(2, 3))
         return self.flat_heads(name)
 
-    # Views of buffers, few enough for a cache to hold them all: what is done with is overwritten by what comes
-    # next, within outputs() and take_in(), and within _back_states() and _back_pairs(). Flat views are what
-    # batched matrix products take.
+    # Views of buffers, few enough for a cache to hold them all: what is done with is overwritten by what
+    # comes next, within outputs() and take_in(), and within _back_states() and _back_pairs(). Flat views
+    # are what batched matrix products take.
     def square(self, name: str) -> Tensor:
         return self.buffer(name, self.rows, self.groups, self.per_group, self.q, self.q)
 
@@ -210,6 +216,6 @@ def _per_token(factors: Tensor) -> Tensor:
 
 
 def spans(q: int, like: Tensor) -> Tensor:
-    """Return the matrices that sum, at each token k, over tokens from k on and over tokens before k (2, Q, Q)."""
+    """Return the matrices that sum, for each token k, the tokens from k on and those before k (2, Q, Q)."""
     from_here = torch.ones(q, q, dtype=like.dtype, device=like.device).tril_()
     return torch.stack([from_here, 1.0 - from_here])

@@ -1,9 +1,10 @@
 """The chunked scan with its own backward pass.
 
-Inside a chunk the scan is a masked matrix product, between chunks it hands on a state (Dao & Gu 2024, sec. 6).
-Both passes walk over blocks (`blocks.py`) and recompute what is cheap (`chunk.py`): only the inputs and the states
-that enter the chunks are kept. The gradient of a decay, the sum over all pairs of tokens it lies between, is taken
-without subtracting large equal terms: a token's own pair, which no decay touches, never enters.
+Inside a chunk the scan is a masked matrix product, between chunks it hands on a state (Dao & Gu 2024, sec.
+6). Both passes walk over blocks (`blocks.py`) and recompute what is cheap (`chunk.py`): only the inputs and
+the states that enter the chunks are kept. The gradient of a decay, the sum over all pairs of tokens it lies
+between, is taken without subtracting large equal terms: a token's own pair, which no decay touches, never
+enters.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from ssmtrain.kernels.ssd.blocks import Block, plan
 from ssmtrain.kernels.ssd.chunk import Chunk, Tokens, floor, spans
 
 CACHE = 320 * 1024
-"""Bytes that one array of a block may take on a CPU: several of them then share a core's second-level cache."""
+"""Bytes that one array of a block may take on a CPU: several then share a core's second-level cache."""
 
 
 class ChunkedScan(torch.autograd.Function):

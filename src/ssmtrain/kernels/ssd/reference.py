@@ -1,4 +1,4 @@
-"""SSD in torch: matrix products inside chunks and a short loop over chunks, the definition and the CPU path."""
+"""SSD in torch, the definition and the CPU path: matrix products inside chunks, a short loop over chunks."""
 
 from __future__ import annotations
 

@@ -1,0 +1,122 @@
+"""The gated RMSNorm against its formula in float64, taken apart by autograd."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.cases import assert_all_close, outputs_and_grads
+from ssmtrain.kernels.gated_norm import gated_norm, reference
+
+
+def oracle(
+    x: Tensor, weight: Tensor, z: Tensor | None = None, *, eps: float, n_groups: int, norm_before_gate: bool
+) -> Tensor:
+    """Group by group, as the formula reads."""
+    gate = torch.ones_like(x) if z is None else z * torch.sigmoid(z)
+    if not norm_before_gate:
+        x = x * gate
+    parts = [part / torch.sqrt((part * part).mean(-1, keepdim=True) + eps) for part in x.chunk(n_groups, -1)]
+    y = torch.cat(parts, -1) * weight
+    return y * gate if norm_before_gate else y
+
+
+def make_inputs(gated: bool = True, shape: tuple[int, ...] = (2, 9, 12)) -> dict[str, Tensor]:
+    """Random float64 inputs."""
+    generator = torch.Generator().manual_seed(5)
+    inputs = {"x": torch.randn(shape, generator=generator, dtype=torch.float64)}
+    inputs["weight"] = torch.randn(shape[-1], generator=generator, dtype=torch.float64)
+    if gated:
+        inputs["z"] = torch.randn(shape, generator=generator, dtype=torch.float64) * 3
+    return inputs
+
+
+def run(leaves: dict[str, Tensor], **options) -> tuple[Tensor]:
+    return (gated_norm(leaves["x"], leaves.get("z"), leaves["weight"], **options),)
+
+
+CASES = list(itertools.product([1, 3], [False, True], [False, True], [False, True]))
+
+
+@pytest.mark.parametrize("n_groups,norm_before_gate,gated,small", CASES)
+def test_matches_the_formula(
+    n_groups: int, norm_before_gate: bool, gated: bool, small: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if small:
+        monkeypatch.setattr(reference, "CACHE", 12 * 4 * 5)  # pieces of 5 rows, the last one of 3
+    inputs = make_inputs(gated)
+    options = {"eps": 1e-5, "n_groups": n_groups, "norm_before_gate": norm_before_gate}
+    truth = outputs_and_grads(lambda leaves: (oracle(**leaves, **options),), inputs)
+    ours = outputs_and_grads(lambda leaves: run(leaves, **options), inputs)
+    assert all(value.dtype == torch.float64 for value in ours.values())
+    assert_all_close(ours, truth, 1e-12)
+    single = outputs_and_grads(
+        lambda leaves: run(leaves, **options), {name: t.float() for name, t in inputs.items()}
+    )
+    assert_all_close(single, truth, 2e-6)
+
+
+@pytest.mark.parametrize("norm_before_gate", [False, True])
+def test_extremes_stay_finite_and_near_float64(norm_before_gate: bool) -> None:
+    options = {"eps": 1e-5, "n_groups": 3, "norm_before_gate": norm_before_gate}
+    inputs = make_inputs()
+    cases = {
+        "huge x": {"x": inputs["x"] * 1e4},
+        "tiny x": {"x": inputs["x"] * 1e-12},
+        "zero": {"x": torch.zeros_like(inputs["x"])},
+        "equal": {"x": torch.ones_like(inputs["x"]), "z": torch.ones_like(inputs["x"])},
+        "wide open and shut": {"z": inputs["z"] * 30},
+    }
+    for change in cases.values():
+        extreme = inputs | change
+        truth = outputs_and_grads(lambda leaves: (oracle(**leaves, **options),), extreme)
+        ours = outputs_and_grads(
+            lambda leaves: run(leaves, **options), {name: t.float() for name, t in extreme.items()}
+        )
+        assert all(torch.isfinite(value).all() for value in ours.values())
+        assert_all_close(ours, truth, 1e-5)
+
+
+def test_gradcheck() -> None:
+    inputs = make_inputs(shape=(3, 4))
+    leaves = [inputs[name].requires_grad_() for name in ("x", "z", "weight")]
+    for norm_before_gate in (False, True):
+        assert torch.autograd.gradcheck(
+            lambda *tensors, first=norm_before_gate: gated_norm(*tensors, n_groups=2, norm_before_gate=first),
+            leaves,
+            fast_mode=True,
+        )
+
+
+def test_views_of_a_wider_projection_and_any_leading_axes() -> None:
+    inputs = make_inputs()
+    wide = torch.cat([inputs["z"], inputs["x"]], -1)
+    y = gated_norm(inputs["x"], inputs["z"], inputs["weight"])
+    view = gated_norm(wide[..., 12:], wide[..., :12], inputs["weight"])
+    torch.testing.assert_close(view, y, rtol=1e-13, atol=1e-13)
+    token = gated_norm(inputs["x"][0, 0], inputs["z"][0, 0], inputs["weight"])
+    torch.testing.assert_close(token, y[0, 0], rtol=1e-13, atol=1e-13)
+    turned = gated_norm(inputs["x"].transpose(0, 1), inputs["z"].transpose(0, 1), inputs["weight"])
+    torch.testing.assert_close(turned, y.transpose(0, 1), rtol=1e-13, atol=1e-13)
+
+
+def test_half_precision_is_computed_in_fp32() -> None:
+    inputs = make_inputs()
+    x, z, weight = inputs["x"].bfloat16().requires_grad_(), inputs["z"].bfloat16(), inputs["weight"].float()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = gated_norm(x, z, weight)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, gated_norm(x.float(), z.float(), weight).bfloat16())
+    y.float().sum().backward()
+    assert x.grad.dtype == torch.bfloat16 and torch.isfinite(x.grad).all()
+
+
+def test_shapes_that_disagree_are_named() -> None:
+    inputs = make_inputs()
+    with pytest.raises(ValueError, match="n_groups"):
+        gated_norm(inputs["x"], inputs["z"], inputs["weight"], n_groups=5)
+    with pytest.raises(ValueError, match="differ"):
+        gated_norm(inputs["x"], inputs["z"][:1], inputs["weight"])
