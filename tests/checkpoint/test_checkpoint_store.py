@@ -58,6 +58,14 @@ def test_a_large_tensor_is_written_in_pieces(tmp_path: Path, monkeypatch: pytest
     assert store.verify(path) == []
 
 
+def test_large_pieces_are_hashed_beside_the_writing(tmp_path: Path) -> None:
+    big = {str(i): torch.randn(2**18 + i) for i in range(5)}
+    path = store.save(tmp_path, 1, {"model": big}, {})
+    assert store.verify(path) == []
+    loaded = store.load_tensors(path, "model")
+    assert all(torch.equal(loaded[name], big[name]) for name in big)
+
+
 def test_files_are_plain_safetensors_and_json(tmp_path: Path) -> None:
     path = store.save(tmp_path, 12, _some(), {"step": 12, "tokens": 5 * 10**12})
     assert path == tmp_path / "step-00000012"
