@@ -56,8 +56,9 @@ def block_mask(
 
 
 def can_run(q: Tensor) -> bool:
-    """Whether FlexAttention has a kernel for q (..., hd): on the GPU, not float64, at least 16 features."""
-    return q.is_cuda and q.dtype != torch.float64 and q.shape[-1] >= 16
+    """Whether FlexAttention has a kernel for q (B, Hq, L, hd): not float64, 16 features, a block of queries."""
+    # Below one block of queries torch 2.11 finds no kernel once it has seen two lengths.
+    return q.is_cuda and q.dtype != torch.float64 and q.shape[-1] >= 16 and q.shape[-2] >= BLOCK
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float | None) -> Tensor:
