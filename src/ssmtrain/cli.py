@@ -11,7 +11,6 @@ import gc
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from ssmtrain.config.errors import (
@@ -25,122 +24,10 @@ from ssmtrain.config.errors import (
     UserError,
 )
 from ssmtrain.config.request import Request
+from ssmtrain.verbs import SYNONYMS, VERBS, Verb
 
 PIPE_CLOSED = 141
 """What a shell reports for a program whose reader went away (128 + SIGPIPE)."""
-
-
-@dataclass(frozen=True)
-class Verb:
-    """One verb: what it does, what it takes, and the function that does it."""
-
-    summary: str
-    target: str
-    """module:function, taking a Request and returning an exit code."""
-    takes: str = ""
-    """What the line must name: "config", "config or run", or nothing; "words" takes bare words."""
-    flags: dict[str, str] = field(default_factory=dict)
-    """Flag -> what it does; a flag whose text starts with = takes a value."""
-    example: str = ""
-
-
-_JSON = {"json": "print JSON"}
-
-VERBS: dict[str, Verb] = {
-    "fit": Verb(
-        "train a recipe, or continue where it stopped",
-        "ssmtrain.train.fit:command",
-        "config",
-        {
-            "multirun": "run every combination of a=1,2 … one after another",
-            "json": "with --multirun: print JSON",
-        },
-        "ssmtrain fit config=quickstart optim.lr=2e-3",
-    ),
-    "show": Verb(
-        "print a recipe's layers, parameters, FLOPs, state and memory",
-        "ssmtrain.cli:show",
-        "config or run",
-        _JSON,
-        "ssmtrain show config=quickstart show.context=131072",
-    ),
-    "generate": Verb(
-        "continue a prompt with a trained run",
-        "ssmtrain.generate.command:command",
-        "config or run",
-        {"prompt": "=TEXT the text to continue", **_JSON},
-        'ssmtrain generate run=quickstart-1a2b3c --prompt "It is a truth"',
-    ),
-    "eval": Verb(
-        "loss, perplexity and bits per byte of a run on a split or a file",
-        "ssmtrain.eval.command:command",
-        "config or run",
-        {"split": "=NAME train or val (default)", "file": "=PATH a text file instead", **_JSON},
-        "ssmtrain eval run=quickstart-1a2b3c --file my.txt",
-    ),
-    "prepare": Verb(
-        "turn a recipe's text into token shards (fit does it by itself)",
-        "ssmtrain.data.report:command",
-        "config or run",
-        _JSON,
-        "ssmtrain prepare config=quickstart data=text data.train=texts/",
-    ),
-    "config show": Verb(
-        "print the whole config of a line, every default spelled out",
-        "ssmtrain.config.command:show",
-        "config or run",
-        _JSON,
-        "ssmtrain config show config=quickstart optim=muon > mine.yaml",
-    ),
-    "config list": Verb("list the recipes", "ssmtrain.config.command:catalog", "", _JSON),
-    "config diff": Verb(
-        "print what differs between two recipes, pages or runs",
-        "ssmtrain.config.command:diff",
-        "words",
-        _JSON,
-        "ssmtrain config diff quickstart runs/mine",
-    ),
-    "config schema": Verb("print the JSON schema for editors", "ssmtrain.config.command:schema"),
-    "check resume": Verb(
-        "prove on a recipe that a killed run continues to the last bit",
-        "ssmtrain.check.resume:command",
-        "config",
-        _JSON,
-        "ssmtrain check resume config=quickstart",
-    ),
-    "doctor": Verb(
-        "versions, devices, kernels, disk, and what would be slow", "ssmtrain.doctor:command", "", _JSON
-    ),
-    "help": Verb(
-        "explain a verb, a kind or a key",
-        "ssmtrain.config.manual:command",
-        "words",
-        _JSON,
-        "ssmtrain help mamba2",
-    ),
-    "completion": Verb(
-        "print the completion script of a shell (bash, zsh)",
-        "ssmtrain.config.completion:command",
-        "words",
-        {},
-        'eval "$(ssmtrain completion bash)"',
-    ),
-}
-
-SYNONYMS = {
-    "train": "fit",
-    "run": "fit",
-    "resume": "fit",
-    "sample": "generate",
-    "evaluate": "eval",
-    "info": "show",
-    "summary": "show",
-    "list": "config list",
-    "recipes": "config list",
-    "diff": "config diff",
-    "preprocess": "prepare",
-    "tokenize": "prepare",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 
 from ssmtrain import cli
-from ssmtrain.cli import VERBS, main
+from ssmtrain.cli import main
 from ssmtrain.config import schema_file
 from ssmtrain.config.errors import Lost, NonFinite, OutOfMemory, UserError
 from ssmtrain.config.load import load, load_run_config, to_yaml
 from ssmtrain.config.manual import page
 from ssmtrain.config.request import Request
 from ssmtrain.layers import ffn_kinds, mixer_kinds
+from ssmtrain.verbs import VERBS
 
 
 @pytest.fixture

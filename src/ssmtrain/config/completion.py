@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ssmtrain.config import catalog, schema_file
 from ssmtrain.config.errors import FINISHED, UserError
 from ssmtrain.config.schema_file import Schema, options
+from ssmtrain.verbs import VERBS
 
 if TYPE_CHECKING:
     from ssmtrain.config.request import Request
@@ -56,8 +57,6 @@ def command(request: Request) -> int:
 
 def candidates(line: str) -> list[str]:
     """The words that may complete the end of a command line such as `ssmtrain fit config=qu`."""
-    from ssmtrain.cli import VERBS
-
     words = line.split()
     current = "" if not words or line[-1].isspace() else words.pop()
     before = words[1:]

@@ -12,6 +12,7 @@ from ssmtrain.config import schema_file
 from ssmtrain.config.errors import FINISHED, UserError
 from ssmtrain.config.expect import SPELLINGS, describe, show_value
 from ssmtrain.config.schema_file import Schema, options, resolve
+from ssmtrain.verbs import VERBS
 
 if TYPE_CHECKING:
     from ssmtrain.config.request import Request
@@ -31,8 +32,6 @@ def command(request: Request) -> int:
 
 def page(topic: str) -> list[str]:
     """The help page of a topic as lines; UserError with the nearest topics."""
-    from ssmtrain.cli import VERBS
-
     if not topic:
         return _overview()
     if topic in VERBS:
@@ -48,8 +47,6 @@ def page(topic: str) -> list[str]:
 
 
 def _overview() -> list[str]:
-    from ssmtrain.cli import VERBS
-
     width = max(map(len, VERBS))
     lines = ["usage: ssmtrain <verb> config=<recipe or page> key=value …", ""]
     lines += [f"  {name.ljust(width)}  {verb.summary}" for name, verb in VERBS.items()]
@@ -69,8 +66,6 @@ def _overview() -> list[str]:
 
 
 def _verb(name: str) -> list[str]:
-    from ssmtrain.cli import VERBS
-
     verb = VERBS[name]
     takes = {
         "config": "config=<recipe or page> key=value …",
