@@ -116,3 +116,14 @@ def test_kernels_import_nothing_but_torch() -> None:
         "assert all(n.startswith('ssmtrain.kernels') for n in ours), ours\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_ops_that_torch_runs_fast_are_no_reason_to_warn_or_refuse(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    gpu(monkeypatch)
+    monkeypatch.setattr(backend, "op_names", lambda: ["attention", "scan"])
+    with caplog.at_level(logging.INFO):
+        for name in ("auto", "triton"):
+            assert backend.configure(name, "cuda").ops == {"attention": "reference", "scan": "triton"}
+    assert all(record.levelname == "INFO" for record in caplog.records)

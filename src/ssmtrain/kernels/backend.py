@@ -1,7 +1,8 @@
 """Which implementation of each op runs, and why: decided once per run, logged once.
 
 An op has a Triton body when its folder holds a `triton.py`. `auto` takes it on a GPU; where an op has none,
-the reference runs there and a warning says so by name. A backend asked for by name runs or is an error.
+the reference runs there and a warning says so by name, unless the reference is made of torch's own fused GPU
+kernels. A backend asked for by name runs or is an error.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from typing import Literal
 import torch
 
 Name = Literal["auto", "reference", "triton"]
+
+NATIVE = frozenset({"attention", "grouped_gemm", "linear_cross_entropy"})
+"""Ops whose torch form is the fast one on a GPU too: FlexAttention and SDPA, grouped_mm, chunked matmuls."""
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +60,7 @@ def configure(name: str = "auto", device_type: str = "cpu") -> Backend:
     backend = _decide(name, device_type)
     if backend != _current:
         # On a GPU the reference is many times slower than a kernel: never silently.
-        slow = backend.name == "auto" and device_type == "cuda" and "reference" in backend.ops.values()
+        slow = backend.name == "auto" and device_type == "cuda" and any(map(_is_slow, backend.ops.items()))
         log.log(logging.WARNING if slow else logging.INFO, "kernels: %s", backend.why)
         _current = backend
     return backend
@@ -110,7 +114,8 @@ def _decide(name: str, device_type: str) -> Backend:
     if name not in ("auto", "triton"):
         raise BackendError(f"unknown kernel backend {name!r}: choose auto, reference or triton")
     obstacle = triton_obstacle(device_type)
-    without = [op for op in ops if not has_triton(op)]
+    without = [op for op in ops if not has_triton(op) and op not in NATIVE]
+    bodies = {op: "triton" if has_triton(op) else "reference" for op in ops}
     if name == "triton":
         if obstacle:
             raise BackendError(f"kernel backend triton cannot run: {obstacle}. Use auto or reference")
@@ -119,17 +124,19 @@ def _decide(name: str, device_type: str) -> Backend:
             raise BackendError(
                 f"kernel backend triton cannot run: no Triton body for {names}. Use auto or reference"
             )
-        return Backend(
-            name, device_type, dict.fromkeys(ops, "triton"), f"triton for all ops on {device_type}"
-        )
+        return Backend(name, device_type, bodies, f"triton on {device_type}")
     if device_type != "cuda":
         why = f"reference for all ops on {device_type}, its fast path"
         return Backend(name, device_type, dict.fromkeys(ops, "reference"), why)
     if obstacle:
-        without = ops
-    decision = {op: "reference" if op in without else "triton" for op in ops}
-    why = "triton for all ops on cuda"
+        without, bodies = [op for op in ops if op not in NATIVE], dict.fromkeys(ops, "reference")
+    why = "triton on cuda"
     if without:
         cause = obstacle or "no Triton body in this version"
         why = f"on cuda the slow torch reference runs for {', '.join(without)}: {cause}"
-    return Backend(name, device_type, decision, why)
+    return Backend(name, device_type, bodies, why)
+
+
+def _is_slow(decision: tuple[str, str]) -> bool:
+    op, body = decision
+    return body == "reference" and op not in NATIVE
