@@ -56,7 +56,7 @@ def block_mask(
 
 
 def can_run(q: Tensor) -> bool:
-    """Whether FlexAttention has a kernel for q (B, Hq, L, hd): 16 features, a block of queries, no float64."""
+    """Whether FlexAttention takes q (B, Hq, L, hd): 16 features, a block of queries, not float64."""
     # Below one block of queries torch 2.11 finds no kernel once it has seen two lengths.
     return q.is_cuda and q.dtype != torch.float64 and q.shape[-1] >= 16 and q.shape[-2] >= BLOCK
 
