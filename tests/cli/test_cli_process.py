@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -166,6 +168,17 @@ def test_a_folder_that_is_gone(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert b"no longer exists" in done.stderr and b"Traceback" not in done.stderr
+
+
+def test_an_installed_package_brings_its_recipes(tmp_path: Path) -> None:
+    ignored = shutil.ignore_patterns("__pycache__", "*.xz")
+    package = shutil.copytree(Path(SRC) / "ssmtrain", tmp_path / "site" / "ssmtrain", ignore=ignored)
+    shutil.copytree(Path(SRC).parent / "configs", package / "configs")
+    line = [sys.executable, "-m", "ssmtrain", "config", "list", "--json"]
+    env = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, timeout=60)
+    rows = {row["name"]: row["path"] for row in json.loads(done.stdout)["recipes"]}
+    assert rows["quickstart"] == str(package / "configs" / "quickstart.yaml")
 
 
 def test_ctrl_c_before_anything_started() -> None:

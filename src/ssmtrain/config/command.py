@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ssmtrain.config import catalog as pages
 from ssmtrain.config import schema_file
@@ -76,7 +76,19 @@ def _either(word: str) -> RunConfig:
 
 
 def schema(request: Request) -> int:
-    """Print the JSON schema of pages, for editors."""
+    """Print the JSON schema of pages, for editors; nothing is required, as a page may extend another."""
     loaded = schema_file.load() if schema_file.is_fresh() else schema_file.build()
-    print(json.dumps(loaded, indent=1, ensure_ascii=False))
+    print(json.dumps(_without_required(loaded), indent=1, ensure_ascii=False))
     return FINISHED
+
+
+def _without_required(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_required(item) for item in value]
+    if isinstance(value, dict):
+        return {
+            key: _without_required(inner)
+            for key, inner in value.items()
+            if not key.startswith("x-") and not (key == "required" and isinstance(inner, list))
+        }
+    return value

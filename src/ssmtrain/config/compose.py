@@ -37,6 +37,9 @@ from ssmtrain.config.yaml_reader import read_yaml
 
 Tree = dict[str, Any]
 
+_HEADER = "\0package"
+"""Where a page's `# @package` line travels until the page stands in its place."""
+
 
 class PageSource(FileConfigSource):
     """A folder of pages read by the safe reader; nothing outside the folder is reached."""
@@ -161,12 +164,13 @@ def _load(repository: CachingConfigRepository, path: str) -> Tree:
     tree = OmegaConf.to_container(loaded.config, resolve=False)
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a mapping")
+    page = {str(key): value for key, value in tree.items()}
     header = (loaded.header or {}).get("package")
-    return {"\0package": header, **tree} if header else tree
+    return {_HEADER: header, **page} if header else page
 
 
 def _package(tree: Tree, package: str | None) -> Tree:
-    header = tree.pop("\0package", None)
+    header = tree.pop(_HEADER, None)
     package = header if header is not None else package
     if package in (None, "", "_global_"):
         return tree

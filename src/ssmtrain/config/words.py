@@ -135,8 +135,7 @@ def _choices(override: Override, key: str, text: str) -> Iterator[tuple[str, Any
     if isinstance(sweep, RangeSweep) and _length(sweep) > MAX_ARMS:
         raise UserError(f"{text}: {_length(sweep)} values; at most {MAX_ARMS} combinations are run")
     try:
-        steps = isinstance(sweep, RangeSweep)
-        texts = _steps(sweep) if steps else list(override.sweep_string_iterator())
+        texts = _steps(sweep) if isinstance(sweep, RangeSweep) else list(override.sweep_string_iterator())
     except (HydraException, AssertionError, ValueError):
         raise UserError(f"{text}: write the values out, as in {key}=a,b,c") from None
     if not texts:

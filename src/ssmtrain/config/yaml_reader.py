@@ -7,6 +7,7 @@ of 170 bytes with nested aliases grow for minutes.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -100,12 +101,12 @@ class _Builder:
         self.aliases = 0
         self.nodes = 0
 
-    def fail(self, mark: yaml.Mark | None, what: str) -> UserError:
+    def fail(self, mark: Any, what: str) -> UserError:
         where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         return UserError(f"{self.shown}{where}: {what if len(what) <= 200 else what[:199] + '…'}")
 
     def build(self, text: str) -> Any:
-        self.events = yaml.parse(text, Loader=yaml.SafeLoader)
+        self.events: Iterator[Any] = yaml.parse(text, Loader=yaml.SafeLoader)
         page: Any = None
         documents = 0
         for event in self.events:
@@ -117,7 +118,7 @@ class _Builder:
                 page = self.node(event, 1)
         return page
 
-    def node(self, event: yaml.Event, depth: int) -> Any:
+    def node(self, event: Any, depth: int) -> Any:
         if depth > MAX_DEPTH:
             raise self.fail(event.start_mark, f"nested deeper than {MAX_DEPTH} levels")
         if isinstance(event, yaml.AliasEvent):
@@ -137,12 +138,12 @@ class _Builder:
             self.anchors[event.anchor] = (value, self.nodes - before)
         return value
 
-    def count(self, event: yaml.Event, nodes: int) -> None:
+    def count(self, event: Any, nodes: int) -> None:
         self.nodes += nodes
         if self.nodes > MAX_NODES:
             raise self.fail(event.start_mark, f"more than {MAX_NODES} values, aliases written out")
 
-    def alias(self, event: yaml.AliasEvent) -> Any:
+    def alias(self, event: Any) -> Any:
         self.aliases += 1
         if self.aliases > MAX_ALIASES:
             raise self.fail(event.start_mark, f"more than {MAX_ALIASES} aliases (*name)")
@@ -182,13 +183,13 @@ class _Builder:
             found = {**other, **found}
         return found
 
-    def merge(self, event: yaml.Event, value: Any) -> list[dict[str, Any]]:
+    def merge(self, event: Any, value: Any) -> list[dict[str, Any]]:
         many = value if isinstance(value, list) else [value]
         if not all(isinstance(one, dict) for one in many):
             raise self.fail(event.start_mark, "<< takes a mapping (*name) or a list of them")
         return many
 
-    def key(self, event: yaml.Event) -> str:
+    def key(self, event: Any) -> str:
         if not isinstance(event, yaml.ScalarEvent) or event.tag is not None:
             raise self.fail(event.start_mark, "a key must be a plain word")
         self.count(event, 1)
@@ -203,7 +204,7 @@ class _Builder:
                 raise self.fail(event.start_mark, "a key is missing before ':'")
         return str(event.value)
 
-    def scalar(self, event: yaml.ScalarEvent) -> Any:
+    def scalar(self, event: Any) -> Any:
         text = event.value
         if event.style is not None:  # quoted or block text
             return text
