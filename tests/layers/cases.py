@@ -58,7 +58,8 @@ def build(config: LayerConfig, dtype: torch.dtype = torch.float64, d_model: int 
         for name, parameter in layer.named_parameters():
             value = declared[name].init(tuple(parameter.shape), generator)
             parameter.copy_(value + 0.1 * torch.randn(value.shape, generator=generator))
-    return layer.to(dtype)
+    # A kind that balances over the batch in training is held to the document and row clauses in evaluation.
+    return layer.to(dtype).train(not getattr(config, "mixes_rows", False))
 
 
 def inputs(batch: int, length: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:

@@ -229,18 +229,16 @@ def test_bf16_states_keep_their_shape_and_dtype(config: MixerConfig) -> None:
 
 
 @layers
-def test_bf16_gradients_are_finite_and_near_fp32(config: LayerConfig) -> None:
+def test_bf16_outputs_are_near_fp32_and_gradients_finite(config: LayerConfig) -> None:
     layer = build(config, torch.float32)
     x = inputs(2, LENGTH, torch.float32).requires_grad_()
     y, _ = layer(x, packed())
-    exact = gradients(layer, y, x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         z, _ = layer(x, packed())
     assert z.dtype == torch.bfloat16
     for name, grad in gradients(layer, z, x).items():
         assert grad.isfinite().all(), name
     torch.testing.assert_close(z.float(), y, rtol=0.1, atol=0.1 * y.abs().max().item())
-    assert exact.keys()
 
 
 @layers
