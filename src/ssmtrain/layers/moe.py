@@ -133,7 +133,9 @@ class Moe(Ffn):
         to top-k). z is ST-MoE's, equation 5.
         """
         config = self.config
-        load = torch.bincount(experts.reshape(-1), minlength=config.n_experts)
+        choices = experts.reshape(-1)  # (T k,)
+        # Counted without a round trip to the host, unlike bincount.
+        load = choices.new_zeros(config.n_experts).scatter_add_(0, choices, torch.ones_like(choices))
         probs = scores if config.router == "softmax" else scores / scores.sum(-1, keepdim=True)
         share = load.to(scores.dtype) / experts.shape[0]
         aux = config.aux_coef * config.n_experts * torch.dot(share, probs.mean(0))
