@@ -61,6 +61,10 @@ def test_signals_set_a_flag_and_the_second_interrupt_ends(monkeypatch: pytest.Mo
     monkeypatch.setattr(os, "_exit", ended.append)
     try:
         signals.install()
+        signal.raise_signal(signal.SIGTERM)
+        assert ended == ["children", 75]  # nothing to finish yet
+        ended.clear()
+        signals.asked, signals.training = None, True
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # another library takes it: install again takes it back
         signals.install()
         signal.raise_signal(signal.SIGTERM)

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from ssmtrain.checkpoint import faults, store
-from ssmtrain.config.errors import NonFinite, UserError
+from ssmtrain.config.errors import NonFinite, OutOfMemory, UserError
 from ssmtrain.train.module import LitLM
-from train.conftest import ledger, losses, records, same, weights
+from train.conftest import ledger, losses, page, records, run_of, same, weights
 
 Train = Callable[..., tuple[int, Path]]
 
@@ -97,6 +97,39 @@ def test_time_limit_saves_and_a_longer_run_goes_on(train: Train) -> None:
     code, _ = train(trainer__max_steps=10)
     assert code == 0
     assert len(ledger(folder)) == 10
+
+
+def test_a_run_killed_before_its_report_gets_it_later(train: Train, tmp_path: Path) -> None:
+    _, folder = train()
+    before = (ledger(folder), json.loads((folder / "report.json").read_text()))
+    (folder / "report.json").unlink()
+    run = run_of(page(tmp_path))
+    run.mark("unfinished", 8, 8 * 128)
+    run.close()
+    assert train()[0] == 0
+    after = (ledger(folder), json.loads((folder / "report.json").read_text()))
+    assert after[0] == before[0]
+    assert after[1]["val_loss"] == before[1]["val_loss"]
+
+
+def test_out_of_memory_says_what_to_set(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB")
+
+    monkeypatch.setattr(LitLM, "run_model", full)
+    with pytest.raises(OutOfMemory, match=r"trainer\.micro_batch=2 trainer\.recompute=true"):
+        train()
+
+
+def test_what_this_machine_has_not(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(UserError, match=r"asked for and none found"):
+        train(trainer__accelerator="gpu")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match=r"3 asked for, this machine has 2"):
+        train(trainer__accelerator="gpu", trainer__devices=3)
+    with pytest.raises(UserError, match=r"4 rows do not divide by 3 devices"):
+        train(trainer__accelerator="cpu", trainer__devices=3)
 
 
 def test_max_tokens_stops_too(train: Train) -> None:

@@ -126,6 +126,7 @@ class LitLM(LightningModule):
     def on_train_start(self) -> None:
         """Take the signals over: Lightning has set its own handlers after on_fit_start."""
         self.signals.install()
+        self.signals.training = True
 
     def train_dataloader(self) -> Iterator[int]:
         """Lightning's loop wants something to iterate over; the step reads the rows itself, by number."""

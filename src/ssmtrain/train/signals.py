@@ -11,7 +11,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from ssmtrain.config.errors import INTERRUPTED
+from ssmtrain.config.errors import INTERRUPTED, UNFINISHED
 
 STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -22,8 +22,10 @@ class Signals:
     def __init__(self) -> None:
         self.asked: str | None = None
         """Name of the first signal that asked, such as SIGTERM."""
+        self.training = False
+        """Whether there is a step to finish; before that a signal ends the process: nothing is lost."""
         self.at_once: Callable[[], None] = lambda: None
-        """Called before the second Ctrl-C ends the process: ends the ranks it started."""
+        """Called before a signal ends the process: ends the ranks that it started."""
         self._before: dict[int, Any] = {}
 
     def install(self) -> None:
@@ -45,7 +47,11 @@ class Signals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        if self.asked is None:
+        if not self.training:
+            _say(f"{name} before the first step: nothing is lost, the same command starts again")
+            self.at_once()
+            os._exit(UNFINISHED)
+        elif self.asked is None:
             self.asked = name
             _say(
                 f"{name}: finishing this step, then saving"
