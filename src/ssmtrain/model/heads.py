@@ -18,6 +18,8 @@ class LmHead(Layer):
     parameter, whatever wraps the model.
     """
 
+    weight: Tensor | None
+
     def __init__(self, vocab: int, d_model: int, eps: float, std: float, tied: bool, scale: float) -> None:
         super().__init__()
         self.logit_scale = scale

@@ -12,6 +12,8 @@ from ssmtrain.layers.init import normal
 class TokenInput(Layer):
     """Token embedding, scaled by a multiplier."""
 
+    weight: Tensor
+
     def __init__(self, vocab_size: int, d_model: int, std: float, multiplier: float) -> None:
         super().__init__()
         self.multiplier = multiplier
