@@ -127,9 +127,9 @@ def test_what_this_machine_has_not(train: Train, monkeypatch: pytest.MonkeyPatch
         train(trainer__accelerator="gpu")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match=r"3 asked for, this machine has 2"):
-        train(trainer__accelerator="gpu", trainer__devices=3)
+        train(name="gpus", trainer__accelerator="gpu", trainer__devices=3)
     with pytest.raises(UserError, match=r"4 rows do not divide by 3 devices"):
-        train(trainer__accelerator="cpu", trainer__devices=3)
+        train(name="cpus", trainer__accelerator="cpu", trainer__devices=3)
 
 
 def test_max_tokens_stops_too(train: Train) -> None:
