@@ -35,11 +35,14 @@ def causal_conv1d(
     starts, lengths = _documents(doc_ids, n_docs, x)
     inputs = x.flatten(0, 1)  # (B * L, C)
     if doc_ids is not None or past is not None:
-        offset = torch.arange(taps.shape[1] - 1, device=x.device)
-        docs, offset = (offset < lengths[:, None]).nonzero(as_tuple=True)
+        slots = torch.arange(taps.shape[1] - 1, device=x.device).repeat(n_docs)
+        docs = torch.arange(n_docs, device=x.device).repeat_interleave(taps.shape[1] - 1)
+        # A document shorter than its slots fills the rest with its last token again, which takes no gradient.
+        offset = torch.minimum(slots, lengths[docs] - 1)
         tokens = starts[docs] + offset
         heads = (_windows(inputs, past, tokens, offset, docs, taps) * taps.t()).sum(1)  # (T, C)
         heads = _finish(heads, shift, activation).to(y.dtype)
+        heads = torch.where((slots == offset).unsqueeze(1), heads, heads.detach())
         y = y.flatten(0, 1).index_copy(0, tokens, heads).view(y.shape)
     if not return_final_state:
         return y, None
@@ -68,7 +71,9 @@ def _documents(doc_ids: Tensor | None, n_docs: int, x: Tensor) -> tuple[Tensor, 
     if doc_ids is None:
         starts = torch.arange(0, batch * length, length, device=x.device)
         return starts, torch.full_like(starts, length)
-    lengths = torch.bincount(doc_ids.flatten(), minlength=n_docs)
+    flat = doc_ids.flatten().long()
+    lengths = torch.zeros(n_docs, dtype=torch.long, device=x.device)
+    lengths = lengths.scatter_add(0, flat, torch.ones_like(flat))
     return lengths.cumsum(0) - lengths, lengths  # documents are row-major: one after another when flat
 
 

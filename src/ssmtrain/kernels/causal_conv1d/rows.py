@@ -75,7 +75,8 @@ class RowConv(torch.autograd.Function):
 def _pieces(x: Tensor) -> Iterator[tuple[slice, int, int]]:
     """Cut x (B, L, C) into (rows, start, stop): some whole rows, or some tokens of one, in order of time."""
     batch, length, channels = x.shape
-    tokens = batch * length if x.device.type != "cpu" else max(16, CACHE // (4 * channels))
+    in_cache = x.device.type == "cpu" and not torch.compiler.is_compiling()  # a compiler fuses the ops itself
+    tokens = max(16, CACHE // (4 * channels)) if in_cache else batch * length
     rows, span = max(1, tokens // length), min(tokens, length)
     for row in range(0, batch, rows):
         for start in range(0, length, span):

@@ -28,6 +28,13 @@ class Block(NamedTuple):
     """Whether they end here."""
 
 
+def kept_states(batch: int, length: int, chunk: int, n_docs: int) -> int:
+    """Return for how many states to keep room: known without reading doc_ids, and never too few."""
+    if n_docs == batch:
+        return batch * -(-length // chunk)
+    return batch * length // chunk + n_docs
+
+
 def plan(batch: int, length: int, chunk: int, doc_ids: Tensor | None, rows_at_once: int) -> list[Block]:
     """Cut B rows of L tokens into blocks of up to `chunk` tokens, each document's in order of time."""
     blocks: list[Block] = []

@@ -98,11 +98,11 @@ class Chunk:
         torch.addcmul(inside, grad_fed, _per_token(self.weight), out=grads.x)
         grads.keys.copy_(grad_keys.view(grads.keys.shape))
         grads.queries.copy_(grad_queries.view(grads.queries.shape))
-        torch.addcmul(own.add_(later), self.rest, to_end, out=grads.steps)
+        grads.steps.copy_(own.add_(later).addcmul_(self.rest, to_end))
         # The decay at token k lies between every source before k and every reader from k on.
         readers, sources = sums[:, : self.q, : self.q]
         spans = reach.add_(from_start) @ readers
-        torch.add(spans.add_(to_end.mul_(self.weight) @ sources), over_chunk, out=grads.logs)
+        grads.logs.copy_(spans.add_(to_end.mul_(self.weight) @ sources).add_(over_chunk))
 
     def _back_states(
         self, state: Tensor, grad_state: Tensor, grad_out: Tensor

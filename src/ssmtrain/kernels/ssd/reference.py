@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssmtrain.kernels.ssd import compiled  # noqa: F401  (registers the ops that torch.compile sees)
 from ssmtrain.kernels.ssd.chunked import ChunkedScan
 
 CHUNK = 64
