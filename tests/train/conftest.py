@@ -93,6 +93,11 @@ def losses(folder: Path) -> list[float]:
     return [float.fromhex(line["loss_hex"]) for line in ledger(folder)]
 
 
+def norms(folder: Path) -> list[float]:
+    """The run's gradient norms, every step."""
+    return [float.fromhex(line["grad_norm_hex"]) for line in ledger(folder)]
+
+
 def records(folder: Path, kind: str) -> list[dict[str, Any]]:
     """The run's records of a kind."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()

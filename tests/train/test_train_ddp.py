@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from ssmtrain.checkpoint import faults
-from train.conftest import ledger, losses, page, weights
+from train.conftest import ledger, losses, norms, page, weights
 
 SRC = Path(__file__).parents[2] / "src"
 Train = Callable[..., tuple[int, Path]]
@@ -74,6 +74,7 @@ def test_one_two_and_one_ranks_train_as_one(
     assert train(name="parts")[0] == 0
     assert [e["samples"] for e in ledger(folder)] == [e["samples"] for e in ledger(whole)]
     assert losses(folder) == pytest.approx(losses(whole), rel=2e-6)
+    assert norms(folder) == pytest.approx(norms(whole), rel=1e-5)
     one, two = weights(whole, 8), weights(folder, 8)
     for name, tensor in one.items():
         assert tensor.allclose(two[name], rtol=1e-3, atol=1e-4), name

@@ -13,7 +13,7 @@ import torch
 from ssmtrain.checkpoint import faults, store
 from ssmtrain.config.errors import NonFinite, OutOfMemory, UserError
 from ssmtrain.train.module import LitLM
-from train.conftest import ledger, losses, page, records, run_of, same, weights
+from train.conftest import ledger, losses, norms, page, records, run_of, same, weights
 
 Train = Callable[..., tuple[int, Path]]
 
@@ -56,6 +56,7 @@ def test_resume_is_exact_and_the_schedule_is_the_same(train: Train, monkeypatch:
     code, folder = train(name="parts", trainer__save_every=100)
     assert code == 75
     assert [p.name for p in store.checkpoints(folder / "checkpoints")] == ["step-00000004"]
+    torch.rand(3)  # the generators come from the checkpoint, whatever this process has drawn
     stop_at(monkeypatch, "after_optimizer:2:INT")
     code, _ = train(name="parts", trainer__save_every=100)
     assert code == 75
@@ -83,8 +84,9 @@ def test_micro_batches_and_recompute_give_the_same_losses(train: Train) -> None:
     _, one = train(name="one")
     _, four = train(name="four", trainer__micro_batch=1)
     _, again = train(name="again", trainer__recompute=True, trainer__micro_batch=2)
-    assert losses(four) == pytest.approx(losses(one), rel=2e-6)
-    assert losses(again) == pytest.approx(losses(one), rel=2e-6)
+    for other in (four, again):
+        assert losses(other) == pytest.approx(losses(one), rel=2e-6)
+        assert norms(other) == pytest.approx(norms(one), rel=1e-5)
     assert [e["samples"] for e in ledger(four)] == [e["samples"] for e in ledger(one)]
 
 
@@ -185,7 +187,7 @@ def test_routers_balance_once_a_step_and_recompute_counts_nothing_twice(
     assert all(int(load.sum()) == 128 * 2 for load in seen)
     for folder in (plain, other):
         bias = weights(folder, 3)["blocks.1.ffn.selection_bias"] / 0.125
-        assert torch.equal(bias, bias.round()) and bias.abs().max() <= 3
+        assert torch.equal(bias, bias.round()) and 1 <= bias.abs().max() <= 3
     health = train(name="plain", trainer__health_every=1, **{**changes, "trainer__max_steps": 4})[1]
     assert records(health, "health")[-1]["expert_load"]["max_over_mean"] >= 1.0
 
