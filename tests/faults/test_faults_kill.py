@@ -83,23 +83,24 @@ def test_six_kills_two_signals_and_a_damaged_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.faults
 @pytest.mark.timeout(3600)
 def test_fifty_kills(tmp_path: Path) -> None:
-    steps = 300
+    steps = 600
     reference = _undisturbed(tmp_path, steps, every=5)
     story = Story(tmp_path, "disturbed")
     draw = random.Random(7)
-    points = [f"{name}:{draw.randint(1, 2)}" for name in faults.SAVE_POINTS * 3]
-    points += [f"{name}:{draw.randint(1, 12)}" for name in faults.STEP_POINTS * 2]
-    points += ["outside"] * (50 - len(points))
-    draw.shuffle(points)
-    for point in points:
-        if point == "outside":
-            end = time.monotonic() + draw.uniform(0.5, 15)
+    kills = [f"{name}:{draw.randint(1, 2)}" for name in faults.SAVE_POINTS * 3]
+    kills += [f"{name}:{draw.randint(1, 9)}" for name in faults.STEP_POINTS * 2]
+    kills += ["while starting"] * 4 + ["while training"] * (50 - 4 - len(kills))
+    draw.shuffle(kills)
+    for kill in kills:
+        if kill == "while starting":
+            end = time.monotonic() + draw.uniform(0.2, 5)
             done = story.start_and_signal(signal.SIGKILL, lambda end=end: time.monotonic() > end)
+        elif kill == "while training":
+            done = story.start_and_signal(signal.SIGKILL, story.has_done(draw.randint(1, 9)))
         else:
-            done = story.start(point)
-        assert done.code in (KILLED, 0), done.output
+            done = story.start(kill)
+        assert done.code == KILLED, done.output
         _so_far(story, reference)
-    while story.starts[-1].code != 0:
-        assert story.start().code == 0, story.starts[-1].output
-    assert sum(done.code == KILLED for done in story.starts) >= 50
+    assert story.start().code == 0, story.starts[-1].output
+    assert len(story.starts) == 51
     _is_the_same(story, reference, steps)
