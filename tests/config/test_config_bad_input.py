@@ -135,6 +135,11 @@ CASES = [
     case("49 tag", plus("name: !!python/object/apply:os.system [id]"), "page.yaml:12", "tag", "refused"),
     case("50 alias bomb", "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
         f"{n}: &{n} [{','.join([f'*{m}'] * 9)}]\n" for m, n in zip("abcdef", "bcdefg")), "aliases"),
+    case("50 many aliases", "a: &a x\nb: [" + "*a, " * 65 + "]\n", "more than 64 aliases"),
+    case("50 reference bomb", "a0: xxxxxxxxxx\n" + "".join(f"a{i}: '{f'${{a{i - 1}}}' * 9}'\n" for i in range(1, 12)),
+        "grow too large"),
+    case("50 reference bomb of mappings", "a0: {x: 1}\n" + "".join(
+        f"a{i}: {{x: '${{a{i - 1}}}', z: '${{a{i - 1}}}'}}\n" for i in range(1, 40)), "grow too large"),
     case("51 deep", "a: " + "[" * 10_000, "nested deeper than 32"),
     case("52 large", b"# " + b"x" * 2**20, "larger than 1 MiB"),
     case("53 defaults ring", f"defaults: [page, _self_]\n{GOOD}", "defaults list"),

@@ -109,6 +109,22 @@ def test_another_optimiser_leaves_the_old_ones_numbers(folder: Path, word: str) 
     assert (config.optim.kind, config.optim.lr, config.optim.weight_decay) == ("muon", 1e-3, 0.3)
 
 
+def test_a_group_swapped_for_the_default_kind_drops_too(folder: Path) -> None:
+    page = BASE.replace("optim: adamw", "optim: muon").replace("weight_decay: 0.2", "momentum: 0.9")
+    (folder / "muon.yaml").write_text(page)
+    assert load(["config=muon.yaml"]).optim.momentum == 0.9
+    optim = load(["config=muon.yaml", "optim=adamw"]).optim
+    assert (optim.kind, optim.lr) == ("adamw", 1e-3)
+
+
+def test_a_slot_without_a_kind_has_the_default_one(folder: Path) -> None:
+    page = BASE.replace("defaults: [", "#")
+    (folder / "bare.yaml").write_text(page)
+    config = load(["config=bare.yaml"])
+    assert (config.optim.kind, config.optim.lr, config.data.kind) == ("adamw", 0.004, "embedded")
+    assert load(["config=bare.yaml", "optim.kind=muon"]).optim.lr == 1e-3
+
+
 @pytest.mark.parametrize("word", ["schedule=cosine", "schedule.kind=cosine"])
 def test_what_all_kinds_share_stays(folder: Path, word: str) -> None:
     schedule = load(["config=base.yaml", word]).schedule

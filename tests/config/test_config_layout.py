@@ -106,6 +106,14 @@ def test_ratio_spaces_evenly_and_never_first_or_last(n_layers: int, k: int) -> N
     assert expand(ratio(n_layers, k)) == layers == expand(f"ratio({n_layers}, {k})")
 
 
+def test_ratio_is_even_wherever_it_is_possible() -> None:
+    for n_layers in range(1, 31):
+        for k in range(max(0, n_layers - 2) + 1):
+            where = places(spread(n_layers, k), "A")
+            assert len(where) == k
+            assert not where or (where[0] > 0 and where[-1] < n_layers - 1), (n_layers, k)
+
+
 def test_ratio_is_granites() -> None:
     assert expand(ratio(40, 4)) == expand("M5AM4", 40)
     assert ratio(10, 1, "G", "S") == "G5SG4"

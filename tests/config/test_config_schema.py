@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from ssmtrain.config import schema_file
+from ssmtrain.config import checks, schema_file
 from ssmtrain.config.expect import problems
-from ssmtrain.config.schema import RunConfig
+from ssmtrain.config.load import load
+from ssmtrain.config.schema import RunConfig, dump
 from ssmtrain.layers import ffn_kinds, mixer_kinds
 
 TREE: dict[str, Any] = {
@@ -138,6 +139,29 @@ def test_every_kind_and_key_is_described() -> None:
         for piece in schema["$defs"].values()
         if "kind" in piece["properties"]
     }
+
+
+@pytest.mark.parametrize("recipe", ["quickstart", "jamba_mini", "granite4_h_tiny", "samba_421m"])
+def test_defaults_are_filled_as_the_models_fill_them(recipe: str) -> None:
+    config = load([f"config={recipe}", "optim=muon", "schedule=power"])
+    full = dump(config)
+    sparse = without_defaults(full, full)
+    assert len(str(sparse)) < len(str(full)) / 2
+    assert schema_file.filled(sparse) == dump(RunConfig.model_validate(sparse)) == full
+    namespace = checks.as_namespace(schema_file.filled(sparse))
+    assert checks.problems(namespace) == checks.problems(config) == []
+
+
+def without_defaults(tree: Any, page: Any, at: tuple[str, ...] = ()) -> Any:
+    """The tree without what equals its default."""
+    if not isinstance(tree, dict):
+        return tree
+    result = {}
+    for key, value in tree.items():
+        piece = schema_file.piece((*at, key), page)
+        if key == "kind" or not piece or "default" not in piece or piece["default"] != value:
+            result[key] = without_defaults(value, page, (*at, key))
+    return result
 
 
 def test_shared_fields_are_those_of_the_slot() -> None:
