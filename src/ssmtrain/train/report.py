@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-from pathlib import Path
 from typing import Any
 
 from ssmtrain.checkpoint.durable import replace_file
@@ -122,11 +121,3 @@ def next_commands(run: Run) -> list[tuple[str, str]]:
 def how_to_continue(run: Run) -> str:
     """The command that continues a run that was stopped."""
     return f"ssmtrain fit config={shlex.quote(str(run.folder / 'config.yaml'))}"
-
-
-def folder_of(path: Path) -> Path:
-    """The path relative to the working folder where it lies inside, as people would type it."""
-    try:
-        return path.resolve().relative_to(Path.cwd())
-    except ValueError:
-        return path
