@@ -129,7 +129,7 @@ def memory() -> int | None:
 def disk() -> dict[str, Any]:
     """Free space where runs and prepared data would go, and whether it can be written."""
     result = {}
-    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     for name, folder in (("runs", Path("runs")), ("cache", Path(cache))):
         place = folder.absolute()
         while not place.exists() and place != place.parent:

@@ -271,6 +271,7 @@ def test_a_file_in_the_folder_is_hinted_at(folder: Path) -> None:
         ("config=base", r"type config=./base.yaml"),
         ("config=quikstart", "did you mean config=quickstart"),
         ("config=nowhere/x.yaml", "no such file"),
+        ("config=~nobody-of-this-name/x.yaml", "no such file"),
         ("config=.", "no such recipe"),
         ("config=./", "a folder, not a page"),
     ):

@@ -49,7 +49,7 @@ def folders() -> tuple[Path, ...]:
 
 def find(name: str) -> Page:
     """The page that `config=<name or path>` means; UserError with the nearest name or the recipes."""
-    as_path = Path(name).expanduser()
+    as_path = Path(os.path.expanduser(name))
     if "\0" in name or not name:
         raise UserError("config= expects the name of a recipe or a path", details=recipe_lines())
     if as_path.suffix in (".yaml", ".yml") or "/" in name:

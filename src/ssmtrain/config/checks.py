@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -137,7 +138,7 @@ def _vocabulary(config: Any) -> Iterator[str]:
     tokenizer = config.tokenizer
     size: int | None = BYTES_VOCABULARY
     if tokenizer.kind == "file":
-        path = Path(tokenizer.path).expanduser()
+        path = Path(os.path.expanduser(tokenizer.path))
         if not path.is_file():
             yield f"tokenizer.path = {show_value(tokenizer.path)}: there is no such file"
             return

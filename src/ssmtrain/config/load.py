@@ -48,7 +48,7 @@ def load_run_config(run: str | Path, overrides: Sequence[str] = ()) -> RunConfig
     for word in overrides:
         if _is_config(word):
             raise UserError(f"{word}: a run has its config already; give run= or config=, not both")
-    file = _run_page(Path(run).expanduser(), overrides)
+    file = _run_page(Path(os.path.expanduser(run)), overrides)
     beside = file.absolute().parent
     page = Page(file.absolute(), (beside, *(folder for folder in folders() if folder != beside)))
     return _load(page, list(overrides))
