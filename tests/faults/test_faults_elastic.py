@@ -24,6 +24,7 @@ def _expected_rows(page: Path) -> list[list[int]]:
     return [rows.batch(range(step * size, (step + 1) * size)).sample_ids for step in range(STEPS)]
 
 
+@pytest.mark.timeout(900)
 def test_one_process_then_two_then_one(tmp_path: Path) -> None:
     write_page(tmp_path, STEPS, every=100)
     alone, story = Story(tmp_path, "alone"), Story(tmp_path, "elastic")

@@ -39,6 +39,7 @@ def _is_the_same(story: Story, reference: Story, steps: int) -> None:
     assert left == []
 
 
+@pytest.mark.timeout(900)
 def test_six_kills_two_signals_and_a_damaged_checkpoint(tmp_path: Path) -> None:
     steps = 40
     reference = _undisturbed(tmp_path, steps, every=3)
