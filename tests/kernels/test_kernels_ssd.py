@@ -165,6 +165,9 @@ def test_autocast_does_not_reach_inside() -> None:
 def test_steps_equal_the_scan(groups: int) -> None:
     inputs = make_inputs(37, 2, OPTIONAL, groups)
     truth, final = ssd(**inputs, return_final_state=True)
+    # A state that a scan with gradients left must be one that steps can write to.
+    _, left = ssd(**{**inputs, "x": inputs["x"].clone().requires_grad_()}, return_final_state=True)
+    left.mul_(0.5)
     state = inputs["initial_state"].clone()
     storage = state.data_ptr()
     for t in range(37):

@@ -5,12 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ssmtrain.kernels.gated_norm import gated_norm
 from ssmtrain.layers.base import Layer, ParamSpec
 from ssmtrain.layers.init import constant
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """Normalise the last axis of x to unit root mean square in fp32; the result has x's dtype."""
+    if x.device.type == "cpu" and weight is not None:
+        return gated_norm(x, None, weight, eps=eps)  # half the time of torch's, which is not fused there
     # torch's fused form upcasts bf16 inputs itself but insists on one dtype for input and weight.
     y = torch.rms_norm(x.float() if x.dtype != torch.float64 else x, (x.shape[-1],), weight, eps)
     return y.to(x.dtype)

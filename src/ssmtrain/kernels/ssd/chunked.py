@@ -73,7 +73,8 @@ def scan(
     groups, n = B.shape[2:]
     tokens = _tokens(x, dt, A, B, C)
     entering = x.new_empty(kept_states(batch, length, chunk, n_docs), groups, heads // groups * head_dim, n)
-    final = x.new_empty(n_docs, *entering.shape[1:])
+    final = x.new_empty(n_docs, heads, head_dim, n)  # as it is returned: autograd minds views
+    leaving = final.view(n_docs, *entering.shape[1:])
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     out, buffer = _group_heads(y, groups), Scratch(x)
     for block in plan(batch, length, chunk, doc_ids, _rows_at_once(x, n, chunk)):
@@ -85,8 +86,8 @@ def scan(
                 state.copy_(initial[block.docs].reshape(state.shape))
         part = Chunk(tokens.at(block), D, buffer)
         part.outputs(state, out[block.rows, :, block.time])
-        part.take_in(state, final[block.docs] if block.last else entering[_next(block)])
-    return y, final.view(n_docs, heads, head_dim, n), entering
+        part.take_in(state, leaving[block.docs] if block.last else entering[_next(block)])
+    return y, final, entering
 
 
 def scan_back(
