@@ -11,8 +11,8 @@ from torch.autograd.function import once_differentiable
 
 from ssmtrain.kernels.scratch import Scratch
 
-CACHE = 256 * 1024
-"""Bytes of one piece on a CPU: the few arrays that an op reads and writes then fit the second-level cache."""
+CACHE = 512 * 1024
+"""Bytes per thread of one piece on a CPU: the few arrays that an op touches then fit a core's cache."""
 
 
 class RowConv(torch.autograd.Function):
@@ -76,7 +76,7 @@ def _pieces(x: Tensor) -> Iterator[tuple[slice, int, int]]:
     """Cut x (B, L, C) into (rows, start, stop): some whole rows, or some tokens of one, in order of time."""
     batch, length, channels = x.shape
     in_cache = x.device.type == "cpu" and not torch.compiler.is_compiling()  # a compiler fuses the ops itself
-    tokens = max(16, CACHE // (4 * channels)) if in_cache else batch * length
+    tokens = max(16, CACHE * torch.get_num_threads() // (4 * channels)) if in_cache else batch * length
     rows, span = max(1, tokens // length), min(tokens, length)
     for row in range(0, batch, rows):
         for start in range(0, length, span):
