@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -243,3 +244,18 @@ def test_help_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert "d_state" in json.loads(capsys.readouterr().out)["mamba2"]["properties"]
     assert main(["help", "--json"]) == 0
     assert "$defs" in json.loads(capsys.readouterr().out)
+
+
+def test_threads_do_not_spin_on_a_busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ssmtrain import cli
+
+    for ticks, expected in (([(0, 0), (10, 20)], "2000"), ([(0, 0), (19, 20)], None)):
+        monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+        readings = iter(ticks)
+        monkeypatch.setattr(cli, "_cpu_ticks", lambda readings=readings: next(readings))
+        cli._share_the_cpu()
+        assert os.environ.get("GOMP_SPINCOUNT") == expected
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    cli._share_the_cpu()
+    assert os.environ["GOMP_SPINCOUNT"] == "7"

@@ -48,6 +48,15 @@ def test_weights_depend_on_seed_and_name_only() -> None:
     assert not torch.equal(a.input.weight, other.input.weight)
 
 
+def test_weights_are_drawn_on_the_cpu_whatever_the_default_device() -> None:
+    a = make("MAEF")
+    config = ModelConfig.model_validate({"d_model": 16, "layout": "MAEF", "blocks": BLOCKS})
+    b = HybridModel(config, 31)
+    with torch.device("meta"):
+        init_weights(b, config.init, 0)
+    assert all(torch.equal(p, b.get_parameter(name)) for name, p in a.named_parameters())
+
+
 def test_residual_projections_are_divided_by_root_branches() -> None:
     scaled, plain = make("MAEF"), make("MAEF", init={"rescale_residual": False})
     assert n_branches(scaled) == 6

@@ -41,7 +41,9 @@ def init_weights(model: HybridModel, config: InitConfig, seed: int) -> None:
             raise RuntimeError(f"parameter {name} was not declared: it has no initialisation")
         spec = specs[name]
         draw = normal(config.std) if config.std is not None and spec.plain else spec.init
-        value = draw(tuple(parameter.shape), generator(seed, name))
+        # The trainer may build the model under another default device; the draw is always the CPU's.
+        with torch.device("cpu"):
+            value = draw(tuple(parameter.shape), generator(seed, name))
         if spec.residual:
             value.mul_(rescale)
         parameter.copy_(value)
