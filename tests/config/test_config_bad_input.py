@@ -106,7 +106,7 @@ CASES = [
     case("23 depth", swap("n_layers: 10", "n_layers: 25"), "10 layers", "n_layers = 25", "work: 20 or 30"),
     word("23 ratio", "model.layout=ratio(24,2)", "24 layers", "n_layers = 10", "work: 24"),
     word("23 too many", "model.layout=ratio(10,9)", "at most 8 of 10 layers can be A"),
-    word("24 unused block", "model.layout=M", "model.blocks.A", "has no A", "would be ignored", "~model.blocks.A"),
+    case("24 unused block", swap("M4AM5", "M"), "model.blocks.A", "has no A", "would be ignored", "~model.blocks.A"),
     case("25 depth", swap("n_layers: 10", "n_layers: 1000000"), "model.n_layers = 1000000", "parameters", "TiB"),
     case("25 count", swap("M4AM5", "M99999999999"), "model.layout", "at most 4096"),
     case("26 top_k", swap("{kind: mlp, hidden: 64}", MOE.replace("top_k: 2", "top_k: 9")), "top_k = 9", "n_experts (4)"),

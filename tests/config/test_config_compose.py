@@ -285,3 +285,13 @@ def test_merge_keys_and_anchors_work(folder: Path) -> None:
     )
     (folder / "anchors.yaml").write_text(page)
     assert load(["config=anchors.yaml"]).model.blocks["A"].norm == "post"
+
+
+def test_a_layout_on_the_line_may_do_without_a_block(capsys: pytest.CaptureFixture[str]) -> None:
+    config = load(["config=quickstart", "model.layout=M10"])
+    assert set(config.model.blocks) == {"M"}
+    assert "left out blocks that are not in it: A" in capsys.readouterr().err
+    assert set(load(["config=quickstart", "model.layout=M9A"]).model.blocks) == {"M", "A"}
+    assert load(["config=quickstart", "model.layout=M10", "model.blocks.A.mixer.n_heads=2"]) == config
+    with pytest.raises(UserError, match="X is not one of the blocks"):
+        load(["config=quickstart", "model.layout=M9X"])

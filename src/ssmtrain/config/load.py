@@ -15,6 +15,7 @@ from ssmtrain.config.checks import as_namespace, layer_problems
 from ssmtrain.config.checks import problems as contradictions
 from ssmtrain.config.errors import UserError
 from ssmtrain.config.expect import problems
+from ssmtrain.config.layout import expand
 
 if TYPE_CHECKING:
     from ssmtrain.config.schema import RunConfig
@@ -75,7 +76,10 @@ def _load(page: Page, texts: list[str], training: bool = False) -> RunConfig:
     from ssmtrain.config.compose import compose
     from ssmtrain.config.words import parse
 
-    composed = compose(page, parse(texts))
+    words = parse(texts)
+    composed = compose(page, words)
+    if any(word.key == "model.layout" for word in words):
+        composed.notices.extend(_without_unused_blocks(composed.tree))
     _say(composed.notices)
     tree = _completed(composed.tree, page)
     if schema_file.is_fresh():
@@ -116,6 +120,25 @@ def _completed(tree: Tree, page: Page) -> Tree:
         if kind is not None and isinstance(value, dict):
             tree[slot] = {"kind": kind, **value}
     return {"recipe": page.name, **tree}
+
+
+def _without_unused_blocks(tree: Tree) -> list[str]:
+    """Leave out the blocks that a layout typed on the line does without, as in a sweep over ratios.
+
+    On a page an unused block is an error: there it is a mistake, here it is what was asked for.
+    """
+    model = tree.get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("blocks"), dict):
+        return []
+    try:
+        names = expand(str(model.get("layout")), model.get("n_layers"))
+    except (ValueError, TypeError):
+        return []  # the checks that follow say what is wrong with it
+    unused = [name for name in model["blocks"] if name not in names]
+    if unused and set(names) <= set(model["blocks"]):
+        model["blocks"] = {name: block for name, block in model["blocks"].items() if name in names}
+        return [f"model.layout={model['layout']}: left out blocks that are not in it: {', '.join(unused)}"]
+    return []
 
 
 def _say(notices: list[str]) -> None:
