@@ -184,3 +184,23 @@ def test_tensorboard_writes_events(train: Train) -> None:
     _, folder = train(logger={"kind": "tensorboard"}, trainer__max_steps=1)
     events = list((folder / "tensorboard").glob("events.*"))
     assert events and b"train/loss" in events[0].read_bytes()
+
+
+def test_commands_to_type_next_are_found_by_the_shell(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from ssmtrain.train import report
+
+    tool = tmp_path / "env" / "bin" / "ssmtrain"
+    tool.parent.mkdir(parents=True)
+    monkeypatch.setattr(report.sys, "executable", str(tool.parent / "python"))
+    monkeypatch.setenv("PATH", "")
+    assert report.program() == f"{tool.parent / 'python'} -m ssmtrain"
+    tool.write_text("#!/bin/sh\n")
+    tool.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    assert report.program() == "env/bin/ssmtrain"
+    monkeypatch.chdir(tool.parent)
+    assert report.program() == "./ssmtrain"
+    monkeypatch.setenv("PATH", str(tool.parent))
+    assert report.program() == "ssmtrain"

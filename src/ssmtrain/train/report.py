@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import shutil
+import sys
+from pathlib import Path
 from typing import Any
 
 from ssmtrain.checkpoint.durable import replace_file
@@ -98,6 +102,20 @@ def score_lines(figures: dict[str, Any]) -> list[str]:
     return lines
 
 
+def program() -> str:
+    """How this program is called from here: `ssmtrain` where the shell finds it, else its path."""
+    beside = Path(sys.executable).parent / "ssmtrain"
+    found = shutil.which("ssmtrain")
+    if found is not None and (not beside.exists() or Path(found).resolve() == beside.resolve()):
+        return "ssmtrain"
+    if not beside.exists():
+        return f"{shlex.quote(sys.executable)} -m ssmtrain"
+    if not beside.is_relative_to(Path.cwd()):
+        return shlex.quote(str(beside))
+    here = os.path.relpath(beside)
+    return shlex.quote(here if os.sep in here else f"./{here}")
+
+
 def next_commands(run: Run) -> list[tuple[str, str]]:
     """What to type next, ready to paste."""
     page = shlex.quote(str(run.folder / "config.yaml"))
@@ -108,16 +126,16 @@ def next_commands(run: Run) -> list[tuple[str, str]]:
         if steps
         else f"trainer.max_tokens={2 * (run.config.trainer.max_tokens or 0)}"
     )
-    prompt = shlex.quote("It is a truth")
+    call, prompt = program(), shlex.quote("It is a truth")
     recipe = run.config.recipe
     return [
-        ("write more", f"ssmtrain generate run={folder} --prompt {prompt}"),
-        ("train longer", f"ssmtrain fit config={page} {longer}"),
-        ("look inside", f"ssmtrain show config={page}"),
-        ("your own text", f"ssmtrain fit config={recipe} data=text data.train=path/to/texts"),
+        ("write more", f"{call} generate run={folder} --prompt {prompt}"),
+        ("resume longer", f"{call} fit config={page} {longer}"),
+        ("look inside", f"{call} show config={page}"),
+        ("your own text", f"{call} fit config={recipe} data=text data.train=path/to/texts"),
     ]
 
 
 def how_to_continue(run: Run) -> str:
     """The command that continues a run that was stopped."""
-    return f"ssmtrain fit config={shlex.quote(str(run.folder / 'config.yaml'))}"
+    return f"{program()} fit config={shlex.quote(str(run.folder / 'config.yaml'))}"
