@@ -4,7 +4,7 @@ import torch
 
 from ssmtrain.config.schema import GenerateConfig, ModelConfig
 from ssmtrain.data.tokenizer import ByteTokenizer
-from ssmtrain.generate.sampler import choose, sample, stream
+from ssmtrain.generate.sampler import choose, printable, sample, stream
 from ssmtrain.model.hybrid import HybridModel
 from ssmtrain.model.init import init_weights
 
@@ -69,3 +69,7 @@ def test_same_seed_same_text_and_the_global_generator_is_left_alone() -> None:
     assert first == sample(model, tokenizer, "", config, 5)
     assert first != sample(model, tokenizer, "", config, 6)
     assert first == "".join(stream(model, tokenizer, "", config, 5))
+
+
+def test_control_characters_do_not_reach_a_terminal() -> None:
+    assert printable("a\x1b[2Jb\x07\r\n\tc\x9b") == "a\ufffd[2Jb\ufffd\ufffd\n\tc\ufffd"

@@ -11,7 +11,7 @@ from ssmtrain.checkpoint.weights import load_model
 from ssmtrain.config.errors import FINISHED
 from ssmtrain.config.request import Request
 from ssmtrain.data.tokenizer import load_tokenizer
-from ssmtrain.generate.sampler import stream
+from ssmtrain.generate.sampler import printable, stream
 
 
 def command(request: Request) -> int:
@@ -30,7 +30,7 @@ def command(request: Request) -> int:
     for piece in stream(model, tokenizer, prompt, config.generate, config.seed):
         pieces.append(piece)
         if not request.as_json:
-            print(piece, end="", flush=True)
+            print(printable(piece), end="", flush=True)
     text, seconds = "".join(pieces), time.perf_counter() - start
     if request.as_json:
         report = {

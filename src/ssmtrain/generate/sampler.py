@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -82,3 +83,8 @@ def stream(
 def sample(model: HybridModel, tokenizer: Tokenizer, prompt: str, config: GenerateConfig, seed: int) -> str:
     """Continue a prompt; returns the new text only. The global random state is left alone."""
     return "".join(stream(model, tokenizer, prompt, config, seed))
+
+
+def printable(text: str) -> str:
+    """The text with control characters shown as U+FFFD (newlines and tabs kept): terminals obey them."""
+    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\ufffd" for c in text)

@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback
 
 from ssmtrain.data.tokenizer import Tokenizer
-from ssmtrain.generate.sampler import sample
+from ssmtrain.generate.sampler import printable, sample
 from ssmtrain.parallel import ranks
 from ssmtrain.train.module import LitLM
 from ssmtrain.train.state import forked_rng
@@ -19,7 +19,8 @@ def draw(lit: LitLM, tokenizer: Tokenizer, max_tokens: int | None = None) -> str
     if max_tokens is not None:
         page = page.model_copy(update={"max_tokens": max_tokens})
     with forked_rng(lit.device), lit.autocast():
-        return page.prompt + sample(lit.model, tokenizer, page.prompt, page, lit.config.seed + lit.state.step)
+        text = sample(lit.model, tokenizer, page.prompt, page, lit.config.seed + lit.state.step)
+        return printable(page.prompt + text)
 
 
 class Samples(Callback):
