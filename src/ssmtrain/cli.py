@@ -76,7 +76,7 @@ def run(args: list[str]) -> int:
 def _share_the_cpu() -> None:
     """Keep torch's threads from spinning at barriers when other programs use this machine.
 
-    On an idle machine spinning is a quarter faster; on a busy one it makes training ten times slower.
+    On an idle machine spinning is somewhat faster; on a busy one it makes training several times slower.
     """
     if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         return
