@@ -1,0 +1,160 @@
+"""Repairs of Triton's interpreter (3.6 and 3.7), so that what it computes is what a GPU computes.
+
+| trap | what the interpreter does | here |
+|---|---|---|
+| associative_scan | one Python call per element | one per step of the scanned axis |
+| tl.dot of bf16 | multiplies the raw bits | widens them to fp32 |
+| fp32 to bf16 | truncates | rounds to nearest, ties to even |
+| arithmetic on bf16 | adds the raw bits | an error: cast to fp32 first |
+| masked-off lanes of a load without `other` | zero | NaN, or a large number: a GPU promises nothing |
+| a run-time bound of range (3.6 with numpy 2.4) | TypeError | an int |
+
+test_shim.py has a canary for each trap, which fails once upstream mends it and the repair can go.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+POISON = 0x3FFFFFF7
+"""What uninitialised integers hold: as an index it is out of bounds, as a sum it does not overflow soon."""
+
+_upstream_convert = interpreter._convert_float
+_upstream_dot = interpreter.InterpreterBuilder.create_dot
+_upstream_binary = interpreter.InterpreterBuilder.binary_op
+_upstream_load = interpreter.InterpreterBuilder.create_masked_load
+_upstream_patch = interpreter._patch_lang_tensor
+_upstream_scan = interpreter.ScanOps.generic_scan
+
+
+@contextmanager
+def repaired() -> Iterator[None]:
+    """Repair the interpreter within the block."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.ScanOps, "generic_scan", _scan)
+        patch.setattr(interpreter, "_convert_float", _convert)
+        patch.setattr(interpreter, "_patch_lang_tensor", _patch_tensor)
+        for name, repair in (("create_dot", _dot), ("binary_op", _binary), ("create_masked_load", _load)):
+            patch.setattr(interpreter.InterpreterBuilder, name, repair)
+        yield
+
+
+def widen(bits: np.ndarray) -> np.ndarray:
+    """bf16 bits (uint16) as fp32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def narrow(values: np.ndarray) -> np.ndarray:
+    """fp32 as bf16 bits (uint16), rounded to nearest, ties to even; NaN stays NaN."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+
+
+def _scan(self: Any, inputs: tuple[tl.tensor, ...]) -> list[tl.tensor]:
+    """ScanOps.generic_scan, with a whole slice of the other axes as each operand."""
+    data = [np.moveaxis(arg.handle.data, self.axis, 0) for arg in inputs]
+    outputs = [np.empty_like(array) for array in data]
+    for output, array in zip(outputs, data, strict=True):
+        output[0] = array[0]
+    for step in range(1, data[0].shape[0]):
+        before = [self.to_tensor(o[step - 1], arg.dtype) for o, arg in zip(outputs, inputs, strict=True)]
+        here = [self.to_tensor(d[step], arg.dtype) for d, arg in zip(data, inputs, strict=True)]
+        combined = self.combine_fn.fn(*before, *here)
+        for output, value in zip(outputs, combined if isinstance(combined, tuple) else (combined,)):
+            output[step] = np.reshape(value.handle.data, output[step].shape)
+    return [
+        self.to_tensor(np.moveaxis(output, 0, self.axis), arg.dtype)
+        for output, arg in zip(outputs, inputs, strict=True)
+    ]
+
+
+def _convert(data: np.ndarray, source: tl.dtype, target: tl.dtype, rounding_mode: Any) -> np.ndarray:
+    """_convert_float with bf16 done right; rounding towards zero stays upstream's."""
+    if source == tl.bfloat16 and target == tl.float32:
+        return widen(data).view(np.uint32)
+    toward_zero = rounding_mode is not None and rounding_mode == interpreter._ir.ROUNDING_MODE.RTZ
+    if source == tl.float32 and target == tl.bfloat16 and not toward_zero:
+        return narrow(data)
+    return _upstream_convert(data, source, target, rounding_mode)
+
+
+def _dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
+    """create_dot whose bf16 operands are numbers."""
+    operands = [
+        interpreter.TensorHandle(widen(x.data), tl.float32) if x.dtype.scalar == tl.bfloat16 else x
+        for x in (a, b)
+    ]
+    return _upstream_dot(self, *operands, d, *rest)
+
+
+def _binary(self: Any, lhs: Any, rhs: Any, op: Callable[..., np.ndarray]) -> Any:
+    """binary_op that refuses bf16, whose raw bits upstream would add."""
+    if tl.bfloat16 in (lhs.dtype.scalar, rhs.dtype.scalar):
+        raise TypeError(f"{op.__name__} on bf16 in registers: cast to fp32 first")
+    return _upstream_binary(self, lhs, rhs, op)
+
+
+def _load(self: Any, ptrs: Any, mask: Any, other: Any, *rest: Any) -> Any:
+    """create_masked_load that poisons masked-off lanes for which the kernel gave no value."""
+    if other is None:
+        scalar = ptrs.get_element_ty()
+        kind = interpreter._get_np_dtype(scalar)
+        if scalar == tl.bfloat16:
+            poison = 0x7FC0
+        elif np.issubdtype(kind, np.floating):
+            poison = np.nan
+        else:
+            poison = min(POISON, np.iinfo(kind).max) if np.issubdtype(kind, np.integer) else True
+        other = interpreter.TensorHandle(np.full_like(ptrs.data, poison, dtype=kind), scalar)
+    return _upstream_load(self, ptrs, mask, other, *rest)
+
+
+def _patch_tensor(tensor: type, scope: Any) -> None:
+    """_patch_lang_tensor whose __index__ takes the one-element arrays that hold scalars."""
+    _upstream_patch(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
+class _PoisonedTorch(ModuleType):
+    """torch, but what it leaves uninitialised is NaN, or POISON for integers."""
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(torch, name)
+        return _filling(found) if name in ("empty", "empty_like", "empty_strided") else found
+
+
+def _filling(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def made(*args: Any, **kwargs: Any) -> torch.Tensor:
+        tensor = make(*args, **kwargs)
+        if tensor.is_floating_point():
+            return tensor.fill_(float("nan"))
+        return tensor.fill_(
+            True if tensor.dtype == torch.bool else min(POISON, torch.iinfo(tensor.dtype).max)
+        )
+
+    return made
+
+
+def poisoned(monkeypatch: pytest.MonkeyPatch, *modules: ModuleType | str) -> None:
+    """Make torch.empty, empty_like, empty_strided and new_empty give NaN or garbage in these modules.
+
+    A kernel that forgets to write an element then shows it. `x.new_empty` is found by no module name and is
+    poisoned for every caller; a module that imports `empty` itself is not reached.
+    """
+    for module in modules:
+        found = importlib.import_module(module) if isinstance(module, str) else module
+        assert found.__dict__.get("torch") is torch, f"{found.__name__} does not import torch as torch"
+        monkeypatch.setattr(found, "torch", _PoisonedTorch("torch"))
+    for name in ("new_empty", "new_empty_strided"):
+        monkeypatch.setattr(torch.Tensor, name, _filling(getattr(torch.Tensor, name)))
