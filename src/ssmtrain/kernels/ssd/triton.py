@@ -1,0 +1,629 @@
+"""SSD in Triton: three kernels forward, eight small and large ones back, and nothing but inputs kept.
+
+`triton_chunks` cuts the batch, `triton_states` carries states from chunk to chunk, `triton_outputs` and
+`triton_grads` take all chunks at once. docs/kernels/ssd.md derives it.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from math import inf
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ssmtrain.kernels import tuned
+from ssmtrain.kernels.ssd import reference
+from ssmtrain.kernels.ssd.triton_chunks import Chunks, cut, steps_backward, steps_forward, sum_chunks
+from ssmtrain.kernels.ssd.triton_grads import gather, pairs, through_states
+from ssmtrain.kernels.ssd.triton_outputs import outputs
+from ssmtrain.kernels.ssd.triton_states import walk
+from ssmtrain.kernels.ssd.triton_step import ssd_step as ssd_step
+
+LARGEST = {"P": 128, "N": 256}
+"""Head and state sizes that fit a multiprocessor; beyond them the reference runs."""
+
+log = logging.getLogger(__name__)
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    dt_limit: tuple[float, float | None],
+    chunk_size: int | None,
+    doc_ids: Tensor | None,
+    n_docs: int,
+    initial_state: Tensor | None,
+    return_final_state: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Compute `kernels.ssd` (same arguments)."""
+    if x.dtype == torch.float64 or x.shape[3] > LARGEST["P"] or B.shape[3] > LARGEST["N"]:
+        _say_once(f"ssd: the reference runs for {x.dtype}, P {x.shape[3]}, N {B.shape[3]}")
+        run = reference.ssd
+        return run(
+            x,
+            dt,
+            A,
+            B,
+            C,
+            D=D,
+            z=z,
+            dt_bias=dt_bias,
+            dt_softplus=dt_softplus,
+            dt_limit=dt_limit,
+            chunk_size=chunk_size,
+            doc_ids=doc_ids,
+            n_docs=n_docs,
+            initial_state=initial_state,
+            return_final_state=return_final_state,
+        )
+    inner_d = D if D is not None and D.dim() == 1 else None
+    y, final = _scan(
+        x,
+        dt,
+        A.float(),
+        B.to(x.dtype),
+        C.to(x.dtype),
+        None if inner_d is None else inner_d.float(),
+        dt_bias,
+        None if initial_state is None else initial_state.float(),
+        doc_ids,
+        n_docs,
+        chunk_size or 0,
+        dt_softplus,
+        dt_limit[0],
+        inf if dt_limit[1] is None else dt_limit[1],
+        return_final_state,
+    )
+    if D is not None and inner_d is None:
+        y = (y + x * D.float()).to(x.dtype)
+    if z is not None:
+        y = (y * F.silu(z.float())).to(x.dtype)
+    return y, final if return_final_state else None
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    log.warning(message)
+
+
+class Shape(NamedTuple):
+    """Sizes of a call and what follows from them."""
+
+    batch: int
+    length: int
+    heads: int
+    P: int
+    groups: int
+    N: int
+    dtype: torch.dtype
+
+    @property
+    def per_group(self) -> int:
+        """Heads that share B and C."""
+        return self.heads // self.groups
+
+    @property
+    def BP(self) -> int:
+        """Head dim of a tile."""
+        return max(16, triton.next_power_of_2(self.P))
+
+    @property
+    def BN(self) -> int:
+        """State size of a tile."""
+        return max(16, triton.next_power_of_2(self.N))
+
+    @property
+    def exact(self) -> bool:
+        """Whether products are taken in fp32 rather than in bf16."""
+        return self.dtype != torch.bfloat16
+
+    @property
+    def key(self) -> str:
+        """The shape as the table of configurations knows it."""
+        return f"P={self.BP},N={self.BN},dtype={str(self.dtype).removeprefix('torch.')}"
+
+    def products(self) -> dict[str, object]:
+        """Operand type and precision of the matrix products.
+
+        fp16 goes through tf32: the same bits of mantissa, and states do not overflow.
+        """
+        if not self.exact:
+            return {"OPERAND": tl.bfloat16, "PRECISION": "tf32"}
+        return {"OPERAND": tl.float32, "PRECISION": "tf32" if self.dtype == torch.float16 else "tf32x3"}
+
+
+def shape_of(x: Tensor, B: Tensor) -> Shape:
+    """Return the sizes of a call."""
+    return Shape(*x.shape, *B.shape[2:], x.dtype)
+
+
+def chunk_length(shape: Shape, asked: int) -> int:
+    """Return Q: as asked, rounded down to a power of two that the kernels take, else the fastest."""
+    best = 64 if shape.exact else 128
+    if not asked:
+        return best
+    return max(16, min(best, 1 << (asked.bit_length() - 1)))
+
+
+def configuration(kernel: str, shape: Shape, Q: int, device: torch.device) -> dict[str, int]:
+    """Return the launch configuration of one kernel: tile sizes, num_warps, num_stages."""
+    small = shape.exact
+    fallbacks: dict[str, dict[str, int]] = {
+        "walk": {"BP": 64, "BN": 64 if small else 128, "num_warps": 4, "num_stages": 3},
+        "outputs": {"BM": 64, "BH": 10, "num_warps": 4, "num_stages": 2},
+        "pairs": {"BM": 64, "BH": 20, "num_warps": 4, "num_stages": 2},
+        "through_states": {"BN": 64 if small else 128, "BH": 20, "num_warps": 8, "num_stages": 2},
+        "gather": {"BN": 64, "num_warps": 4, "num_stages": 2},
+    }
+    config = tuned.lookup(f"ssd_{kernel}", device, shape.key, fallbacks[kernel])
+    config["BP"] = min(config.get("BP", shape.BP), shape.BP)
+    config["BN"] = min(config.get("BN", shape.BN), shape.BN)
+    config["BM"] = min(config.get("BM", Q), Q)
+    return config
+
+
+def _heads_at_once(most: int, shape: Shape, chunks: int) -> int:
+    """Return how many heads a program takes: many share more, but thousands of programs must remain."""
+    programs = chunks * shape.heads
+    return max(1, min(most, shape.per_group, programs // 1024))
+
+
+def _tokens(t: Tensor) -> Tensor:
+    """Return t (B, L, ..) with the last dimensions packed and one stride from token to token."""
+    packed, size = True, 1
+    for i in range(t.dim() - 1, 1, -1):
+        packed = packed and (t.stride(i) == size or t.shape[i] == 1)
+        size *= t.shape[i]
+    packed = packed and (t.shape[0] == 1 or t.stride(0) == t.shape[1] * t.stride(1))
+    return t if packed else t.contiguous()
+
+
+class Steps(NamedTuple):
+    """What all passes over the chunks read."""
+
+    chunks: Chunks
+    steps: Tensor
+    """(chunks, H, Q)"""
+    logs: Tensor
+    """(chunks, H, Q)"""
+
+
+def _steps(
+    shape: Shape,
+    dt: Tensor,
+    A: Tensor,
+    bias: Tensor | None,
+    doc_ids: Tensor | None,
+    n_docs: int,
+    chunk: int,
+    softplus: bool,
+    low: float,
+    high: float,
+) -> Steps:
+    Q = chunk_length(shape, chunk)
+    chunks = cut(shape.batch, shape.length, Q, doc_ids, n_docs, dt)
+    steps = torch.empty(chunks.n, shape.heads, Q, dtype=torch.float32, device=dt.device)
+    logs = torch.empty_like(steps)
+    BH = min(16, triton.next_power_of_2(shape.heads))
+    steps_forward[(chunks.n, triton.cdiv(shape.heads, BH))](
+        dt,
+        A,
+        bias,
+        chunks.table,
+        steps,
+        logs,
+        dt.stride(1),
+        shape.length,
+        chunks.per_row,
+        shape.heads,
+        low,
+        high,
+        Q=Q,
+        BH=BH,
+        HAS_BIAS=bias is not None,
+        SOFTPLUS=softplus,
+        PACKED=chunks.packed,
+    )
+    return Steps(chunks, steps, logs)
+
+
+def _walk(
+    shape: Shape,
+    at: Steps,
+    source: Tensor,
+    keys: Tensor,
+    enter: Tensor | None,
+    leave: Tensor | None,
+    others: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """States at all chunks, going back when `others` are the states forward; and what goes through each."""
+    chunks = at.chunks
+    config = configuration("walk", shape, chunks.size, source.device)
+    BP, BN = config.pop("BP"), config.pop("BN")
+    config.pop("BM")
+    dtype = torch.float32 if shape.exact else source.dtype
+    states = torch.empty(chunks.n, shape.heads, shape.P, shape.N, dtype=dtype, device=source.device)
+    pieces = triton.cdiv(shape.P, BP) * triton.cdiv(shape.N, BN)
+    back = others is not None
+    through = torch.empty(
+        (chunks.n, shape.heads, pieces) if back else 0, dtype=torch.float32, device=source.device
+    )
+    even = not chunks.packed and shape.length % chunks.size == 0 and not (shape.P % BP or shape.N % BN)
+    walk[(chunks.n_docs * shape.heads * pieces,)](
+        source,
+        keys,
+        at.steps,
+        at.logs,
+        states,
+        others,
+        enter,
+        leave,
+        through,
+        chunks.docs,
+        source.stride(1),
+        keys.stride(1),
+        shape.length,
+        chunks.per_row,
+        shape.heads,
+        shape.per_group,
+        shape.P,
+        shape.N,
+        Q=chunks.size,
+        BP=BP,
+        BN=BN,
+        BACK=back,
+        PACKED=chunks.packed,
+        EVEN=even,
+        HAS_ENTER=enter is not None,
+        HAS_LEAVE=leave is not None,
+        **shape.products(),
+        **config,
+    )
+    return states, through
+
+
+def scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    initial: Tensor | None,
+    doc_ids: Tensor | None,
+    n_docs: int,
+    chunk: int,
+    softplus: bool,
+    low: float,
+    high: float,
+    want_final: bool,
+) -> tuple[Tensor, Tensor]:
+    """Scan; returns y (B, L, H, P) and the final states (n_docs, H, P, N), empty when not wanted."""
+    shape = shape_of(x, B)
+    x, dt, B, C = (_tokens(t) for t in (x, dt, B, C))
+    at = _steps(shape, dt, A, dt_bias, doc_ids, n_docs, chunk, softplus, low, high)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    final = torch.empty(_final_shape(x, B, n_docs, want_final), dtype=torch.float32, device=x.device)
+    enter = None if initial is None else initial.contiguous()
+    states, _ = _walk(shape, at, x, B, enter, final if want_final else None)
+    chunks = at.chunks
+    config = configuration("outputs", shape, chunks.size, x.device)
+    BM, BH = config.pop("BM"), _heads_at_once(config.pop("BH"), shape, chunks.n)
+    blocks, runs = chunks.size // BM, triton.cdiv(shape.per_group, BH)
+    outputs[(chunks.n * shape.groups * runs * blocks,)](
+        x,
+        B,
+        C,
+        D,
+        at.steps,
+        at.logs,
+        states,
+        y,
+        chunks.table,
+        x.stride(1),
+        B.stride(1),
+        C.stride(1),
+        shape.length,
+        chunks.per_row,
+        shape.heads,
+        shape.per_group,
+        shape.P,
+        shape.N,
+        Q=chunks.size,
+        BM=BM,
+        BH=BH,
+        HAS_D=D is not None,
+        PACKED=chunks.packed,
+        **shape.products(),
+        **config,
+    )
+    return y, final
+
+
+def _final_shape(x: Tensor, B: Tensor, n_docs: int, want: bool) -> tuple[int, ...]:
+    return (n_docs, *x.shape[2:], B.shape[3]) if want else (0,)
+
+
+def scan_back(
+    d_y: Tensor,
+    d_final: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    initial: Tensor | None,
+    doc_ids: Tensor | None,
+    n_docs: int,
+    chunk: int,
+    softplus: bool,
+    low: float,
+    high: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, dt, A, B, C, D, dt_bias and the initial states (the last three empty when absent)."""
+    shape = shape_of(x, B)
+    d_y, x, dt, B, C = (_tokens(t) for t in (d_y, x, dt, B, C))
+    at = _steps(shape, dt, A, dt_bias, doc_ids, n_docs, chunk, softplus, low, high)
+    enter = None if initial is None else initial.contiguous()
+    states, _ = _walk(shape, at, x, B, enter, None)
+    d_initial = torch.empty(0 if initial is None else initial.shape, dtype=torch.float32, device=x.device)
+    d_enter = None if d_final is None else d_final.contiguous()
+    d_states, through = _walk(
+        shape, at, d_y, C, d_enter, None if initial is None else d_initial, others=states
+    )
+    d_x, d_gram, direct, fed, sent, spans, d_D = _pairs(shape, at, x, d_y, B, C, D, d_states)
+    share_B, _ = _through_states(shape, at, x, B, d_states, reader=False)
+    share_C, read = _through_states(shape, at, d_y, C, states, reader=True)
+    d_B = _gather(shape, at, d_gram, C, share_B, reader=False)
+    d_C = _gather(shape, at, d_gram, B, share_C, reader=True)
+    chunks, BH = at.chunks, min(16, triton.next_power_of_2(shape.heads))
+    d_dt = torch.empty(dt.shape, dtype=dt.dtype, device=dt.device)
+    sums = torch.empty(2, chunks.n, shape.heads, dtype=torch.float32, device=x.device)
+    steps_backward[(chunks.n, triton.cdiv(shape.heads, BH))](
+        dt,
+        A,
+        dt_bias,
+        chunks.table,
+        direct,
+        fed,
+        sent,
+        spans,
+        read,
+        through,
+        d_dt,
+        sums,
+        dt.stride(1),
+        shape.length,
+        chunks.per_row,
+        chunks.n,
+        shape.heads,
+        low,
+        high,
+        Q=chunks.size,
+        BH=BH,
+        BLOCKS=spans.shape[2],
+        PIECES=through.shape[2],
+        READS=read.shape[2],
+        HAS_BIAS=dt_bias is not None,
+        SOFTPLUS=softplus,
+        PACKED=chunks.packed,
+    )
+    d_A, d_bias = _sum_chunks(sums)
+    nothing = d_A.new_empty(0)
+    d_D = nothing if D is None else _sum_chunks(d_D.unsqueeze(0))[0]
+    if dt_bias is None:
+        d_bias = nothing
+    else:
+        d_bias = d_bias.to(dt_bias.dtype) if d_bias.dtype != dt_bias.dtype else d_bias.clone()
+    return d_x, d_dt, d_A.clone(), d_B, d_C, d_D.clone(), d_bias, d_initial
+
+
+def _pairs(
+    shape: Shape, at: Steps, x: Tensor, d_y: Tensor, B: Tensor, C: Tensor, D: Tensor | None, d_states: Tensor
+) -> tuple[Tensor, ...]:
+    chunks, heads = at.chunks, shape.heads
+    config = configuration("pairs", shape, chunks.size, x.device)
+    BM, BH = config.pop("BM"), _heads_at_once(config.pop("BH"), shape, chunks.n)
+    blocks, runs = chunks.size // BM, triton.cdiv(shape.per_group, BH)
+
+    def new(*sizes: int) -> Tensor:
+        return torch.empty(sizes, dtype=torch.float32, device=x.device)
+
+    d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    d_gram = new(chunks.n, shape.groups, runs, chunks.size, chunks.size)
+    direct, fed, sent = (new(chunks.n, heads, chunks.size) for _ in range(3))
+    spans = new(chunks.n, heads, blocks, chunks.size)
+    d_D = new(chunks.n * blocks, heads) if D is not None else new(0)
+    pairs[(chunks.n * shape.groups * runs * blocks,)](
+        x,
+        d_y,
+        B,
+        C,
+        D,
+        at.steps,
+        at.logs,
+        d_states,
+        d_x,
+        d_gram,
+        direct,
+        fed,
+        sent,
+        spans,
+        d_D,
+        chunks.table,
+        x.stride(1),
+        d_y.stride(1),
+        B.stride(1),
+        C.stride(1),
+        shape.length,
+        chunks.per_row,
+        heads,
+        shape.per_group,
+        shape.P,
+        shape.N,
+        Q=chunks.size,
+        BM=BM,
+        BH=BH,
+        HAS_D=D is not None,
+        PACKED=chunks.packed,
+        **shape.products(),
+        **config,
+    )
+    return d_x, d_gram, direct, fed, sent, spans, d_D
+
+
+def _through_states(
+    shape: Shape, at: Steps, source: Tensor, other: Tensor, states: Tensor, reader: bool
+) -> tuple[Tensor, Tensor]:
+    chunks = at.chunks
+    config = configuration("through_states", shape, chunks.size, source.device)
+    config.pop("BM")
+    BN, BH = config.pop("BN"), _heads_at_once(config.pop("BH"), shape, chunks.n)
+    runs, pieces = triton.cdiv(shape.per_group, BH), triton.cdiv(shape.N, BN)
+    share = torch.empty(
+        chunks.n, shape.groups, runs, chunks.size, shape.N, dtype=torch.float32, device=source.device
+    )
+    read = torch.empty(
+        (chunks.n, shape.heads, pieces, chunks.size) if reader else 0,
+        dtype=torch.float32,
+        device=source.device,
+    )
+    through_states[(chunks.n * shape.groups * runs * pieces,)](
+        source,
+        other,
+        at.steps,
+        at.logs,
+        states,
+        share,
+        read,
+        chunks.table,
+        source.stride(1),
+        other.stride(1),
+        shape.length,
+        chunks.per_row,
+        shape.heads,
+        shape.per_group,
+        shape.P,
+        shape.N,
+        Q=chunks.size,
+        BN=BN,
+        BH=BH,
+        READER=reader,
+        PACKED=chunks.packed,
+        **shape.products(),
+        **config,
+    )
+    return share, read
+
+
+def _gather(shape: Shape, at: Steps, d_gram: Tensor, other: Tensor, share: Tensor, reader: bool) -> Tensor:
+    chunks = at.chunks
+    config = configuration("gather", shape, chunks.size, share.device)
+    BN = config.pop("BN")
+    config.pop("BM"), config.pop("BP")
+    out = torch.empty(other.shape, dtype=other.dtype, device=share.device)
+    gather[(chunks.n * shape.groups * triton.cdiv(shape.N, BN),)](
+        d_gram,
+        other,
+        share,
+        out,
+        chunks.table,
+        other.stride(1),
+        shape.length,
+        chunks.per_row,
+        shape.groups,
+        shape.N,
+        d_gram.shape[2],
+        share.shape[2],
+        Q=chunks.size,
+        BN=BN,
+        READER=reader,
+        PACKED=chunks.packed,
+        **shape.products(),
+        **config,
+    )
+    return out
+
+
+def _sum_chunks(values: Tensor) -> Tensor:
+    """Sum values (kinds, n, columns) over n in a fixed order."""
+    kinds, n, columns = values.shape
+    out = torch.empty(kinds, columns, dtype=torch.float32, device=values.device)
+    sum_chunks[(triton.cdiv(columns, 8), kinds)](values, out, n, columns, ROWS=256, COLS=8)
+    return out
+
+
+_INPUTS = (
+    "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, Tensor? initial,"
+    " Tensor? doc_ids, int n_docs, int chunk, bool softplus, float low, float high"
+)
+_scan = torch.library.custom_op(
+    "ssmtrain::ssd", scan, mutates_args=(), schema=f"({_INPUTS}, bool want_final) -> (Tensor, Tensor)"
+)
+_scan_back = torch.library.custom_op(
+    "ssmtrain::ssd_back",
+    scan_back,
+    mutates_args=(),
+    schema=f"(Tensor d_y, Tensor? d_final, {_INPUTS})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@_scan.register_fake
+def _(x, dt, A, B, C, D, dt_bias, initial, doc_ids, n_docs, chunk, softplus, low, high, want_final):
+    """Shapes of `scan`."""
+    return x.new_empty(x.shape), A.new_empty(_final_shape(x, B, n_docs, want_final))
+
+
+@_scan_back.register_fake
+def _(d_y, d_final, x, dt, A, B, C, D, dt_bias, initial, doc_ids, n_docs, chunk, softplus, low, high):
+    """Shapes of `scan_back`."""
+    return (
+        x.new_empty(x.shape),
+        dt.new_empty(dt.shape),
+        A.new_empty(A.shape),
+        B.new_empty(B.shape),
+        C.new_empty(C.shape),
+        A.new_empty(0 if D is None else D.shape),
+        A.new_empty(0) if dt_bias is None else dt_bias.new_empty(dt_bias.shape),
+        A.new_empty(0 if initial is None else initial.shape),
+    )
+
+
+def _keep(ctx, inputs, output) -> None:
+    tensors, rest = inputs[:9], inputs[9:14]
+    ctx.save_for_backward(*tensors)
+    ctx.rest, ctx.want_final = rest, inputs[14]
+
+
+def _backward(ctx, d_y, d_final):
+    x, dt, A, B, C, D, dt_bias, initial, doc_ids = ctx.saved_tensors
+    d_final = d_final if ctx.want_final else None
+    grads = _scan_back(d_y, d_final, x, dt, A, B, C, D, dt_bias, initial, doc_ids, *ctx.rest)
+    d_x, d_dt, d_A, d_B, d_C, d_D, d_bias, d_initial = grads
+    optional = (
+        None if D is None else d_D,
+        None if dt_bias is None else d_bias,
+        None if initial is None else d_initial,
+    )
+    return (d_x, d_dt, d_A, d_B, d_C, *optional, *[None] * 7)
+
+
+_scan.register_autograd(_backward, setup_context=_keep)

@@ -1,0 +1,279 @@
+"""Where the chunks of a packed batch lie, their step sizes and decays, and the way back to dt.
+
+A chunk never holds two documents: each document is cut into chunks of Q tokens from its own start, so that
+nothing is masked at its boundary, a packed document gives the very bits that it gives alone, and a document's
+initial and final states are those of its first and last chunk. The batch is seen as one string of B * L
+tokens; documents are row-major, so each is a run in it.
+
+Per chunk and head two fp32 rows are kept, (chunks, H, Q): the step sizes and the running sum of the log
+decays, in units of log 2 because the hardware's exponential is exp2. Tokens past a chunk's end have step 0.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E = tl.constexpr(1.4426950408889634)
+FLOOR = tl.constexpr(-70.0)
+"""The log decay at which a decay is as good as 0: sums of log decays stay small, hence exact."""
+
+
+class Chunks(NamedTuple):
+    """How a batch of B rows of L tokens is cut."""
+
+    n_docs: int
+    n: int
+    """Chunks there is room for: known on the host, never too few."""
+    size: int
+    """Tokens of a whole chunk, Q."""
+    length: int
+    """L"""
+    table: Tensor
+    """(n, 2) int64: first token and number of tokens of each chunk; empty when rows are documents."""
+    docs: Tensor
+    """(n_docs + 1, 2) int64: first token and first chunk of each document; empty when rows are documents."""
+
+    @property
+    def packed(self) -> bool:
+        """Whether rows hold several documents."""
+        return self.table.numel() > 0
+
+    @property
+    def per_row(self) -> int:
+        """Chunks of a row that is one document."""
+        return -(-self.length // self.size)
+
+
+def cut(batch: int, length: int, size: int, doc_ids: Tensor | None, n_docs: int, like: Tensor) -> Chunks:
+    """Cut a batch into chunks of up to `size` tokens, documents each from their start; never syncs."""
+    if doc_ids is None:
+        nothing = torch.empty(0, dtype=torch.int64, device=like.device)
+        return Chunks(batch, batch * -(-length // size), size, length, nothing, nothing)
+    n = batch * length // size + n_docs
+    table = torch.empty(n, 2, dtype=torch.int64, device=like.device)
+    docs = torch.empty(n_docs + 1, 2, dtype=torch.int64, device=like.device)
+    tokens = batch * length
+    _find_documents[(triton.cdiv(tokens, 1024),)](doc_ids.contiguous(), docs, tokens, n_docs, BLOCK=1024)
+    _count_chunks[(1,)](docs, n_docs, Q=size, BLOCK=1024)
+    _place_chunks[(n_docs + 1,)](docs, table, n, n_docs, Q=size, BLOCK=128, num_warps=1)
+    return Chunks(n_docs, n, size, length, table, docs)
+
+
+@triton.jit
+def _find_documents(doc_ids, docs, tokens, n_docs, BLOCK: tl.constexpr):
+    """Write the first token of each document, from the places where the id changes."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    live = at < tokens
+    here = tl.load(doc_ids + at, mask=live, other=0)
+    before = tl.load(doc_ids + at - 1, mask=live & (at > 0), other=-1)
+    tl.store(docs + 2 * here.to(tl.int64), at, mask=live & (here != before))
+    end = tl.where(tl.program_id(0) == 0, tokens, -1)
+    tl.store(docs + 2 * n_docs, tokens.to(tl.int64), mask=end >= 0)
+
+
+@triton.jit
+def _count_chunks(docs, n_docs, Q: tl.constexpr, BLOCK: tl.constexpr):
+    """Write each document's first chunk: the running count of chunks before it."""
+    before = tl.zeros((), tl.int64)
+    for start in range(0, n_docs, BLOCK):
+        d = start + tl.arange(0, BLOCK)
+        live = d < n_docs
+        first = tl.load(docs + 2 * d, mask=live, other=0)
+        after = tl.load(docs + 2 * d + 2, mask=live, other=0)
+        count = (after - first + Q - 1) // Q
+        tl.store(docs + 2 * d + 1, before + tl.cumsum(count, 0) - count, mask=live)
+        before += tl.sum(count, 0)
+    tl.store(docs + 2 * n_docs + 1, before)
+
+
+@triton.jit
+def _place_chunks(docs, table, n, n_docs, Q: tl.constexpr, BLOCK: tl.constexpr):
+    """Write first token and size of a document's chunks; past the last document, those left over are empty."""
+    d = tl.program_id(0)
+    first = tl.load(docs + 2 * d)
+    chunk = tl.load(docs + 2 * d + 1)
+    if d < n_docs:
+        after = tl.load(docs + 2 * d + 2)
+        last = tl.load(docs + 2 * d + 3)
+    else:
+        after = first
+        last = tl.zeros((), tl.int64) + n
+    for start in range(0, (last - chunk).to(tl.int32), BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        live = i < last - chunk
+        token = tl.minimum(first + i.to(tl.int64) * Q, after)
+        tl.store(table + 2 * (chunk + i), token, mask=live)
+        tl.store(table + 2 * (chunk + i) + 1, tl.minimum(after - token, Q), mask=live)
+
+
+@triton.jit
+def place(c, table, length, per_row, Q: tl.constexpr, PACKED: tl.constexpr):
+    """Return the first token (int64) and the number of tokens of chunk c."""
+    if PACKED:
+        first = tl.load(table + 2 * c.to(tl.int64))
+        size = tl.load(table + 2 * c.to(tl.int64) + 1).to(tl.int32)
+    else:
+        row = c // per_row
+        start = (c - row * per_row) * Q
+        first = row.to(tl.int64) * length + start
+        size = tl.minimum(length - start, Q)
+    return first, size
+
+
+@triton.jit
+def softplus(v):
+    """Return log(1 + exp(v)), to fp32 rounding at any v.
+
+    log(1 + u) with u = exp(-|v|) in (0, 1] is 2 atanh(u / (2 + u)), whose series converges by 1/9 a term:
+    no logarithm near 1 is taken, where it would lose what small step sizes are made of.
+    """
+    u = tl.exp2(-tl.abs(v) * LOG2E)
+    s = u / (2.0 + u)
+    r = s * s
+    p = 1.0 / 15 + r * (1.0 / 17)
+    p = 1.0 / 13 + r * p
+    p = 1.0 / 11 + r * p
+    p = 1.0 / 9 + r * p
+    p = 1.0 / 7 + r * p
+    p = 1.0 / 5 + r * p
+    p = 1.0 / 3 + r * p
+    return tl.maximum(v, 0.0) + 2.0 * s * (1.0 + r * p)
+
+
+@triton.jit
+def step_size(raw, low, high, SOFTPLUS: tl.constexpr):
+    """Return the step size of dt + dt_bias, and its derivative."""
+    if SOFTPLUS:
+        step = softplus(raw)
+        slope = 1.0 / (1.0 + tl.exp2(-raw * LOG2E))
+    else:
+        step = raw
+        slope = tl.full(raw.shape, 1.0, tl.float32)
+    inside = (step >= low) & (step <= high)
+    return tl.minimum(tl.maximum(step, low), high), tl.where(inside, slope, 0.0)
+
+
+@triton.jit
+def steps_forward(
+    dt,
+    A,
+    bias,
+    table,
+    steps,
+    logs,
+    s_token,
+    length,
+    per_row,
+    H,
+    low,
+    high,
+    Q: tl.constexpr,
+    BH: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """Write step sizes and running log decays (chunks, H, Q) of one chunk, BH heads."""
+    c = tl.program_id(0)
+    h = tl.program_id(1) * BH + tl.arange(0, BH)
+    q = tl.arange(0, Q)
+    first, size = place(c, table, length, per_row, Q, PACKED)
+    live = (q < size)[:, None] & (h < H)[None, :]
+    raw = tl.load(dt + (first + q)[:, None] * s_token + h[None, :], mask=live, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        raw += tl.load(bias + h, mask=h < H, other=0.0).to(tl.float32)[None, :]
+    step, _ = step_size(raw, low, high, SOFTPLUS)
+    step = tl.where(live, step, 0.0)
+    a = tl.load(A + h, mask=h < H, other=0.0).to(tl.float32)
+    log = tl.cumsum(tl.maximum(step * a[None, :], FLOOR) * LOG2E, 0)
+    at = (c.to(tl.int64) * H + h)[None, :] * Q + q[:, None]
+    tl.store(steps + at, step, mask=(h < H)[None, :])
+    tl.store(logs + at, log, mask=(h < H)[None, :])
+
+
+@triton.jit
+def steps_backward(
+    dt,
+    A,
+    bias,
+    table,
+    direct,
+    fed,
+    sent,
+    spans,
+    read,
+    through,
+    d_dt,
+    sums,
+    s_token,
+    length,
+    per_row,
+    n_chunks,
+    H,
+    low,
+    high,
+    Q: tl.constexpr,
+    BH: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    PIECES: tl.constexpr,
+    READS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """Write the gradient of dt of one chunk, BH heads, and the chunk's share in those of A and dt_bias.
+
+    The decay at token k lies between every source before k and every reader from k on, so its gradient is the
+    sum of four kinds of pairs: source and reader in the chunk, a source before it, a reader after it, both
+    outside. Of the pairs in the chunk, `spans` (H, blocks of sources, Q) holds each reader's and `sent` (H, Q)
+    each source's; `read` (H, pieces, Q) is what a token reads from the state that enters, `fed` (H, Q) what it
+    feeds to the one that leaves, `through` (H, pieces) the pairs outside.
+    """
+    c = tl.program_id(0)
+    h = tl.program_id(1) * BH + tl.arange(0, BH)
+    q = tl.arange(0, Q)
+    first, size = place(c, table, length, per_row, Q, PACKED)
+    heads = c.to(tl.int64) * H + h
+    at = heads[:, None] * Q + q[None, :]
+    some = (h < H)[:, None] & (q < size)[None, :]
+    token = (first + q)[None, :] * s_token + h[:, None]
+    raw = tl.load(dt + token, mask=some, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        raw += tl.load(bias + h, mask=h < H, other=0.0).to(tl.float32)[:, None]
+    step, slope = step_size(raw, low, high, SOFTPLUS)
+    feeding = tl.load(fed + at, mask=some, other=0.0)
+    reach = -feeding - tl.load(sent + at, mask=some, other=0.0)
+    for b in tl.static_range(BLOCKS):
+        reach += tl.load(spans + (heads * BLOCKS + b)[:, None] * Q + q[None, :], mask=some, other=0.0)
+    for i in tl.static_range(READS):
+        reach += tl.load(read + (heads * READS + i)[:, None] * Q + q[None, :], mask=some, other=0.0)
+    over = tl.sum(feeding, 1)
+    for i in tl.static_range(PIECES):
+        over += tl.load(through + heads * PIECES + i, mask=h < H, other=0.0)
+    d_log = tl.cumsum(reach, 1, reverse=True) + over[:, None]
+    a = tl.load(A + h, mask=h < H, other=0.0).to(tl.float32)
+    d_step = tl.load(direct + at, mask=some, other=0.0) + d_log * a[:, None]
+    d_raw = tl.where(some, d_step * slope, 0.0)
+    out = (first + q)[None, :] * H + h[:, None]
+    tl.store(d_dt + out, d_raw.to(d_dt.dtype.element_ty), mask=some)
+    tl.store(sums + heads, tl.sum(tl.where(some, d_log * step, 0.0), 1), mask=h < H)
+    tl.store(sums + n_chunks.to(tl.int64) * H + heads, tl.sum(d_raw, 1), mask=h < H)
+
+
+@triton.jit
+def sum_chunks(values, out, n, columns, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Sum values (kinds, n, columns) over n, always in the same order; grid (blocks of columns, kinds)."""
+    col = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    kind = tl.program_id(1).to(tl.int64)
+    row = tl.arange(0, ROWS)
+    total = tl.zeros((ROWS, COLS), tl.float32)
+    for start in range(0, n, ROWS):
+        at = (kind * n + start + row)[:, None] * columns + col[None, :]
+        live = (start + row < n)[:, None] & (col < columns)[None, :]
+        total += tl.load(values + at, mask=live, other=0.0)
+    tl.store(out + kind * columns + col, tl.sum(total, 0), mask=col < columns)
