@@ -78,10 +78,10 @@ def usage(cubin: bytes) -> tuple[int, int]:
 
 def row(launch: Launch, arch: str, case: str) -> Row:
     """Compile one launch."""
-    constants = launch.constants()
-    config = " ".join(f"{k}={v}" for k, v in constants.items() if isinstance(v, (int, str, bool)))
-    warps = int(constants.get("num_warps", 4))
+    config, warps = "", int(launch.kwargs.get("num_warps", 4))
     try:
+        constants = launch.constants()
+        config = " ".join(f"{k}={v}" for k, v in constants.items() if isinstance(v, (int, str, bool)))
         made = kernel_launches.compiled(launch, arch)
         registers, spilled = usage(made.asm["cubin"])
     except Exception as error:
@@ -99,17 +99,25 @@ def check(arch: str, quick: bool, only: list[str]) -> tuple[list[Row], list[str]
         for case in to_compile(quick):
             if only and case.op not in only:
                 continue
-            with kernel_launches.table(content) as lookups:
+            with kernel_launches.table(content) as asked:
                 launches, failure = attempt(case, arch)
-            unreached -= set(lookups.asked)
+            unreached -= set(asked)
             if failure is not None:
                 rows[case.name] = failure
             for launch in launches:
-                source, options, _ = kernel_launches.specialised(launch, arch)
-                key = source.hash(), str(sorted(options.items(), key=str))
+                key = identity(launch, arch)
                 rows[key] = rows.get(key) or row(launch, arch, case.name)
     missed = [] if only else [f"{arch} {kernel} {key}" for kernel, key in sorted(unreached)]
     return list(rows.values()), missed
+
+
+def identity(launch: Launch, arch: str) -> Any:
+    """What tells one compiled kernel from another."""
+    try:
+        source, options, _ = kernel_launches.specialised(launch, arch)
+    except Exception:
+        return launch.name  # `row` fails on it in the same way, and says how
+    return source.hash(), str(sorted(options.items(), key=str))
 
 
 def attempt(case: Any, arch: str) -> tuple[list[Launch], Row | None]:

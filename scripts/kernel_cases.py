@@ -223,6 +223,17 @@ def to_compile(quick: bool = False) -> Iterator[Case]:
     yield norm_case(1, 7, 120)
 
 
+def to_tune() -> Iterator[Case]:
+    """Cases whose shapes are worth an entry in tuned.json: those of published models, in training."""
+    yield ssd_case(8, 4096, 80, 64, 128)
+    yield ssd_case(8, 4096, 80, 64, 64)
+    yield ssd_case(8, 4096, 128, 64, 256)
+    yield conv_case(8, 4096, 5376, parent=10576)
+    yield conv_case(8, 4096, 5376, parent=10576, documents=512)
+    yield norm_case(8, 4096, 5120, parent=10576)
+    yield norm_case(8, 4096, 2048)
+
+
 def leaves(inputs: Inputs) -> Inputs:
     """The same views, as leaves that require gradients."""
     return {name: None if x is None else x.detach().requires_grad_() for name, x in inputs.items()}

@@ -86,34 +86,17 @@ def recorded(execute: bool) -> Iterator[list[Launch]]:
         yield launches
 
 
-@dataclass
-class Lookups:
-    """A stand-in for the table in tuned.json that remembers what was asked."""
-
-    table: Table
-    asked: list[tuple[str, str]]
-    """(kernel, shape key), in order of first asking."""
-
-    def get(self, arch: str, _: object = None) -> SimpleNamespace:
-        """The kernels of an architecture."""
-        kernels = self.table.get(arch, {})
-        return SimpleNamespace(get=lambda kernel, _=None: self._keys(kernel, kernels.get(kernel, {})))
-
-    def _keys(self, kernel: str, configs: Mapping[str, tuned.Config]) -> SimpleNamespace:
-        def get(key: str) -> tuned.Config | None:
-            if (kernel, key) not in self.asked:
-                self.asked.append((kernel, key))
-            return configs.get(key)
-
-        return SimpleNamespace(get=get)
-
-
 @contextmanager
-def table(content: Table) -> Iterator[Lookups]:
-    """Put a table in the place of tuned.json."""
-    lookups = Lookups(content, [])
-    with mock.patch.object(tuned, "_table", lambda: lookups):
-        yield lookups
+def table(content: Table) -> Iterator[dict[tuple[str, str], tuned.Config]]:
+    """Put a table in the place of tuned.json; collect what is looked up: (kernel, shape key) -> fallback."""
+    asked: dict[tuple[str, str], tuned.Config] = {}
+
+    def lookup(kernel: str, device: torch.device, key: str, fallback: tuned.Config) -> tuned.Config:
+        asked[kernel, key] = dict(fallback)
+        return {**fallback, **content.get(tuned.architecture(device), {}).get(kernel, {}).get(key, {})}
+
+    with mock.patch.object(tuned, "lookup", lookup):
+        yield asked
 
 
 @contextmanager
