@@ -163,8 +163,8 @@ def configuration(kernel: str, shape: Shape, Q: int, device: torch.device) -> di
     """Return the launch configuration of one kernel: tile sizes, num_warps, num_stages."""
     small = shape.exact
     fallbacks: dict[str, dict[str, int]] = {
-        "walk": {"BP": 64, "BN": 64 if small else 128, "num_warps": 4, "num_stages": 3},
-        "outputs": {"BM": 64, "BH": 10, "num_warps": 4, "num_stages": 2},
+        "walk": {"BK": 64, "BP": 64, "BN": 64 if small else 128, "num_warps": 4, "num_stages": 3},
+        "outputs": {"BM": 64, "BH": 20, "num_warps": 4, "num_stages": 2},
         "pairs": {"BM": 64, "BH": 20, "num_warps": 4, "num_stages": 2},
         "through_states": {"BN": 64 if small else 128, "BH": 20, "num_warps": 8, "num_stages": 2},
         "gather": {"BN": 64, "num_warps": 4, "num_stages": 2},
@@ -172,7 +172,7 @@ def configuration(kernel: str, shape: Shape, Q: int, device: torch.device) -> di
     config = tuned.lookup(f"ssd_{kernel}", device, shape.key, fallbacks[kernel])
     config["BP"] = min(config.get("BP", shape.BP), shape.BP)
     config["BN"] = min(config.get("BN", shape.BN), shape.BN)
-    config["BM"] = min(config.get("BM", Q), Q)
+    config["BM"] = min(max(config.get("BM", Q), Q // 2), Q)  # one block of readers, or two
     return config
 
 
@@ -197,9 +197,9 @@ class Steps(NamedTuple):
 
     chunks: Chunks
     steps: Tensor
-    """(chunks, H, Q)"""
+    """(chunks, H, Q), as the next two"""
     logs: Tensor
-    """(chunks, H, Q)"""
+    late: Tensor
 
 
 def _steps(
@@ -217,7 +217,7 @@ def _steps(
     Q = chunk_length(shape, chunk)
     chunks = cut(shape.batch, shape.length, Q, doc_ids, n_docs, dt)
     steps = torch.empty(chunks.n, shape.heads, Q, dtype=torch.float32, device=dt.device)
-    logs = torch.empty_like(steps)
+    logs, late = torch.empty_like(steps), torch.empty_like(steps)
     BH = min(16, triton.next_power_of_2(shape.heads))
     steps_forward[(chunks.n, triton.cdiv(shape.heads, BH))](
         dt,
@@ -226,6 +226,7 @@ def _steps(
         chunks.table,
         steps,
         logs,
+        late,
         dt.stride(1),
         shape.length,
         chunks.per_row,
@@ -238,7 +239,7 @@ def _steps(
         SOFTPLUS=softplus,
         PACKED=chunks.packed,
     )
-    return Steps(chunks, steps, logs)
+    return Steps(chunks, steps, logs, late)
 
 
 def _walk(
@@ -248,31 +249,25 @@ def _walk(
     keys: Tensor,
     enter: Tensor | None,
     leave: Tensor | None,
-    others: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """States at all chunks, going back when `others` are the states forward; and what goes through each."""
+    back: bool = False,
+) -> Tensor:
+    """Return the states that enter the chunks; going back, the gradients of those that leave them."""
     chunks = at.chunks
     config = configuration("walk", shape, chunks.size, source.device)
-    BP, BN = config.pop("BP"), config.pop("BN")
+    BP, BN, BK = config.pop("BP"), config.pop("BN"), min(config.pop("BK"), chunks.size)
     config.pop("BM")
     dtype = torch.float32 if shape.exact else source.dtype
     states = torch.empty(chunks.n, shape.heads, shape.P, shape.N, dtype=dtype, device=source.device)
     pieces = triton.cdiv(shape.P, BP) * triton.cdiv(shape.N, BN)
-    back = others is not None
-    through = torch.empty(
-        (chunks.n, shape.heads, pieces) if back else 0, dtype=torch.float32, device=source.device
-    )
     even = not chunks.packed and shape.length % chunks.size == 0 and not (shape.P % BP or shape.N % BN)
     walk[(chunks.n_docs * shape.heads * pieces,)](
         source,
         keys,
-        at.steps,
         at.logs,
+        at.late,
         states,
-        others,
         enter,
         leave,
-        through,
         chunks.docs,
         source.stride(1),
         keys.stride(1),
@@ -283,6 +278,7 @@ def _walk(
         shape.P,
         shape.N,
         Q=chunks.size,
+        BK=BK,
         BP=BP,
         BN=BN,
         BACK=back,
@@ -293,7 +289,7 @@ def _walk(
         **shape.products(),
         **config,
     )
-    return states, through
+    return states
 
 
 def scan(
@@ -320,7 +316,7 @@ def scan(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     final = torch.empty(_final_shape(x, B, n_docs, want_final), dtype=torch.float32, device=x.device)
     enter = None if initial is None else initial.contiguous()
-    states, _ = _walk(shape, at, x, B, enter, final if want_final else None)
+    states = _walk(shape, at, x, B, enter, final if want_final else None)
     chunks = at.chunks
     config = configuration("outputs", shape, chunks.size, x.device)
     BM, BH = config.pop("BM"), _heads_at_once(config.pop("BH"), shape, chunks.n)
@@ -330,8 +326,8 @@ def scan(
         B,
         C,
         D,
-        at.steps,
         at.logs,
+        at.late,
         states,
         y,
         chunks.table,
@@ -382,15 +378,13 @@ def scan_back(
     d_y, x, dt, B, C = (_tokens(t) for t in (d_y, x, dt, B, C))
     at = _steps(shape, dt, A, dt_bias, doc_ids, n_docs, chunk, softplus, low, high)
     enter = None if initial is None else initial.contiguous()
-    states, _ = _walk(shape, at, x, B, enter, None)
+    states = _walk(shape, at, x, B, enter, None)
     d_initial = torch.empty(0 if initial is None else initial.shape, dtype=torch.float32, device=x.device)
     d_enter = None if d_final is None else d_final.contiguous()
-    d_states, through = _walk(
-        shape, at, d_y, C, d_enter, None if initial is None else d_initial, others=states
-    )
+    d_states = _walk(shape, at, d_y, C, d_enter, None if initial is None else d_initial, back=True)
     d_x, d_gram, direct, fed, sent, spans, d_D = _pairs(shape, at, x, d_y, B, C, D, d_states)
-    share_B, _ = _through_states(shape, at, x, B, d_states, reader=False)
-    share_C, read = _through_states(shape, at, d_y, C, states, reader=True)
+    share_B, through = _through_states(shape, at, x, B, d_states, states)
+    share_C, read = _through_states(shape, at, d_y, C, states, None)
     d_B = _gather(shape, at, d_gram, C, share_B, reader=False)
     d_C = _gather(shape, at, d_gram, B, share_C, reader=True)
     chunks, BH = at.chunks, min(16, triton.next_power_of_2(shape.heads))
@@ -490,8 +484,9 @@ def _pairs(
 
 
 def _through_states(
-    shape: Shape, at: Steps, source: Tensor, other: Tensor, states: Tensor, reader: bool
+    shape: Shape, at: Steps, source: Tensor, other: Tensor, states: Tensor, others: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    """Return the shares in dB, or in dC when there are no other states, and products for `steps_backward`."""
     chunks = at.chunks
     config = configuration("through_states", shape, chunks.size, source.device)
     config.pop("BM")
@@ -500,19 +495,18 @@ def _through_states(
     share = torch.empty(
         chunks.n, shape.groups, runs, chunks.size, shape.N, dtype=torch.float32, device=source.device
     )
-    read = torch.empty(
-        (chunks.n, shape.heads, pieces, chunks.size) if reader else 0,
-        dtype=torch.float32,
-        device=source.device,
-    )
+    reader = others is None
+    size = (chunks.n, shape.heads, pieces, *((chunks.size,) if reader else ()))
+    products = torch.empty(size, dtype=torch.float32, device=source.device)
     through_states[(chunks.n * shape.groups * runs * pieces,)](
         source,
         other,
-        at.steps,
         at.logs,
+        at.late,
         states,
+        others,
         share,
-        read,
+        products,
         chunks.table,
         source.stride(1),
         other.stride(1),
@@ -530,7 +524,7 @@ def _through_states(
         **shape.products(),
         **config,
     )
-    return share, read
+    return share, products
 
 
 def _gather(shape: Shape, at: Steps, d_gram: Tensor, other: Tensor, share: Tensor, reader: bool) -> Tensor:

@@ -5,8 +5,10 @@ nothing is masked at its boundary, a packed document gives the very bits that it
 initial and final states are those of its first and last chunk. The batch is seen as one string of B * L
 tokens; documents are row-major, so each is a run in it.
 
-Per chunk and head two fp32 rows are kept, (chunks, H, Q): the step sizes and the running sum of the log
-decays, in units of log 2 because the hardware's exponential is exp2. Tokens past a chunk's end have step 0.
+Per chunk and head three fp32 rows are kept, (chunks, H, Q): the step sizes; `logs`, the running sum of the
+log decays, in units of log 2 because the hardware's exponential is exp2; and `late`, that less log2 of the
+step size, so that a source's decay and step size up to a reader t are the one exponential exp2(logs[t] -
+late[s]). Tokens past a chunk's end have step 0, and late is infinite there.
 """
 
 from __future__ import annotations
@@ -166,6 +168,7 @@ def steps_forward(
     table,
     steps,
     logs,
+    late,
     s_token,
     length,
     per_row,
@@ -178,7 +181,7 @@ def steps_forward(
     SOFTPLUS: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    """Write step sizes and running log decays (chunks, H, Q) of one chunk, BH heads."""
+    """Write steps, logs and late (chunks, H, Q) of one chunk, BH heads."""
     c = tl.program_id(0)
     h = tl.program_id(1) * BH + tl.arange(0, BH)
     q = tl.arange(0, Q)
@@ -194,6 +197,7 @@ def steps_forward(
     at = (c.to(tl.int64) * H + h)[None, :] * Q + q[:, None]
     tl.store(steps + at, step, mask=(h < H)[None, :])
     tl.store(logs + at, log, mask=(h < H)[None, :])
+    tl.store(late + at, log - tl.log2(step), mask=(h < H)[None, :])
 
 
 @triton.jit

@@ -58,96 +58,125 @@ def pairs(
 ):
     """Go back from dy to BM tokens of one chunk as sources, for up to BH heads of one group.
 
-    Writes dx (tokens, H, P), the share in dgram (chunks, G, runs, Q sources, Q readers), and what
-    `steps_backward` reads: direct, fed, sent (chunks, H, Q), spans (chunks, H, blocks, Q), all natural logs.
-    dD (chunks, blocks, H).
+    Writes dx (tokens, H, P), the share in dgram (chunks, G, runs, Q sources, Q readers), what
+    `steps_backward` reads: direct, fed, sent (chunks, H, Q) and spans (chunks, H, blocks, Q), the pairs within
+    a block and those with the next; and dD (chunks, blocks, H).
     """
-    blocks = Q // BM
+    BLOCKS: tl.constexpr = Q // BM
     runs = tl.cdiv(per_group, BH)
     pid = tl.program_id(0)
-    m = pid % blocks
-    run = (pid // blocks) % runs
-    group = (pid // (blocks * runs)) % (H // per_group)
-    c = pid // (blocks * H // per_group * runs)
+    m = pid % BLOCKS
+    run = (pid // BLOCKS) % runs
+    group = (pid // (BLOCKS * runs)) % (H // per_group)
+    c = pid // (BLOCKS * H // per_group * runs)
     first, size = place(c, table, length, per_row, Q, PACKED)
     begin = group * per_group + run * BH
     end = begin + tl.minimum(BH, per_group - run * BH)
     if size <= 0:
         if HAS_D:
             for h in range(begin, end):
-                tl.store(dD + (c.to(tl.int64) * blocks + m) * H + h, 0.0)
+                tl.store(dD + (c.to(tl.int64) * BLOCKS + m) * H + h, 0.0)
         return
-    s = m * BM + tl.arange(0, BM)
-    t = tl.arange(0, Q)
+    i = tl.arange(0, BM)
     n = tl.arange(0, BN)
     p = tl.arange(0, BP)
-    own = (s < size)[:, None] & (p < P)[None, :]
-    keys = tl.load(
-        B + (first + s)[:, None] * s_B + group * N + n[None, :],
-        mask=(s < size)[:, None] & (n < N)[None, :],
-        other=0.0,
-    ).to(OPERAND)
-    read = tl.load(
-        C + (first + t)[:, None] * s_C + group * N + n[None, :],
-        mask=(t < size)[:, None] & (n < N)[None, :],
-        other=0.0,
-    ).to(OPERAND)
+    start = first + m * BM
+    live = (m * BM + i < size)[:, None]
+    own = live & (p < P)[None, :]
+    some = (n < N)[None, :]
+    B += start * s_B + group * N
+    C += start * s_C + group * N
+    x += start * s_x
+    dy += start * s_dy
+    dx += start * (H * P)
+    keys = tl.load(B + (i[:, None] * s_B + n[None, :]), mask=live & some, other=0.0).to(OPERAND)
+    read = tl.load(C + (i[:, None] * s_C + n[None, :]), mask=live & some, other=0.0).to(OPERAND)
     # Rounded, for room in registers: it enters only sums that are rounded as much elsewhere.
-    gram = tl.dot(keys, tl.trans(read), input_precision=PRECISION).to(OPERAND)  # (BM, Q)
-    later = t[None, :] >= s[:, None]
-    same = t[None, :] == s[:, None]
-    bracket = tl.zeros((BM, Q), tl.float32)
-    x_own = x + (first + s)[:, None] * s_x + p[None, :]
-    dy_own = dy + (first + s)[:, None] * s_dy + p[None, :]
-    dy_all = dy + (first + t)[:, None] * s_dy + p[None, :]
+    gram = tl.dot(keys, tl.trans(read), input_precision=PRECISION).to(OPERAND)  # (BM sources, BM readers)
+    bracket = tl.zeros((BM, BM), tl.float32)
+    later = i[None, :] >= i[:, None]
+    same = i[None, :] == i[:, None]
+    if BLOCKS == 2:
+        following = ((m + 1) * BM + i < tl.where(m == 0, size, 0))[:, None]
+        read = tl.load(C + BM * s_C + (i[:, None] * s_C + n[None, :]), mask=following & some, other=0.0).to(
+            OPERAND
+        )
+        across = tl.dot(keys, tl.trans(read), input_precision=PRECISION).to(OPERAND)
+        beyond = tl.zeros((BM, BM), tl.float32)
+    part_x = i[:, None] * s_x + p[None, :]
+    part_dy = i[:, None] * s_dy + p[None, :]
+    to = i[:, None] * (H * P) + p[None, :]
     for h in range(begin, end):
         head = c.to(tl.int64) * H + h
-        log_t = tl.load(logs + head * Q + t)
-        log_s = tl.load(logs + head * Q + s)
-        step = tl.load(steps + head * Q + s)
-        rest = tl.exp2(tl.load(logs + head * Q + Q - 1) - log_s)
-        u = tl.load(x_own + h * P, mask=own, other=0.0)
-        g = tl.load(dy_all + h * P, mask=(t < size)[:, None] & (p < P)[None, :], other=0.0).to(OPERAND)
+        rows = head * Q + m * BM
+        log = tl.load(logs + rows + i)
+        step = tl.load(steps + rows + i)
+        last = tl.load(logs + head * Q + Q - 1)
+        u = tl.load(x + h * P + part_x, mask=own, other=0.0)
+        g = tl.load(dy + h * P + part_dy, mask=own, other=0.0)
         dstate = tl.load(
-            dstates + head * P * N + p[:, None] * N + n[None, :],
-            mask=(p < P)[:, None] & (n < N)[None, :],
-            other=0.0,
+            dstates + head * P * N + p[:, None] * N + n[None, :], mask=(p < P)[:, None] & some, other=0.0
         ).to(OPERAND)
-        du = tl.dot(keys, tl.trans(dstate), input_precision=PRECISION) * rest[:, None]  # (BM, P)
-        feeding = tl.sum(u.to(tl.float32) * du, 1)
-        shares = tl.dot(u.to(OPERAND), tl.trans(g), input_precision=PRECISION)  # (BM, Q)
+        du = tl.dot(keys, tl.trans(dstate), input_precision=PRECISION)  # (BM, P)
+        if BLOCKS == 2:
+            middle = tl.load(logs + rows + BM - 1)
+            row = tl.exp2(middle - log)
+            du *= tl.exp2(last - middle)
+            feeding = tl.sum(u.to(tl.float32) * du, 1) * row
+            after = tl.load(
+                dy + BM * s_dy + h * P + part_dy, mask=following & (p < P)[None, :], other=0.0
+            ).to(OPERAND)
+            column = tl.load(logs + rows + BM + i, mask=(i >= 0) & (m == 0), other=float("-inf"))
+            column = tl.exp2(column - middle)
+            far = tl.dot(u.to(OPERAND), tl.trans(after), input_precision=PRECISION) * column[None, :]
+            mix = across.to(tl.float32) * column[None, :]
+            du = tl.dot(mix.to(OPERAND), after, du, input_precision=PRECISION) * row[:, None]
+            weight = row * step
+            beyond += far * weight[:, None]
+            far *= across.to(tl.float32)
+            outside = tl.sum(far, 1) * row
+            tl.store(spans + (head * 2 + 1) * Q + (1 - m) * BM + i, tl.sum(far * weight[:, None], 0))
+        else:
+            du *= tl.exp2(last - log)[:, None]
+            feeding = tl.sum(u.to(tl.float32) * du, 1)
+            outside = tl.zeros((BM,), tl.float32)
+        near = tl.dot(u.to(OPERAND), tl.trans(g.to(OPERAND)), input_precision=PRECISION)  # (BM, BM)
         if HAS_D:
-            tl.store(dD + (c.to(tl.int64) * blocks + m) * H + h, tl.sum(tl.where(same, shares, 0.0)))
-        decay = tl.exp2(tl.where(later, log_t[None, :] - log_s[:, None], float("-inf")))
-        shares *= decay
-        bracket += shares * step[:, None]
-        mix = gram.to(tl.float32) * decay
-        du = tl.dot(mix.to(OPERAND), g, du, input_precision=PRECISION)
-        shares *= gram.to(tl.float32)
-        every = tl.sum(shares, 1)
-        shares = tl.where(same, 0.0, shares)
-        tl.store(direct + head * Q + s, every + feeding)
-        tl.store(fed + head * Q + s, feeding * step)
-        tl.store(sent + head * Q + s, tl.sum(shares, 1) * step)
-        tl.store(spans + (head * blocks + m) * Q + t, tl.sum(shares * step[:, None], 0))
+            tl.store(dD + (c.to(tl.int64) * BLOCKS + m) * H + h, tl.sum(tl.where(same, near, 0.0)))
+        decay = tl.exp2(tl.where(later, log[None, :] - log[:, None], float("-inf")))
+        near *= decay
+        bracket += near * step[:, None]
+        du = tl.dot((gram.to(tl.float32) * decay).to(OPERAND), g.to(OPERAND), du, input_precision=PRECISION)
+        near *= gram.to(tl.float32)
+        itself = tl.sum(tl.where(same, near, 0.0), 1)
+        near = tl.where(same, 0.0, near)
+        outside += tl.sum(near, 1)
+        tl.store(direct + rows + i, outside + itself + feeding)
+        tl.store(fed + rows + i, feeding * step)
+        tl.store(sent + rows + i, outside * step)
+        tl.store(spans + head * BLOCKS * Q + m * BM + i, tl.sum(near * step[:, None], 0))
         du *= step[:, None]
         if HAS_D:
-            du += tl.load(D + h).to(tl.float32) * tl.load(dy_own + h * P, mask=own, other=0.0).to(tl.float32)
-        out = dx + (first + s)[:, None] * (H * P) + h * P + p[None, :]
-        tl.store(out, du.to(dx.dtype.element_ty), mask=own)
-    share = ((c.to(tl.int64) * (H // per_group) + group) * runs + run) * Q * Q
-    tl.store(dgram + share + s[:, None] * Q + t[None, :], bracket)
+            du += tl.load(D + h).to(tl.float32) * g.to(tl.float32)
+        tl.store(dx + h * P + to, du.to(dx.dtype.element_ty), mask=own)
+    share = dgram + ((c.to(tl.int64) * (H // per_group) + group) * runs + run) * Q * Q
+    share += (m * BM + i)[:, None] * Q + i[None, :]
+    tl.store(share + m * BM, bracket)
+    if BLOCKS == 2:
+        # The other half of the rows: readers after the block, or, below the diagonal, nothing.
+        tl.store(share + (1 - m) * BM, beyond)
 
 
 @triton.jit
 def through_states(
     source,
     other,
-    steps,
     logs,
+    late,
     states,
+    others,
     share,
-    read,
+    products,
     table,
     s_source,
     s_other,
@@ -168,8 +197,9 @@ def through_states(
 ):
     """Sum over up to BH heads, of one chunk and BN of its columns, the gradient that comes by states.
 
-    As a source's: dB_s = sum of dt_s r_s dS^T x_s. As a READER's: dC_t = sum of exp(l_t) S^T dy_t, and read
-    (chunks, H, pieces, Q), its inner product with C of each head. share (chunks, G, runs, Q, N).
+    As a source's: dB_s = sum of dt_s r_s dS^T x_s, and products (chunks, H, pieces): the inner product of dS
+    with others, the states that enter, times the chunk's decay. As a READER's: dC_t = sum of exp(l_t) S^T dy_t,
+    and products (chunks, H, pieces, Q): its inner product with C. share (chunks, G, runs, Q, N).
     """
     runs = tl.cdiv(per_group, BH)
     pieces = tl.cdiv(N, BN)
@@ -187,29 +217,32 @@ def through_states(
     live = (t < size)[:, None]
     if READER:
         C = tl.load(
-            other + (first + t)[:, None] * s_other + group * N + n[None, :],
+            other + first * s_other + group * N + (t[:, None] * s_other + n[None, :]),
             mask=live & (n < N)[None, :],
             other=0.0,
         ).to(OPERAND)
     acc = tl.zeros((Q, BN), tl.float32)
     begin = group * per_group + run * BH
-    rows = source + (first + t)[:, None] * s_source + p[None, :]
+    source += first * s_source
+    part = t[:, None] * s_source + p[None, :]
     for h in range(begin, begin + tl.minimum(BH, per_group - run * BH)):
         head = c.to(tl.int64) * H + h
-        log = tl.load(logs + head * Q + t)
+        at = head * P * N + p[:, None] * N + n[None, :]
+        inside = (p < P)[:, None] & (n < N)[None, :]
+        state = tl.load(states + at, mask=inside, other=0.0).to(OPERAND)
+        g = tl.load(source + h * P + part, mask=live & (p < P)[None, :], other=0.0).to(tl.float32)
         if READER:
-            weight = tl.exp2(log)
-        else:
-            weight = tl.load(steps + head * Q + t) * tl.exp2(tl.load(logs + head * Q + Q - 1) - log)
-        state = tl.load(
-            states + head * P * N + p[:, None] * N + n[None, :],
-            mask=(p < P)[:, None] & (n < N)[None, :],
-            other=0.0,
-        ).to(OPERAND)
-        g = tl.load(rows + h * P, mask=live & (p < P)[None, :], other=0.0).to(tl.float32) * weight[:, None]
-        if READER:
+            g *= tl.exp2(tl.load(logs + head * Q + t))[:, None]
             seen = tl.dot(C, tl.trans(state), input_precision=PRECISION)  # (Q, P)
-            tl.store(read + (head * pieces + piece) * Q + t, tl.sum(seen * g, 1))
+            tl.store(products + (head * pieces + piece) * Q + t, tl.sum(seen * g, 1))
+        else:
+            last = tl.load(logs + head * Q + Q - 1)
+            g *= tl.exp2(last - tl.load(late + head * Q + t))[:, None]
+            entered = tl.load(others + at, mask=inside, other=0.0).to(OPERAND)
+            # Only its diagonal is wanted, but operands of a matrix product are what Triton prefetches.
+            cross = tl.dot(entered, tl.trans(state), input_precision=PRECISION)  # (P, P)
+            passed = tl.sum(tl.where(p[:, None] == p[None, :], cross, 0.0))
+            tl.store(products + head * pieces + piece, tl.exp2(last) * passed)
         acc = tl.dot(g.to(OPERAND), state, acc, input_precision=PRECISION)
     at = ((c.to(tl.int64) * (H // per_group) + group) * runs + run) * Q
     tl.store(share + (at + t)[:, None] * N + n[None, :], acc, mask=(n < N)[None, :])

@@ -3,6 +3,11 @@
 y_t = exp(l_t) S C_t + sum over s <= t of (C_t . B_s) exp(l_t - l_s) dt_s x_s + D x_t. One program takes a
 block of a chunk's tokens and a run of heads that share B and C: their products are formed once, and each
 head costs two matrix products, of its own decays with x and of C with its state.
+
+Of a chunk of two blocks, the pairs of a reader in the second with a source in the first decay by
+exp(l_t - l_m) exp(l_m - l_s), m the last token between: a row factor and a column factor, no exponential for
+each pair, and the row factor is the one with which the state's share is scaled as well. Both exponents are
+negative, so nothing overflows, and what underflows is nothing.
 """
 
 from __future__ import annotations
@@ -19,8 +24,8 @@ def outputs(
     B,
     C,
     D,
-    steps,
     logs,
+    late,
     states,
     y,
     table,
@@ -44,53 +49,65 @@ def outputs(
     PRECISION: tl.constexpr,
 ):
     """Write y (tokens, H, P) for BM tokens of one chunk and up to BH heads of one group."""
-    blocks = Q // BM
+    BLOCKS: tl.constexpr = Q // BM
     runs = tl.cdiv(per_group, BH)
     pid = tl.program_id(0)
-    m = pid % blocks
-    run = (pid // blocks) % runs
-    group = (pid // (blocks * runs)) % (H // per_group)
-    c = pid // (blocks * H // per_group * runs)
+    m = pid % BLOCKS
+    run = (pid // BLOCKS) % runs
+    group = (pid // (BLOCKS * runs)) % (H // per_group)
+    c = pid // (BLOCKS * H // per_group * runs)
     first, size = place(c, table, length, per_row, Q, PACKED)
     if m * BM >= size:
         return
-    t = m * BM + tl.arange(0, BM)
-    s = tl.arange(0, Q)
+    i = tl.arange(0, BM)
     n = tl.arange(0, BN)
     p = tl.arange(0, BP)
-    read = tl.load(
-        C + (first + t)[:, None] * s_C + group * N + n[None, :],
-        mask=(t < size)[:, None] & (n < N)[None, :],
-        other=0.0,
-    ).to(OPERAND)
-    keys = tl.load(
-        B + (first + s)[:, None] * s_B + group * N + n[None, :],
-        mask=(s < size)[:, None] & (n < N)[None, :],
-        other=0.0,
-    ).to(OPERAND)
-    gram = tl.dot(read, tl.trans(keys), input_precision=PRECISION)  # (BM, Q)
-    past = t[:, None] >= s[None, :]
-    x_all = x + (first + s)[:, None] * s_x + p[None, :]
-    x_own = x + (first + t)[:, None] * s_x + p[None, :]
-    own = (t < size)[:, None] & (p < P)[None, :]
+    start = first + m * BM
+    live = (m * BM + i < size)[:, None]
+    own = live & (p < P)[None, :]
+    some = (n < N)[None, :]
+    # Offsets inside a tile fit 32 bits; only where a tile begins takes 64.
+    B += start * s_B + group * N
+    C += start * s_C + group * N
+    x += start * s_x
+    y += start * (H * P)
+    read = tl.load(C + (i[:, None] * s_C + n[None, :]), mask=live & some, other=0.0).to(OPERAND)
+    keys = tl.load(B + (i[:, None] * s_B + n[None, :]), mask=live & some, other=0.0).to(OPERAND)
+    gram = tl.dot(read, tl.trans(keys), input_precision=PRECISION)  # (BM, BM)
+    if BLOCKS == 2:
+        second = (i >= 0) & (m > 0)
+        keys = tl.load(
+            B - BM * s_B + (i[:, None] * s_B + n[None, :]), mask=second[:, None] & some, other=0.0
+        ).to(OPERAND)
+        across = tl.dot(read, tl.trans(keys), input_precision=PRECISION)
+    past = i[:, None] >= i[None, :]
+    part = i[:, None] * s_x + p[None, :]
+    to = i[:, None] * (H * P) + p[None, :]
     begin = group * per_group + run * BH
     for h in range(begin, begin + tl.minimum(BH, per_group - run * BH)):
-        rows = (c.to(tl.int64) * H + h) * Q
-        log_t = tl.load(logs + rows + t)
-        log_s = tl.load(logs + rows + s)
-        step = tl.load(steps + rows + s)
+        head = c.to(tl.int64) * H + h
+        rows = head * Q + m * BM
+        log_t = tl.load(logs + rows + i)
+        late_s = tl.load(late + rows + i)
         state = tl.load(
-            states + (c.to(tl.int64) * H + h) * P * N + p[:, None] * N + n[None, :],
-            mask=(p < P)[:, None] & (n < N)[None, :],
-            other=0.0,
+            states + head * P * N + p[:, None] * N + n[None, :], mask=(p < P)[:, None] & some, other=0.0
         ).to(OPERAND)
-        u = tl.load(x_all + h * P, mask=(s < size)[:, None] & (p < P)[None, :], other=0.0)
-        acc = tl.dot(read, tl.trans(state), input_precision=PRECISION) * tl.exp2(log_t)[:, None]
+        u = tl.load(x + h * P + part, mask=own, other=0.0)
+        acc = tl.dot(read, tl.trans(state), input_precision=PRECISION)  # (BM, P)
+        if BLOCKS == 2:
+            before = tl.load(
+                x - BM * s_x + h * P + part, mask=second[:, None] & (p < P)[None, :], other=0.0
+            ).to(OPERAND)
+            middle = tl.load(logs + rows - 1, mask=m > 0, other=0.0)
+            late_b = tl.load(late + rows - BM + i, mask=second, other=float("inf"))
+            mix = (across * tl.exp2(middle - late_b)[None, :]).to(OPERAND)
+            acc = tl.dot(mix, before, acc * tl.exp2(middle), input_precision=PRECISION)
+            acc *= tl.exp2(log_t - middle)[:, None]
+        else:
+            acc *= tl.exp2(log_t)[:, None]
         # The mask goes into the exponent: where s > t the difference is positive and may overflow.
-        decay = tl.exp2(tl.where(past, log_t[:, None] - log_s[None, :], float("-inf")))
-        mix = (gram * decay * step[None, :]).to(OPERAND)
-        acc = tl.dot(mix, u.to(OPERAND), acc, input_precision=PRECISION)
+        decay = tl.exp2(tl.where(past, log_t[:, None] - late_s[None, :], float("-inf")))
+        acc = tl.dot((gram * decay).to(OPERAND), u.to(OPERAND), acc, input_precision=PRECISION)
         if HAS_D:
-            acc += tl.load(D + h).to(tl.float32) * tl.load(x_own + h * P, mask=own, other=0.0).to(tl.float32)
-        out = y + (first + t)[:, None] * (H * P) + h * P + p[None, :]
-        tl.store(out, acc.to(y.dtype.element_ty), mask=own)
+            acc += tl.load(D + h).to(tl.float32) * u.to(tl.float32)
+        tl.store(y + h * P + to, acc.to(y.dtype.element_ty), mask=own)

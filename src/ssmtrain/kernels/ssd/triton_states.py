@@ -15,13 +15,11 @@ import triton.language as tl
 def walk(
     source,
     keys,
-    steps,
     logs,
+    late,
     states,
-    others,
     enter,
     leave,
-    through,
     docs,
     s_source,
     s_keys,
@@ -32,6 +30,7 @@ def walk(
     P,
     N,
     Q: tl.constexpr,
+    BK: tl.constexpr,
     BP: tl.constexpr,
     BN: tl.constexpr,
     BACK: tl.constexpr,
@@ -45,8 +44,7 @@ def walk(
     """Walk the chunks of one document: a (BP, BN) part of the state of one head.
 
     source (tokens, H, P) is x, or dy going back; keys (tokens, G, N) is B, or C. Writes states (chunks, H, P,
-    N); starts from enter (n_docs, H, P, N), ends in leave. Going back, also writes through (chunks, H,
-    pieces): the inner product of dS with others, the state that enters the chunk, times the chunk's decay.
+    N); starts from enter (n_docs, H, P, N), ends in leave. Takes BK tokens at a time.
     """
     pid = tl.program_id(0)
     pieces_n = tl.cdiv(N, BN)
@@ -72,32 +70,35 @@ def walk(
     acc = tl.zeros((BP, BN), tl.float32)
     if HAS_ENTER:
         acc += tl.load(enter + (d.to(tl.int64) * H + h) * whole + part, mask=inside, other=0.0)
-    source += h * P + p[None, :] + (first + q)[:, None] * s_source
-    keys += (h // per_group) * N + n[None, :] + (first + q)[:, None] * s_keys
-    for i in range(count):
-        j = count - 1 - i if BACK else i
-        c = chunk + j
-        live = (q < size - j * Q)[:, None]
-        rows = (c * H + h) * Q
-        log = tl.load(logs + rows + q)
-        end = tl.load(logs + rows + Q - 1)
+    k = tl.arange(0, BK)
+    BLOCKS: tl.constexpr = Q // BK
+    source += h * P + first * s_source
+    keys += (h // per_group) * N + first * s_keys
+    part_source = k[:, None] * s_source + p[None, :]
+    part_keys = k[:, None] * s_keys + n[None, :]
+    for i in range(count * BLOCKS):
+        block = count * BLOCKS - 1 - i if BACK else i
+        c = chunk + block // BLOCKS
+        b = block % BLOCKS
+        rows = (c * H + h) * Q + b * BK
+        live = (k < size - block * BK)[:, None]
+        begin = tl.load(logs + rows - 1, mask=b > 0, other=0.0)
+        end = tl.load(logs + rows + BK - 1)
         if BACK:
-            weight = tl.exp2(log)
+            weight = tl.exp2(tl.load(logs + rows + k) - begin)
         else:
-            weight = tl.load(steps + rows + q) * tl.exp2(end - log)
+            weight = tl.exp2(end - tl.load(late + rows + k))
+        shift = block.to(tl.int64) * BK
         if EVEN:
-            s = tl.load(source + j.to(tl.int64) * Q * s_source)
-            k = tl.load(keys + j.to(tl.int64) * Q * s_keys)
+            s = tl.load(source + shift * s_source + part_source)
+            m = tl.load(keys + shift * s_keys + part_keys)
         else:
-            s = tl.load(source + j.to(tl.int64) * Q * s_source, mask=live & (p < P)[None, :], other=0.0)
-            k = tl.load(keys + j.to(tl.int64) * Q * s_keys, mask=live & (n < N)[None, :], other=0.0)
-        place = (c * H + h) * whole + part
-        decay = tl.exp2(end)
-        if BACK:
-            other = tl.load(others + place, mask=inside, other=0.0).to(tl.float32)
-            tl.store(through + (c * H + h) * pieces + piece, decay * tl.sum(acc * other))
-        tl.store(states + place, acc.to(states.dtype.element_ty), mask=inside)
+            s = tl.load(source + shift * s_source + part_source, mask=live & (p < P)[None, :], other=0.0)
+            m = tl.load(keys + shift * s_keys + part_keys, mask=live & (n < N)[None, :], other=0.0)
+        if (b == BLOCKS - 1) if BACK else (b == 0):
+            place = (c * H + h) * whole + part
+            tl.store(states + place, acc.to(states.dtype.element_ty), mask=inside)
         weighted = (s.to(tl.float32) * weight[:, None]).to(OPERAND)
-        acc = tl.dot(tl.trans(weighted), k.to(OPERAND), acc * decay, input_precision=PRECISION)
+        acc = tl.dot(tl.trans(weighted), m.to(OPERAND), acc * tl.exp2(end - begin), input_precision=PRECISION)
     if HAS_LEAVE:
         tl.store(leave + (d.to(tl.int64) * H + h) * whole + part, acc, mask=inside)
