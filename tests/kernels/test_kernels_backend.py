@@ -92,6 +92,16 @@ def test_triton_by_name_names_the_ops_without_it(monkeypatch: pytest.MonkeyPatch
     assert set(backend.configure("triton", "cpu").ops.values()) == {"triton"}
 
 
+def test_the_ops_of_this_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for op in ("ssd", "causal_conv1d", "gated_norm"):
+        assert backend.has_triton(op)
+    with pytest.raises(backend.BackendError, match="no Triton body for selective_scan"):
+        backend.configure("triton", "cpu")
+    assert set(backend.configure("auto", "cpu").ops.values()) == {"reference"}
+
+
 def test_auto_without_triton_installed_warns_on_a_gpu(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
