@@ -8,6 +8,8 @@
 | arithmetic on bf16 | adds the raw bits | an error: cast to fp32 first |
 | masked-off lanes of a load without `other` | zero | NaN, or a large number: a GPU promises nothing |
 | a run-time bound of range (3.6 with numpy 2.4) | TypeError | an int |
+| a load or store outside of the launch's tensors | what is there, or a crash | an error |
+| a launch's end | copies each CPU tensor onto itself | nothing: a tensor may be mostly untouched memory |
 
 test_shim.py has a canary for each trap, which fails once upstream mends it and the repair can go.
 """
@@ -15,7 +17,7 @@ test_shim.py has a canary for each trap, which fails once upstream mends it and 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -33,6 +35,10 @@ _upstream_convert = interpreter._convert_float
 _upstream_dot = interpreter.InterpreterBuilder.create_dot
 _upstream_binary = interpreter.InterpreterBuilder.binary_op
 _upstream_load = interpreter.InterpreterBuilder.create_masked_load
+_upstream_store = interpreter.InterpreterBuilder.create_masked_store
+_upstream_atomic = interpreter.InterpreterBuilder.create_atomic_rmw
+_upstream_inputs = interpreter.GridExecutor._init_args_hst
+_upstream_restore = interpreter.GridExecutor._restore_args_dev
 _upstream_patch = interpreter._patch_lang_tensor
 _upstream_scan = interpreter.ScanOps.generic_scan
 
@@ -44,7 +50,15 @@ def repaired() -> Iterator[None]:
         patch.setattr(interpreter.ScanOps, "generic_scan", _scan)
         patch.setattr(interpreter, "_convert_float", _convert)
         patch.setattr(interpreter, "_patch_lang_tensor", _patch_tensor)
-        for name, repair in (("create_dot", _dot), ("binary_op", _binary), ("create_masked_load", _load)):
+        patch.setattr(interpreter.GridExecutor, "_init_args_hst", _inputs)
+        patch.setattr(interpreter.GridExecutor, "_restore_args_dev", _restore)
+        for name, repair in (
+            ("create_dot", _dot),
+            ("binary_op", _binary),
+            ("create_masked_load", _load),
+            ("create_masked_store", _store),
+            ("create_atomic_rmw", _atomic),
+        ):
             patch.setattr(interpreter.InterpreterBuilder, name, repair)
         yield
 
@@ -106,7 +120,8 @@ def _binary(self: Any, lhs: Any, rhs: Any, op: Callable[..., np.ndarray]) -> Any
 
 
 def _load(self: Any, ptrs: Any, mask: Any, other: Any, *rest: Any) -> Any:
-    """create_masked_load that poisons masked-off lanes for which the kernel gave no value."""
+    """create_masked_load that stays in bounds and poisons masked-off lanes given no value."""
+    _check_bounds(ptrs, mask, "load")
     if other is None:
         scalar = ptrs.get_element_ty()
         kind = interpreter._get_np_dtype(scalar)
@@ -118,6 +133,91 @@ def _load(self: Any, ptrs: Any, mask: Any, other: Any, *rest: Any) -> Any:
             poison = min(POISON, np.iinfo(kind).max) if np.issubdtype(kind, np.integer) else True
         other = interpreter.TensorHandle(np.full_like(ptrs.data, poison, dtype=kind), scalar)
     return _upstream_load(self, ptrs, mask, other, *rest)
+
+
+def _store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
+    """create_masked_store that stays in bounds."""
+    _check_bounds(ptrs, mask, "store")
+    return _upstream_store(self, ptrs, value, mask, *rest)
+
+
+def _atomic(self: Any, op: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
+    """create_atomic_rmw that stays in bounds."""
+    _check_bounds(ptrs, mask, "atomic")
+    return _upstream_atomic(self, op, ptrs, value, mask, *rest)
+
+
+_extents: list[tuple[int, int]] = []
+"""First address and end of each tensor of the launch that runs."""
+
+
+def _inputs(self: Any, args: Any, kwargs: Any) -> Any:
+    """GridExecutor._init_args_hst, which also notes where the tensors lie."""
+    found = _upstream_inputs(self, args, kwargs)
+    _extents[:] = _spans((*found[0], *found[1].values()))
+    return found
+
+
+def _spans(values: Iterable[Any]) -> Iterator[tuple[int, int]]:
+    for value in values:
+        tensor = getattr(value, "base", value)  # a descriptor's or a wrapper's
+        if isinstance(tensor, tuple):
+            yield from _spans(tensor)
+        elif isinstance(tensor, torch.Tensor) and tensor.numel():
+            last = sum(
+                (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+            )
+            yield tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+def _check_bounds(ptrs: Any, mask: Any, what: str) -> None:
+    """Raise IndexError unless all live pointers are in one tensor of the launch, a view taken as it is."""
+    live = ptrs.data if mask is None else ptrs.data[mask.data.astype(bool)]  # masks may come as integers
+    if not live.size:
+        return
+    size = max(1, ptrs.get_element_ty().primitive_bitwidth // 8)
+    low, high = int(live.min()), int(live.max()) + size
+    if any(start <= low and high <= end for start, end in _extents):
+        return
+    begin, nearest = min(_extents, key=lambda extent: abs(extent[0] - low), default=(0, 0))
+    raise IndexError(
+        f"{what} outside of the launch's tensors: bytes {low - begin} to {high - begin} of one that has "
+        f"{nearest - begin}, or of none"
+    )
+
+
+def _restore(self: Any, args: Any, hosts: Any, kwargs: Any, kwarg_hosts: Any) -> None:
+    """GridExecutor._restore_args_dev for tensors that were elsewhere; those on the CPU were used in place."""
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+    if any(tensor.device.type != "cpu" for tensor in tensors):
+        _upstream_restore(self, args, hosts, kwargs, kwarg_hosts)
+
+
+@contextmanager
+def last_programs(count: int) -> Iterator[None]:
+    """Run only the last `count` programs of each launch, along the grid's first axis.
+
+    Where offsets overflow 32 bits there are too many programs to interpret; the last ones have the largest.
+    """
+    builder = interpreter.InterpreterBuilder
+    upstream = interpreter.GridExecutor.__init__
+    full = [1, 1, 1]
+
+    def init(self: Any, fn: Any, names: Any, grid: Any, *rest: Any) -> None:
+        def reduced(args: Any) -> tuple[int, ...]:
+            full[:] = [*(grid(args) if callable(grid) else grid), 1, 1][:3]
+            return (min(full[0], count), *full[1:])
+
+        upstream(self, fn, names, reduced, *rest)
+
+    def place(self: Any, x: int, y: int, z: int) -> None:
+        self.grid_idx = (x + max(0, full[0] - count), y, z)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.GridExecutor, "__init__", init)
+        patch.setattr(builder, "set_grid_dim", lambda self, *dims: setattr(self, "grid_dim", tuple(full)))
+        patch.setattr(builder, "set_grid_idx", place)
+        yield
 
 
 def _patch_tensor(tensor: type, scope: Any) -> None:

@@ -60,6 +60,20 @@ def _masked(x, out, SIZE: tl.constexpr):
 
 
 @triton.jit
+def _copy(x, out, n, SIZE: tl.constexpr):
+    at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    tl.store(out + at, tl.load(x + at, mask=at < n, other=0.0), mask=at < n)
+
+
+@triton.jit
+def _rows(x, out, stride, WIDE: tl.constexpr):
+    row = tl.program_id(0)
+    if WIDE:
+        row = row.to(tl.int64)
+    tl.store(out + row, tl.load(x + row * stride))
+
+
+@triton.jit
 def _count(out, n):
     total = 0
     for step in range(n):
@@ -77,6 +91,8 @@ def upstream(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builder, "create_dot", shim._upstream_dot)
     monkeypatch.setattr(builder, "binary_op", shim._upstream_binary)
     monkeypatch.setattr(builder, "create_masked_load", shim._upstream_load)
+    monkeypatch.setattr(builder, "create_masked_store", shim._upstream_store)
+    monkeypatch.setattr(shim.interpreter.GridExecutor, "_restore_args_dev", shim._upstream_restore)
 
 
 def scan(rows: int, cols: int, axis: int, reverse: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -154,6 +170,34 @@ def test_ranges_take_bounds_known_at_run_time() -> None:
     assert out.item() == 10
 
 
+def test_what_lies_outside_of_the_tensors_is_out_of_bounds() -> None:
+    whole, out = torch.arange(8.0), torch.zeros(4)
+    _copy[(1,)](whole[2:5], out, 3, 4)
+    assert out.tolist() == [2, 3, 4, 0]
+    for x, y in ((whole[2:5], out), (out, whole[2:5])):
+        with pytest.raises(Exception, match="outside of the launch's tensors"):
+            _copy[(1,)](x, y, 4, 4)
+
+
+def test_offsets_beyond_32_bits_are_seen_to_overflow() -> None:
+    # Three elements, 2^30 apart, in memory that no one has touched.
+    x = torch.empty(2**31 + 3, dtype=torch.bfloat16)[:: 2**30 + 1]
+    x.copy_(torch.tensor([1, 2, 3]))
+    out = torch.zeros(3, dtype=torch.bfloat16)
+    _rows[(3,)](x, out, 2**30 + 1, WIDE=True)
+    assert out.tolist() == [1, 2, 3]
+    with pytest.raises(Exception, match="outside of the launch's tensors"), np.errstate(over="ignore"):
+        _rows[(3,)](x, out, 2**30 + 1, WIDE=False)
+
+
+def test_the_last_programs_alone_may_run() -> None:
+    x, out = torch.ones(40), torch.zeros(40)
+    with shim.last_programs(3):
+        _copy[(10,)](x, out, 40, 4)
+        _copy[lambda meta: (1,)](x, out, 40, 4)
+    assert out.tolist() == [1.0] * 4 + [0.0] * 24 + [1.0] * 12
+
+
 def test_poisoned_memory_is_never_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     module = ModuleType("kernel")
     module.torch = torch
@@ -191,6 +235,17 @@ class TestCanaries:
         x, out = torch.ones(2, 4, dtype=torch.bfloat16)
         _add[(1,)](x, out, 4)
         assert not torch.equal(out, x + x)
+
+    def test_neighbours_of_a_view_are_read(self) -> None:
+        whole, out = torch.arange(8.0), torch.zeros(4)
+        _copy[(1,)](whole[2:5], out, 4, 4)
+        assert out.tolist() == [2, 3, 4, 5]
+
+    def test_launches_copy_tensors_onto_themselves(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        copied = []
+        monkeypatch.setattr(torch.UntypedStorage, "copy_", lambda self, other: copied.append(1))
+        _cast[(1,)](torch.zeros(4), torch.zeros(4), 4)
+        assert copied
 
     def test_lanes_masked_off_are_zero(self) -> None:
         out = torch.ones(4)
