@@ -20,7 +20,7 @@ from torch import Tensor
 from ssmtrain.kernels import tuned
 from ssmtrain.kernels.ssd import reference
 from ssmtrain.kernels.ssd.triton_chunks import Chunks, cut, steps_backward, steps_forward, sum_chunks
-from ssmtrain.kernels.ssd.triton_grads import gather, pairs, through_states
+from ssmtrain.kernels.ssd.triton_grads import gather, pairs, sources, through_states
 from ssmtrain.kernels.ssd.triton_outputs import outputs
 from ssmtrain.kernels.ssd.triton_states import walk
 from ssmtrain.kernels.ssd.triton_step import ssd_step as ssd_step
@@ -165,6 +165,7 @@ def configuration(kernel: str, shape: Shape, Q: int, device: torch.device) -> di
     fallbacks: dict[str, dict[str, int]] = {
         "walk": {"BK": 64, "BP": 64, "BN": 64 if small else 128, "num_warps": 4, "num_stages": 3},
         "outputs": {"BM": 64, "BH": 20, "num_warps": 4, "num_stages": 2},
+        "sources": {"BM": 64, "BH": 20, "num_warps": 4, "num_stages": 2},
         "pairs": {"BM": 64, "BH": 20, "num_warps": 4, "num_stages": 2},
         "through_states": {"BN": 64 if small else 128, "BH": 20, "num_warps": 8, "num_stages": 2},
         "gather": {"BN": 64, "num_warps": 4, "num_stages": 2},
@@ -382,14 +383,15 @@ def scan_back(
     d_initial = torch.empty(0 if initial is None else initial.shape, dtype=torch.float32, device=x.device)
     d_enter = None if d_final is None else d_final.contiguous()
     d_states = _walk(shape, at, d_y, C, d_enter, None if initial is None else d_initial, back=True)
-    d_x, d_gram, direct, fed, sent, spans, d_D = _pairs(shape, at, x, d_y, B, C, D, d_states)
-    share_B, through = _through_states(shape, at, x, B, d_states, states)
-    share_C, read = _through_states(shape, at, d_y, C, states, None)
+    d_x = _sources(shape, at, d_y, B, C, D, d_states)
+    d_gram, direct, spans, skips = _pairs(shape, at, x, d_y, B, C, D is not None)
+    share_B, fed, through = _through_states(shape, at, x, B, d_states, states)
+    share_C, read, _ = _through_states(shape, at, d_y, C, states, None)
     d_B = _gather(shape, at, d_gram, C, share_B, reader=False)
     d_C = _gather(shape, at, d_gram, B, share_C, reader=True)
     chunks, BH = at.chunks, min(16, triton.next_power_of_2(shape.heads))
     d_dt = torch.empty(dt.shape, dtype=dt.dtype, device=dt.device)
-    sums = torch.empty(2, chunks.n, shape.heads, dtype=torch.float32, device=x.device)
+    sums = torch.empty(2 if D is None else 3, chunks.n, shape.heads, dtype=torch.float32, device=x.device)
     steps_backward[(chunks.n, triton.cdiv(shape.heads, BH))](
         dt,
         A,
@@ -397,10 +399,10 @@ def scan_back(
         chunks.table,
         direct,
         fed,
-        sent,
         spans,
         read,
         through,
+        skips,
         d_dt,
         sums,
         dt.stride(1),
@@ -413,40 +415,28 @@ def scan_back(
         Q=chunks.size,
         BH=BH,
         BLOCKS=spans.shape[2],
-        PIECES=through.shape[2],
         READS=read.shape[2],
+        HAS_D=D is not None,
         HAS_BIAS=dt_bias is not None,
         SOFTPLUS=softplus,
         PACKED=chunks.packed,
     )
-    d_A, d_bias = _sum_chunks(sums)
+    d_A, d_bias, *d_D = (row.clone() for row in _sum_chunks(sums).unbind())
     nothing = d_A.new_empty(0)
-    d_D = nothing if D is None else _sum_chunks(d_D.unsqueeze(0))[0]
-    if dt_bias is None:
-        d_bias = nothing
-    else:
-        d_bias = d_bias.to(dt_bias.dtype) if d_bias.dtype != dt_bias.dtype else d_bias.clone()
-    return d_x, d_dt, d_A.clone(), d_B, d_C, d_D.clone(), d_bias, d_initial
+    d_bias = nothing if dt_bias is None else d_bias.to(dt_bias.dtype)
+    return d_x, d_dt, d_A, d_B, d_C, d_D[0] if d_D else nothing, d_bias, d_initial
 
 
-def _pairs(
-    shape: Shape, at: Steps, x: Tensor, d_y: Tensor, B: Tensor, C: Tensor, D: Tensor | None, d_states: Tensor
-) -> tuple[Tensor, ...]:
-    chunks, heads = at.chunks, shape.heads
-    config = configuration("pairs", shape, chunks.size, x.device)
+def _sources(
+    shape: Shape, at: Steps, d_y: Tensor, B: Tensor, C: Tensor, D: Tensor | None, d_states: Tensor
+) -> Tensor:
+    """Return the gradient of x."""
+    chunks = at.chunks
+    config = configuration("sources", shape, chunks.size, d_y.device)
     BM, BH = config.pop("BM"), _heads_at_once(config.pop("BH"), shape, chunks.n)
     blocks, runs = chunks.size // BM, triton.cdiv(shape.per_group, BH)
-
-    def new(*sizes: int) -> Tensor:
-        return torch.empty(sizes, dtype=torch.float32, device=x.device)
-
-    d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    d_gram = new(chunks.n, shape.groups, runs, chunks.size, chunks.size)
-    direct, fed, sent = (new(chunks.n, heads, chunks.size) for _ in range(3))
-    spans = new(chunks.n, heads, blocks, chunks.size)
-    d_D = new(chunks.n * blocks, heads) if D is not None else new(0)
-    pairs[(chunks.n * shape.groups * runs * blocks,)](
-        x,
+    d_x = torch.empty(d_y.shape, dtype=d_y.dtype, device=d_y.device)
+    sources[(chunks.n * shape.groups * runs * blocks,)](
         d_y,
         B,
         C,
@@ -455,12 +445,53 @@ def _pairs(
         at.logs,
         d_states,
         d_x,
+        chunks.table,
+        d_y.stride(1),
+        B.stride(1),
+        C.stride(1),
+        shape.length,
+        chunks.per_row,
+        shape.heads,
+        shape.per_group,
+        shape.P,
+        shape.N,
+        Q=chunks.size,
+        BM=BM,
+        BH=BH,
+        HAS_D=D is not None,
+        PACKED=chunks.packed,
+        **shape.products(),
+        **config,
+    )
+    return d_x
+
+
+def _pairs(
+    shape: Shape, at: Steps, x: Tensor, d_y: Tensor, B: Tensor, C: Tensor, has_d: bool
+) -> tuple[Tensor, ...]:
+    """Return the shares in the gradient of C B^T, and what `steps_backward` reads."""
+    chunks, heads = at.chunks, shape.heads
+    config = configuration("pairs", shape, chunks.size, x.device)
+    BM, BH = config.pop("BM"), _heads_at_once(config.pop("BH"), shape, chunks.n)
+    blocks, runs = chunks.size // BM, triton.cdiv(shape.per_group, BH)
+
+    def new(*sizes: int) -> Tensor:
+        return torch.empty(sizes, dtype=torch.float32, device=x.device)
+
+    d_gram = new(chunks.n, shape.groups, runs, chunks.size, chunks.size)
+    direct, skips = new(chunks.n, heads, chunks.size), new(chunks.n, heads, chunks.size)
+    spans = new(chunks.n, heads, blocks, chunks.size)
+    pairs[(chunks.n * shape.groups * runs * blocks,)](
+        x,
+        d_y,
+        B,
+        C,
+        at.steps,
+        at.logs,
         d_gram,
         direct,
-        fed,
-        sent,
         spans,
-        d_D,
+        skips,
         chunks.table,
         x.stride(1),
         d_y.stride(1),
@@ -475,18 +506,18 @@ def _pairs(
         Q=chunks.size,
         BM=BM,
         BH=BH,
-        HAS_D=D is not None,
+        HAS_D=has_d,
         PACKED=chunks.packed,
         **shape.products(),
         **config,
     )
-    return d_x, d_gram, direct, fed, sent, spans, d_D
+    return d_gram, direct, spans, skips
 
 
 def _through_states(
     shape: Shape, at: Steps, source: Tensor, other: Tensor, states: Tensor, others: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Return the shares in dB, or in dC when there are no other states, and products for `steps_backward`."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the shares in dB, or in dC when there are no other states, and what `steps_backward` reads."""
     chunks = at.chunks
     config = configuration("through_states", shape, chunks.size, source.device)
     config.pop("BM")
@@ -495,18 +526,18 @@ def _through_states(
     share = torch.empty(
         chunks.n, shape.groups, runs, chunks.size, shape.N, dtype=torch.float32, device=source.device
     )
-    reader = others is None
-    size = (chunks.n, shape.heads, pieces, *((chunks.size,) if reader else ()))
-    products = torch.empty(size, dtype=torch.float32, device=source.device)
+    sums = torch.empty(chunks.n, shape.heads, pieces, chunks.size, dtype=torch.float32, device=source.device)
+    passed = torch.empty(chunks.n, shape.heads, pieces, dtype=torch.float32, device=source.device)
     through_states[(chunks.n * shape.groups * runs * pieces,)](
         source,
         other,
+        at.steps,
         at.logs,
-        at.late,
         states,
         others,
         share,
-        products,
+        sums,
+        passed,
         chunks.table,
         source.stride(1),
         other.stride(1),
@@ -519,12 +550,12 @@ def _through_states(
         Q=chunks.size,
         BN=BN,
         BH=BH,
-        READER=reader,
+        READER=others is None,
         PACKED=chunks.packed,
         **shape.products(),
         **config,
     )
-    return share, products
+    return share, sums, passed
 
 
 def _gather(shape: Shape, at: Steps, d_gram: Tensor, other: Tensor, share: Tensor, reader: bool) -> Tensor:

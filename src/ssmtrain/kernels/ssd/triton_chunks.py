@@ -208,10 +208,10 @@ def steps_backward(
     table,
     direct,
     fed,
-    sent,
     spans,
     read,
     through,
+    skips,
     d_dt,
     sums,
     s_token,
@@ -224,19 +224,20 @@ def steps_backward(
     Q: tl.constexpr,
     BH: tl.constexpr,
     BLOCKS: tl.constexpr,
-    PIECES: tl.constexpr,
     READS: tl.constexpr,
+    HAS_D: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    """Write the gradient of dt of one chunk, BH heads, and the chunk's share in those of A and dt_bias.
+    """Write the gradient of dt of one chunk, BH heads, and the chunk's share in those of A, dt_bias and D.
 
     The decay at token k lies between every source before k and every reader from k on, so its gradient is the
     sum of four kinds of pairs: source and reader in the chunk, a source before it, a reader after it, both
-    outside. Of the pairs in the chunk, `spans` (H, blocks of sources, Q) holds each reader's and `sent` (H, Q)
-    each source's; `read` (H, pieces, Q) is what a token reads from the state that enters, `fed` (H, Q) what it
-    feeds to the one that leaves, `through` (H, pieces) the pairs outside.
+    outside. Of pairs in the chunk `spans` (H, blocks of sources, Q) holds each reader's, and `direct` (H, Q)
+    each source's, still to be multiplied by its step size, as is `fed` (H, pieces, Q), what it feeds to the
+    state that leaves; `read` (H, pieces, Q) is what a token reads from the state that enters, `through` (H,
+    pieces) the pairs outside. Each is the sum of its blocks or pieces.
     """
     c = tl.program_id(0)
     h = tl.program_id(1) * BH + tl.arange(0, BH)
@@ -250,23 +251,30 @@ def steps_backward(
     if HAS_BIAS:
         raw += tl.load(bias + h, mask=h < H, other=0.0).to(tl.float32)[:, None]
     step, slope = step_size(raw, low, high, SOFTPLUS)
-    feeding = tl.load(fed + at, mask=some, other=0.0)
-    reach = -feeding - tl.load(sent + at, mask=some, other=0.0)
+    feeding = tl.zeros((BH, Q), tl.float32)
+    for i in tl.static_range(READS):
+        feeding += tl.load(fed + (heads * READS + i)[:, None] * Q + q[None, :], mask=some, other=0.0)
+    d_step = tl.load(direct + at, mask=some, other=0.0) + feeding
+    reach = -d_step * step
+    feeding *= step
     for b in tl.static_range(BLOCKS):
         reach += tl.load(spans + (heads * BLOCKS + b)[:, None] * Q + q[None, :], mask=some, other=0.0)
     for i in tl.static_range(READS):
         reach += tl.load(read + (heads * READS + i)[:, None] * Q + q[None, :], mask=some, other=0.0)
     over = tl.sum(feeding, 1)
-    for i in tl.static_range(PIECES):
-        over += tl.load(through + heads * PIECES + i, mask=h < H, other=0.0)
+    for i in tl.static_range(READS):
+        over += tl.load(through + heads * READS + i, mask=h < H, other=0.0)
     d_log = tl.cumsum(reach, 1, reverse=True) + over[:, None]
     a = tl.load(A + h, mask=h < H, other=0.0).to(tl.float32)
-    d_step = tl.load(direct + at, mask=some, other=0.0) + d_log * a[:, None]
+    d_step += d_log * a[:, None]
     d_raw = tl.where(some, d_step * slope, 0.0)
     out = (first + q)[None, :] * H + h[:, None]
     tl.store(d_dt + out, d_raw.to(d_dt.dtype.element_ty), mask=some)
     tl.store(sums + heads, tl.sum(tl.where(some, d_log * step, 0.0), 1), mask=h < H)
     tl.store(sums + n_chunks.to(tl.int64) * H + heads, tl.sum(d_raw, 1), mask=h < H)
+    if HAS_D:
+        skip = tl.load(skips + at, mask=some, other=0.0)
+        tl.store(sums + 2 * n_chunks.to(tl.int64) * H + heads, tl.sum(skip, 1), mask=h < H)
 
 
 @triton.jit

@@ -19,8 +19,7 @@ from ssmtrain.kernels.ssd.triton_chunks import place
 
 
 @triton.jit
-def pairs(
-    x,
+def sources(
     dy,
     B,
     C,
@@ -29,12 +28,106 @@ def pairs(
     logs,
     dstates,
     dx,
+    table,
+    s_dy,
+    s_B,
+    s_C,
+    length,
+    per_row,
+    H,
+    per_group,
+    P,
+    N,
+    Q: tl.constexpr,
+    BM: tl.constexpr,
+    BP: tl.constexpr,
+    BN: tl.constexpr,
+    BH: tl.constexpr,
+    HAS_D: tl.constexpr,
+    PACKED: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Write dx (tokens, H, P) for BM tokens of one chunk and up to BH heads of one group.
+
+    The outputs' way backwards: what later tokens of the chunk, and the state that leaves, make of x.
+    """
+    BLOCKS: tl.constexpr = Q // BM
+    runs = tl.cdiv(per_group, BH)
+    pid = tl.program_id(0)
+    m = pid % BLOCKS
+    run = (pid // BLOCKS) % runs
+    group = (pid // (BLOCKS * runs)) % (H // per_group)
+    c = pid // (BLOCKS * H // per_group * runs)
+    first, size = place(c, table, length, per_row, Q, PACKED)
+    if m * BM >= size:
+        return
+    i = tl.arange(0, BM)
+    n = tl.arange(0, BN)
+    p = tl.arange(0, BP)
+    start = first + m * BM
+    live = (m * BM + i < size)[:, None]
+    own = live & (p < P)[None, :]
+    some = (n < N)[None, :]
+    B += start * s_B + group * N
+    C += start * s_C + group * N
+    dy += start * s_dy
+    dx += start * (H * P)
+    keys = tl.load(B + (i[:, None] * s_B + n[None, :]), mask=live & some, other=0.0).to(OPERAND)
+    read = tl.load(C + (i[:, None] * s_C + n[None, :]), mask=live & some, other=0.0).to(OPERAND)
+    later = i[None, :] >= i[:, None]
+    gram = tl.where(later, tl.dot(keys, tl.trans(read), input_precision=PRECISION), 0.0)
+    if BLOCKS == 2:
+        following = ((m + 1) * BM + i < tl.where(m == 0, size, 0))[:, None]
+        read = tl.load(C + BM * s_C + (i[:, None] * s_C + n[None, :]), mask=following & some, other=0.0).to(
+            OPERAND
+        )
+        across = tl.dot(keys, tl.trans(read), input_precision=PRECISION)
+    part = i[:, None] * s_dy + p[None, :]
+    to = i[:, None] * (H * P) + p[None, :]
+    inside = (p < P)[:, None] & some
+    state = p[:, None] * N + n[None, :]
+    begin = group * per_group + run * BH
+    for h in range(begin, begin + tl.minimum(BH, per_group - run * BH)):
+        head = c.to(tl.int64) * H + h
+        rows = head * Q + m * BM
+        log = tl.load(logs + rows + i)
+        last = tl.load(logs + head * Q + Q - 1)
+        dstate = tl.load(dstates + head * P * N + state, mask=inside, other=0.0).to(OPERAND)
+        g = tl.load(dy + h * P + part, mask=own, other=0.0)
+        du = tl.dot(keys, tl.trans(dstate), input_precision=PRECISION)  # (BM, P)
+        if BLOCKS == 2:
+            middle = tl.load(logs + rows + BM - 1)
+            column = tl.load(logs + rows + BM + i, mask=(i >= 0) & (m == 0), other=float("-inf"))
+            after = tl.load(dy + BM * s_dy + h * P + part, mask=following & (p < P)[None, :], other=0.0).to(
+                OPERAND
+            )
+            mix = (across * tl.exp2(column - middle)[None, :]).to(OPERAND)
+            du = tl.dot(mix, after, du * tl.exp2(last - middle), input_precision=PRECISION)
+            du *= tl.exp2(middle - log)[:, None]
+        else:
+            du *= tl.exp2(last - log)[:, None]
+        # Clamped, since the reader may come before the source; there gram is 0, which infinity would spoil.
+        decay = tl.exp2(tl.minimum(log[None, :] - log[:, None], 0.0))
+        du = tl.dot((gram * decay).to(OPERAND), g.to(OPERAND), du, input_precision=PRECISION)
+        du *= tl.load(steps + rows + i)[:, None]
+        if HAS_D:
+            du += tl.load(D + h).to(tl.float32) * g.to(tl.float32)
+        tl.store(dx + h * P + to, du.to(dx.dtype.element_ty), mask=own)
+
+
+@triton.jit
+def pairs(
+    x,
+    dy,
+    B,
+    C,
+    steps,
+    logs,
     dgram,
     direct,
-    fed,
-    sent,
     spans,
-    dD,
+    skips,
     table,
     s_x,
     s_dy,
@@ -56,11 +149,10 @@ def pairs(
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Go back from dy to BM tokens of one chunk as sources, for up to BH heads of one group.
+    """Go back through the pairs of BM sources of one chunk with their readers, for up to BH heads of a group.
 
-    Writes dx (tokens, H, P), the share in dgram (chunks, G, runs, Q sources, Q readers), what
-    `steps_backward` reads: direct, fed, sent (chunks, H, Q) and spans (chunks, H, blocks, Q), the pairs within
-    a block and those with the next; and dD (chunks, blocks, H).
+    Writes the share in dgram (chunks, G, runs, Q sources, Q readers), and what `steps_backward` reads: direct
+    and skips (chunks, H, Q), spans (chunks, H, blocks, Q), the pairs within a block and those with the next.
     """
     BLOCKS: tl.constexpr = Q // BM
     runs = tl.cdiv(per_group, BH)
@@ -70,12 +162,7 @@ def pairs(
     group = (pid // (BLOCKS * runs)) % (H // per_group)
     c = pid // (BLOCKS * H // per_group * runs)
     first, size = place(c, table, length, per_row, Q, PACKED)
-    begin = group * per_group + run * BH
-    end = begin + tl.minimum(BH, per_group - run * BH)
     if size <= 0:
-        if HAS_D:
-            for h in range(begin, end):
-                tl.store(dD + (c.to(tl.int64) * BLOCKS + m) * H + h, 0.0)
         return
     i = tl.arange(0, BM)
     n = tl.arange(0, BN)
@@ -88,80 +175,56 @@ def pairs(
     C += start * s_C + group * N
     x += start * s_x
     dy += start * s_dy
-    dx += start * (H * P)
     keys = tl.load(B + (i[:, None] * s_B + n[None, :]), mask=live & some, other=0.0).to(OPERAND)
     read = tl.load(C + (i[:, None] * s_C + n[None, :]), mask=live & some, other=0.0).to(OPERAND)
-    # Rounded, for room in registers: it enters only sums that are rounded as much elsewhere.
-    gram = tl.dot(keys, tl.trans(read), input_precision=PRECISION).to(OPERAND)  # (BM sources, BM readers)
-    bracket = tl.zeros((BM, BM), tl.float32)
     later = i[None, :] >= i[:, None]
-    same = i[None, :] == i[:, None]
+    gram = tl.where(later, tl.dot(keys, tl.trans(read), input_precision=PRECISION), 0.0)
+    bracket = tl.zeros((BM, BM), tl.float32)  # (sources, readers)
     if BLOCKS == 2:
         following = ((m + 1) * BM + i < tl.where(m == 0, size, 0))[:, None]
         read = tl.load(C + BM * s_C + (i[:, None] * s_C + n[None, :]), mask=following & some, other=0.0).to(
             OPERAND
         )
-        across = tl.dot(keys, tl.trans(read), input_precision=PRECISION).to(OPERAND)
+        across = tl.dot(keys, tl.trans(read), input_precision=PRECISION)
         beyond = tl.zeros((BM, BM), tl.float32)
     part_x = i[:, None] * s_x + p[None, :]
     part_dy = i[:, None] * s_dy + p[None, :]
-    to = i[:, None] * (H * P) + p[None, :]
-    for h in range(begin, end):
+    begin = group * per_group + run * BH
+    for h in range(begin, begin + tl.minimum(BH, per_group - run * BH)):
         head = c.to(tl.int64) * H + h
         rows = head * Q + m * BM
         log = tl.load(logs + rows + i)
         step = tl.load(steps + rows + i)
-        last = tl.load(logs + head * Q + Q - 1)
         u = tl.load(x + h * P + part_x, mask=own, other=0.0)
         g = tl.load(dy + h * P + part_dy, mask=own, other=0.0)
-        dstate = tl.load(
-            dstates + head * P * N + p[:, None] * N + n[None, :], mask=(p < P)[:, None] & some, other=0.0
-        ).to(OPERAND)
-        du = tl.dot(keys, tl.trans(dstate), input_precision=PRECISION)  # (BM, P)
+        outside = tl.zeros((BM,), tl.float32)
         if BLOCKS == 2:
             middle = tl.load(logs + rows + BM - 1)
-            row = tl.exp2(middle - log)
-            du *= tl.exp2(last - middle)
-            feeding = tl.sum(u.to(tl.float32) * du, 1) * row
+            column = tl.load(logs + rows + BM + i, mask=(i >= 0) & (m == 0), other=float("-inf"))
             after = tl.load(
                 dy + BM * s_dy + h * P + part_dy, mask=following & (p < P)[None, :], other=0.0
             ).to(OPERAND)
-            column = tl.load(logs + rows + BM + i, mask=(i >= 0) & (m == 0), other=float("-inf"))
-            column = tl.exp2(column - middle)
-            far = tl.dot(u.to(OPERAND), tl.trans(after), input_precision=PRECISION) * column[None, :]
-            mix = across.to(tl.float32) * column[None, :]
-            du = tl.dot(mix.to(OPERAND), after, du, input_precision=PRECISION) * row[:, None]
-            weight = row * step
-            beyond += far * weight[:, None]
-            far *= across.to(tl.float32)
-            outside = tl.sum(far, 1) * row
-            tl.store(spans + (head * 2 + 1) * Q + (1 - m) * BM + i, tl.sum(far * weight[:, None], 0))
-        else:
-            du *= tl.exp2(last - log)[:, None]
-            feeding = tl.sum(u.to(tl.float32) * du, 1)
-            outside = tl.zeros((BM,), tl.float32)
+            far = tl.dot(u.to(OPERAND), tl.trans(after), input_precision=PRECISION)
+            row = tl.exp2(middle - log)
+            weight = (row * step)[:, None]
+            far *= tl.exp2(column - middle)[None, :]
+            beyond += far * weight
+            far *= across
+            outside += tl.sum(far, 1) * row
+            tl.store(spans + head * 2 * Q + Q + (1 - m) * BM + i, tl.sum(far * weight, 0))
         near = tl.dot(u.to(OPERAND), tl.trans(g.to(OPERAND)), input_precision=PRECISION)  # (BM, BM)
         if HAS_D:
-            tl.store(dD + (c.to(tl.int64) * BLOCKS + m) * H + h, tl.sum(tl.where(same, near, 0.0)))
-        decay = tl.exp2(tl.where(later, log[None, :] - log[:, None], float("-inf")))
-        near *= decay
+            tl.store(skips + rows + i, tl.sum(tl.where(i[:, None] == i[None, :], near, 0.0), 1))
+        # Clamped, since the reader may come before the source; there gram is 0, and bracket is not used.
+        near *= tl.exp2(tl.minimum(log[None, :] - log[:, None], 0.0))
         bracket += near * step[:, None]
-        du = tl.dot((gram.to(tl.float32) * decay).to(OPERAND), g.to(OPERAND), du, input_precision=PRECISION)
-        near *= gram.to(tl.float32)
-        itself = tl.sum(tl.where(same, near, 0.0), 1)
-        near = tl.where(same, 0.0, near)
-        outside += tl.sum(near, 1)
-        tl.store(direct + rows + i, outside + itself + feeding)
-        tl.store(fed + rows + i, feeding * step)
-        tl.store(sent + rows + i, outside * step)
+        near *= gram
+        tl.store(direct + rows + i, outside + tl.sum(near, 1))
+        # A token's pair with itself stands in spans and, as a source's, in direct, and cancels.
         tl.store(spans + head * BLOCKS * Q + m * BM + i, tl.sum(near * step[:, None], 0))
-        du *= step[:, None]
-        if HAS_D:
-            du += tl.load(D + h).to(tl.float32) * g.to(tl.float32)
-        tl.store(dx + h * P + to, du.to(dx.dtype.element_ty), mask=own)
     share = dgram + ((c.to(tl.int64) * (H // per_group) + group) * runs + run) * Q * Q
     share += (m * BM + i)[:, None] * Q + i[None, :]
-    tl.store(share + m * BM, bracket)
+    tl.store(share + m * BM, tl.where(later, bracket, 0.0))
     if BLOCKS == 2:
         # The other half of the rows: readers after the block, or, below the diagonal, nothing.
         tl.store(share + (1 - m) * BM, beyond)
@@ -171,12 +234,13 @@ def pairs(
 def through_states(
     source,
     other,
+    steps,
     logs,
-    late,
     states,
     others,
     share,
     products,
+    passed,
     table,
     s_source,
     s_other,
@@ -197,9 +261,10 @@ def through_states(
 ):
     """Sum over up to BH heads, of one chunk and BN of its columns, the gradient that comes by states.
 
-    As a source's: dB_s = sum of dt_s r_s dS^T x_s, and products (chunks, H, pieces): the inner product of dS
-    with others, the states that enter, times the chunk's decay. As a READER's: dC_t = sum of exp(l_t) S^T dy_t,
-    and products (chunks, H, pieces, Q): its inner product with C. share (chunks, G, runs, Q, N).
+    As a READER's: dC_t = sum of exp(l_t) S^T dy_t, and products (chunks, H, pieces, Q), its inner product with
+    C. As a source's: dB_s = sum of dt_s r_s dS^T x_s, its inner product with B, without dt_s, and passed
+    (chunks, H, pieces): the inner product of dS with others, the states that enter, times the chunk's decay.
+    share is (chunks, G, runs, Q, N).
     """
     runs = tl.cdiv(per_group, BH)
     pieces = tl.cdiv(N, BN)
@@ -215,12 +280,11 @@ def through_states(
     n = piece * BN + tl.arange(0, BN)
     p = tl.arange(0, BP)
     live = (t < size)[:, None]
-    if READER:
-        C = tl.load(
-            other + first * s_other + group * N + (t[:, None] * s_other + n[None, :]),
-            mask=live & (n < N)[None, :],
-            other=0.0,
-        ).to(OPERAND)
+    mate = tl.load(
+        other + first * s_other + group * N + (t[:, None] * s_other + n[None, :]),
+        mask=live & (n < N)[None, :],
+        other=0.0,
+    ).to(OPERAND)
     acc = tl.zeros((Q, BN), tl.float32)
     begin = group * per_group + run * BH
     source += first * s_source
@@ -231,18 +295,22 @@ def through_states(
         inside = (p < P)[:, None] & (n < N)[None, :]
         state = tl.load(states + at, mask=inside, other=0.0).to(OPERAND)
         g = tl.load(source + h * P + part, mask=live & (p < P)[None, :], other=0.0).to(tl.float32)
+        log = tl.load(logs + head * Q + t)
         if READER:
-            g *= tl.exp2(tl.load(logs + head * Q + t))[:, None]
-            seen = tl.dot(C, tl.trans(state), input_precision=PRECISION)  # (Q, P)
-            tl.store(products + (head * pieces + piece) * Q + t, tl.sum(seen * g, 1))
+            weight = tl.exp2(log)
         else:
             last = tl.load(logs + head * Q + Q - 1)
-            g *= tl.exp2(last - tl.load(late + head * Q + t))[:, None]
+            weight = tl.exp2(last - log)
             entered = tl.load(others + at, mask=inside, other=0.0).to(OPERAND)
             # Only its diagonal is wanted, but operands of a matrix product are what Triton prefetches.
             cross = tl.dot(entered, tl.trans(state), input_precision=PRECISION)  # (P, P)
-            passed = tl.sum(tl.where(p[:, None] == p[None, :], cross, 0.0))
-            tl.store(products + head * pieces + piece, tl.exp2(last) * passed)
+            cross = tl.where(p[:, None] == p[None, :], cross, 0.0)
+            tl.store(passed + head * pieces + piece, tl.exp2(last) * tl.sum(cross))
+        seen = tl.dot(mate, tl.trans(state), input_precision=PRECISION)  # (Q, P)
+        tl.store(products + (head * pieces + piece) * Q + t, tl.sum(seen * g, 1) * weight)
+        if not READER:
+            weight *= tl.load(steps + head * Q + t)
+        g *= weight[:, None]
         acc = tl.dot(g.to(OPERAND), state, acc, input_precision=PRECISION)
     at = ((c.to(tl.int64) * (H // per_group) + group) * runs + run) * Q
     tl.store(share + (at + t)[:, None] * N + n[None, :], acc, mask=(n < N)[None, :])

@@ -73,14 +73,14 @@ def outputs(
     y += start * (H * P)
     read = tl.load(C + (i[:, None] * s_C + n[None, :]), mask=live & some, other=0.0).to(OPERAND)
     keys = tl.load(B + (i[:, None] * s_B + n[None, :]), mask=live & some, other=0.0).to(OPERAND)
-    gram = tl.dot(read, tl.trans(keys), input_precision=PRECISION)  # (BM, BM)
+    past = i[:, None] >= i[None, :]
+    gram = tl.where(past, tl.dot(read, tl.trans(keys), input_precision=PRECISION), 0.0)  # (BM, BM)
     if BLOCKS == 2:
         second = (i >= 0) & (m > 0)
         keys = tl.load(
             B - BM * s_B + (i[:, None] * s_B + n[None, :]), mask=second[:, None] & some, other=0.0
         ).to(OPERAND)
         across = tl.dot(read, tl.trans(keys), input_precision=PRECISION)
-    past = i[:, None] >= i[None, :]
     part = i[:, None] * s_x + p[None, :]
     to = i[:, None] * (H * P) + p[None, :]
     begin = group * per_group + run * BH
@@ -105,8 +105,8 @@ def outputs(
             acc *= tl.exp2(log_t - middle)[:, None]
         else:
             acc *= tl.exp2(log_t)[:, None]
-        # The mask goes into the exponent: where s > t the difference is positive and may overflow.
-        decay = tl.exp2(tl.where(past, log_t[:, None] - late_s[None, :], float("-inf")))
+        # Clamped, since the source may come after the reader; there gram is 0, which infinity would spoil.
+        decay = tl.exp2(tl.minimum(log_t[:, None] - late_s[None, :], 126.0))
         acc = tl.dot((gram * decay).to(OPERAND), u.to(OPERAND), acc, input_precision=PRECISION)
         if HAS_D:
             acc += tl.load(D + h).to(tl.float32) * u.to(tl.float32)
