@@ -1,0 +1,315 @@
+"""The Triton gated RMSNorm against the formula in float64 and the torch reference in its own dtype."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from kernels.cases import assert_all_close, distance
+from kernels.triton.shim import poisoned
+from ssmtrain.kernels import tuned
+from ssmtrain.kernels.gated_norm import reference
+from ssmtrain.kernels.gated_norm import triton as ours
+
+GATES = ("none", "first", "last")
+OPTIONS = {"eps": 1e-5, "n_groups": 1}
+
+
+@pytest.fixture(autouse=True)
+def unwritten_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An element that a kernel forgets to write shows."""
+    poisoned(monkeypatch, ours)
+
+
+def draw(
+    shape: tuple[int, ...], gate: str, device: torch.device, dtype: torch.dtype = torch.float32, seed: int = 3
+) -> dict[str, Tensor]:
+    """Random inputs and the cotangent; the weight is fp32."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {name: torch.randn(shape, generator=generator) for name in ("x", "z", "dy")}
+    tensors["z"] *= 2
+    if gate == "none":
+        del tensors["z"]
+    tensors = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
+    return tensors | {"weight": torch.randn(shape[-1], generator=generator).to(device)}
+
+
+def run(tensors: dict[str, Tensor], gate: str, norm=ours.gated_norm, **options) -> dict[str, Tensor]:
+    """The output and all gradients; inputs keep their strides."""
+    leaves = {name: t.detach().requires_grad_() for name, t in tensors.items() if name != "dy"}
+    options = OPTIONS | options | {"norm_before_gate": gate == "last"}
+    y = norm(leaves["x"], leaves.get("z"), leaves["weight"], **options)
+    y.backward(tensors["dy"])
+    return {"y": y.detach()} | {f"d{name}": leaf.grad for name, leaf in leaves.items()}
+
+
+def exact(tensors: dict[str, Tensor], gate: str, **options) -> dict[str, Tensor]:
+    """The same in float64, by the reference."""
+    return run({name: t.double() for name, t in tensors.items()}, gate, reference.gated_norm, **options)
+
+
+def use(monkeypatch: pytest.MonkeyPatch, **changes: int) -> None:
+    """Put a launch configuration in the place of the one for the shape."""
+    known = ("BLOCK", "PIECES", "ROWS", "num_warps", "STAGES", "maxnreg")
+    assert set(changes) <= set(known)
+
+    def lookup(kernel: str, device: torch.device, key: str, fallback: tuned.Config) -> tuned.Config:
+        return fallback | {name: value for name, value in changes.items() if name in fallback}
+
+    monkeypatch.setattr(tuned, "lookup", lookup)
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize(
+    "width,n_groups,rows",
+    [(8, 1, 3), (48, 3, 9), (80, 1, 1), (82, 2, 3), (96, 4, 2), (164, 1, 9), (3, 3, 2)],
+)
+def test_matches_float64(gate: str, width: int, n_groups: int, rows: int, device: torch.device) -> None:
+    tensors = draw((rows, width), gate, device)
+    # A group of one channel is its own norm: dx is the small difference of large terms.
+    tolerance = 1e-6 if width > n_groups else 1e-2
+    truth = exact(tensors, gate, n_groups=n_groups)
+    assert_all_close(run(tensors, gate, n_groups=n_groups), truth, tolerance)
+
+
+@pytest.mark.parametrize("gate,width,n_groups", [("none", 72, 1), ("first", 64, 1), ("last", 84, 2)])
+def test_groups_wider_than_a_program(
+    gate: str, width: int, n_groups: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward reads twice; backward cuts the group in slices, which take their mean from a kernel before."""
+    use(monkeypatch, BLOCK=16, PIECES=2, ROWS=1)
+    tensors = draw((2, width), gate, device)
+    truth = exact(tensors, gate, n_groups=n_groups)
+    assert_all_close(run(tensors, gate, n_groups=n_groups), truth, 1e-6)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_one_row_per_program_and_no_masks(
+    gate: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The configuration of every real width."""
+    use(monkeypatch, BLOCK=32, PIECES=5, ROWS=1)
+    tensors = draw((2, 2, 160), gate, device)
+    assert_all_close(run(tensors, gate), exact(tensors, gate), 1e-6)
+
+
+def test_runs_and_their_sum(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of one row, the last one short, one for all; and more parts than a step of the sum takes."""
+    tensors = draw((20, 4), "first", device)
+    truth = exact(tensors, "first")
+    for length in (1, 7, 1000):
+        monkeypatch.setattr(ours, "_run_length", lambda *shape, length=length: length)
+        assert_all_close(run(tensors, "first"), truth, 1e-5)
+    parts = torch.randn(600, 20, generator=torch.Generator().manual_seed(1)).to(device)
+    total = torch.full((20,), float("nan"), device=device)
+    ours._add[(2,)](parts, total, 600, WIDTH=20, BLOCK=16, ROWS=256)
+    assert distance(total, parts.double().sum(0)) < 1e-6
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_slices_of_a_projection_are_read_in_place(gate: str, device: torch.device) -> None:
+    tensors = draw((2, 5, 48), gate, device)
+    truth = run(tensors, gate)
+    sliced = dict(tensors)
+    for name, pad in (("x", 8), ("z", 16), ("dy", 24)):
+        if name in tensors:
+            nan = torch.full((2, 5, pad), float("nan"), device=device)
+            sliced[name] = torch.cat([nan, tensors[name], nan], -1)[..., pad : 48 + pad]
+    for name, tensor in sliced.items():
+        if name != "weight":
+            assert not tensor.is_contiguous() and ours._rows(tensor).data_ptr() == tensor.data_ptr()
+    views = run(sliced, gate)
+    assert all(torch.equal(views[name], truth[name]) for name in truth)
+    assert all(value.is_contiguous() for value in views.values())
+
+
+def test_other_layouts(device: torch.device) -> None:
+    """Channels apart, leading axes that no stride spans, one cotangent for all, and no leading axis."""
+    tensors = draw((3, 4, 16), "first", device)
+    truth = run(tensors, "first")
+    apart = {name: torch.stack([t, t], -1)[..., 0] for name, t in tensors.items()}
+    turned = {
+        name: t.transpose(0, 1).contiguous().transpose(0, 1) if t.dim() == 3 else t
+        for name, t in tensors.items()
+    }
+    for change in (apart, turned):
+        same = run(change, "first")
+        assert all(torch.equal(same[name], truth[name]) for name in truth)
+    for dy in (torch.ones(1, 1, 1, device=device), tensors["dy"][:1, :1]):
+        broadcast = tensors | {"dy": dy.expand(3, 4, 16)}
+        assert_all_close(run(broadcast, "first"), exact(broadcast, "first"), 1e-6)
+    token = {name: t[0, 0] if t.dim() == 3 else t for name, t in tensors.items()}
+    assert torch.equal(run(token, "first")["dx"], truth["dx"][0, 0])
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_extremes_are_finite_and_near_float64(gate: str, device: torch.device) -> None:
+    tensors = draw((4, 48), gate, device)
+    scale = torch.tensor([1e4, 1e-20, 0.0, 1.0], device=device)[:, None]
+    changes = [{"x": tensors["x"] * scale}]
+    if gate != "none":
+        changes += [{"z": tensors["z"] * 50}, {"z": torch.full_like(tensors["z"], -1e4)}]
+    for change in changes:
+        extreme = tensors | change
+        found, truth = run(extreme, gate), exact(extreme, gate)
+        assert all(torch.isfinite(value).all() for value in found.values())
+        for row in range(4):
+            for name in ("y", "dx"):
+                assert distance(found[name][row], truth[name][row]) < 1e-5, (name, row)
+        assert_all_close(found, truth, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("gate", GATES)
+def test_half_precision_errs_as_little_as_the_reference(
+    gate: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    tensors = draw((48, 96), gate, device, dtype)
+    truth = exact(tensors, gate)
+    found, reference_ = run(tensors, gate), run(tensors, gate, reference.gated_norm)
+    for name, value in found.items():
+        assert value.dtype == (torch.float32 if name == "dweight" else dtype)
+        assert distance(value, truth[name]) <= 2 * distance(reference_[name], truth[name]) + 1e-7, name
+        error = (value.double() - truth[name]).flatten()
+        assert abs(error.mean()) <= 4 * error.std() / error.numel() ** 0.5, f"{name} is biased"
+
+
+def test_mixed_dtypes(device: torch.device) -> None:
+    """Each gradient has its input's dtype."""
+    tensors = draw((4, 16), "first", device)
+    tensors |= {"z": tensors["z"].bfloat16(), "weight": tensors["weight"].half()}
+    found = run(tensors, "first")
+    assert [found[name].dtype for name in ("y", "dx", "dz", "dweight")] == [
+        torch.float32,
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+    ]
+    assert_all_close(found, exact(tensors, "first"), 1e-2)
+
+
+def test_float64_is_the_reference(device: torch.device) -> None:
+    tensors = {name: t.double() for name, t in draw((3, 8), "first", device).items()}
+    found, truth = run(tensors, "first"), exact(tensors, "first")
+    assert all(torch.equal(found[name], truth[name]) for name in truth)
+
+
+def test_no_rows(device: torch.device) -> None:
+    found = run(draw((2, 0, 8), "first", device), "first")
+    assert found["y"].shape == found["dx"].shape == found["dz"].shape == (2, 0, 8)
+    assert torch.equal(found["dweight"], torch.zeros(8, device=device))
+
+
+def test_only_what_needs_a_gradient_gets_one(device: torch.device) -> None:
+    tensors = draw((3, 8), "first", device)
+    x = tensors["x"].requires_grad_()
+    y = ours.gated_norm(x, tensors["z"], tensors["weight"], **OPTIONS, norm_before_gate=False)
+    y.backward(tensors["dy"])
+    assert tensors["z"].grad is None and tensors["weight"].grad is None
+    assert torch.equal(x.grad, run(tensors, "first")["dx"])
+
+
+def test_tiles() -> None:
+    """Real widths have no idle lanes, every group fits its tile, and programs are of a legal size."""
+    for most in (ours.KEPT_FORWARD, ours.KEPT_BACKWARD):
+        for channels in range(1, 512 * most, 61):
+            tile = ours._tile(channels, most)
+            threads = 32 * tile["num_warps"]
+            lanes = tile["BLOCK"] * tile["PIECES"]
+            assert channels <= lanes < channels + tile["BLOCK"]
+            assert tile["ROWS"] * lanes <= most * threads and 4 <= tile["num_warps"] <= ours.MOST_WARPS
+        assert ours._tile(512 * most + 1, most) is None
+        for channels in (160, 768, 1024, 1536, 2048, 2560, 4096, 5120, 8192, 10240):
+            tile = ours._tile(channels, most)
+            assert tile["BLOCK"] * tile["PIECES"] == channels
+    for channels in (80, 768, 5120, 10240, 16384, 65536):
+        for item_bytes in (4, 6, 8, 12):
+            config = ours._backward_config(channels, item_bytes)
+            ahead = config["BLOCK"] * config["PIECES"] * config["ROWS"] * item_bytes * (config["STAGES"] - 1)
+            assert ahead <= ours.PIPELINE_BYTES
+
+
+def test_runs_depend_on_the_shape_alone() -> None:
+    for rows, programs in ((1, 1), (256, 32), (4096, 256), (8192, 512), (32768, 1024), (1 << 20, 1024)):
+        length = ours._run_length(rows, 1, 5120)
+        assert -(-rows // length) == programs
+    assert ours._run_length(32768, 8, 1024) == 256
+
+
+def test_opcheck(device: torch.device) -> None:
+    for gate in ("none", "first"):
+        tensors = draw((2, 8), gate, device)
+        names = ("x", "z", "weight")
+        inputs = [tensors[name].requires_grad_() if name in tensors else None for name in names]
+        torch.library.opcheck(ours._norm, (*inputs, 1e-5, 2, gate == "last"))
+
+
+def test_compiles_whole_and_recomputes(device: torch.device) -> None:
+    """torch.compile takes it as one op, forward and backward, also under activation checkpointing."""
+    tensors = draw((2, 5, 16), "first", device)
+    truth = run(tensors, "first")
+    compiled = torch.compile(ours.gated_norm, fullgraph=True, backend="aot_eager")
+
+    def recomputed(*args: Tensor, **options) -> Tensor:
+        return checkpoint(ours.gated_norm, *args, use_reentrant=False, **options)
+
+    for norm in (compiled, recomputed):
+        found = run(tensors, "first", norm)
+        assert all(torch.equal(found[name], truth[name]) for name in truth)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("width,n_groups", [(5120, 1), (2048, 1), (4096, 1), (768, 1), (8192, 8), (1000, 2)])
+def test_real_widths(width: int, n_groups: int, dtype: torch.dtype, gate: str, device: torch.device) -> None:
+    """Near float64, the slice read in place, and the same bits ten times."""
+    tensors = draw((3, 700, width), gate, device, dtype)
+    if gate != "none":
+        tensors["z"] = torch.cat([tensors["z"], tensors["z"][..., :336]], -1)[..., :width]
+    truth = exact(tensors, gate, n_groups=n_groups)
+    reference_ = run(tensors, gate, reference.gated_norm, n_groups=n_groups)
+    found = run(tensors, gate, n_groups=n_groups)
+    for name, value in found.items():
+        assert distance(value, truth[name]) <= 2 * distance(reference_[name], truth[name]) + 1e-6, name
+    for _ in range(10):
+        again = run(tensors, gate, n_groups=n_groups)
+        assert all(torch.equal(again[name], found[name]) for name in found)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("width", [7168, 10240, 12288, 20480, 40000, 65536])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_wide_rows(width: int, gate: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Every tile up to the widest, and what is wider."""
+    tensors = draw((67, width), gate, device, dtype)
+    truth, found = exact(tensors, gate), run(tensors, gate)
+    assert_all_close(found, truth, 1e-6 if dtype == torch.float32 else 5e-3)
+
+
+@pytest.mark.gpu
+def test_compiled_by_inductor(device: torch.device) -> None:
+    tensors = draw((2, 64, 5120), "first", device, torch.bfloat16)
+    truth = run(tensors, "first")
+    found = run(tensors, "first", torch.compile(ours.gated_norm, fullgraph=True))
+    assert all(torch.equal(found[name], truth[name]) for name in truth)
+
+
+@pytest.mark.gpu
+def test_more_than_two_billion_elements(device: torch.device) -> None:
+    rows, width = 430_000, 5120
+    tensors = {
+        name: torch.zeros(rows, width, dtype=torch.bfloat16, device=device) for name in ("x", "z", "dy")
+    }
+    ends = draw((16, width), "first", device, torch.bfloat16)
+    for name, tensor in tensors.items():
+        tensor[:8], tensor[-8:] = ends[name][:8], ends[name][8:]
+    found = run(tensors | {"weight": ends["weight"]}, "first")
+    truth = run(ends, "first")
+    for name in ("y", "dx", "dz"):
+        assert torch.equal(torch.cat([found[name][:8], found[name][-8:]]), truth[name])
+        assert not found[name][8:-8].any()
+    assert distance(found["dweight"], truth["dweight"]) < 1e-6
