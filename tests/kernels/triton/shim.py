@@ -8,7 +8,9 @@
 | arithmetic on bf16 | adds the raw bits | an error: cast to fp32 first |
 | masked-off lanes of a load without `other` | zero | NaN, or a large number: a GPU promises nothing |
 | a run-time bound of range (3.6 with numpy 2.4) | TypeError | an int |
+| tl.range over 64-bit bounds | a step that adds to int32 as int32 | a 64-bit step |
 | a load or store outside of the launch's tensors | what is there, or a crash | an error |
+| a call between kernels | patches triton.language again, half of a test's time | once a launch and module |
 | a launch's end | copies each CPU tensor onto itself | nothing: a tensor may be mostly untouched memory |
 
 test_shim.py has a canary for each trap, which fails once upstream mends it and the repair can go.
@@ -37,6 +39,7 @@ _upstream_binary = interpreter.InterpreterBuilder.binary_op
 _upstream_load = interpreter.InterpreterBuilder.create_masked_load
 _upstream_store = interpreter.InterpreterBuilder.create_masked_store
 _upstream_atomic = interpreter.InterpreterBuilder.create_atomic_rmw
+_upstream_core = interpreter._patch_lang_core
 _upstream_inputs = interpreter.GridExecutor._init_args_hst
 _upstream_restore = interpreter.GridExecutor._restore_args_dev
 _upstream_patch = interpreter._patch_lang_tensor
@@ -50,6 +53,8 @@ def repaired() -> Iterator[None]:
         patch.setattr(interpreter.ScanOps, "generic_scan", _scan)
         patch.setattr(interpreter, "_convert_float", _convert)
         patch.setattr(interpreter, "_patch_lang_tensor", _patch_tensor)
+        patch.setattr(interpreter, "_patch_lang_core", _patch_core)
+        patch.setattr(interpreter.InterpretedFunction, "__call__", _call)
         patch.setattr(interpreter.GridExecutor, "_init_args_hst", _inputs)
         patch.setattr(interpreter.GridExecutor, "_restore_args_dev", _restore)
         for name, repair in (
@@ -122,7 +127,8 @@ def _binary(self: Any, lhs: Any, rhs: Any, op: Callable[..., np.ndarray]) -> Any
 def _load(self: Any, ptrs: Any, mask: Any, other: Any, *rest: Any) -> Any:
     """create_masked_load that stays in bounds and poisons masked-off lanes given no value."""
     _check_bounds(ptrs, mask, "load")
-    if other is None:
+    # A scalar's `other` of 0 is lost on the way, being false: its absence says nothing.
+    if other is None and ptrs.data.size > 1:
         scalar = ptrs.get_element_ty()
         kind = interpreter._get_np_dtype(scalar)
         if scalar == tl.bfloat16:
@@ -151,9 +157,24 @@ _extents: list[tuple[int, int]] = []
 """First address and end of each tensor of the launch that runs."""
 
 
+_patched: set[int] = set()
+"""Globals of the modules for which this launch has patched triton.language."""
+
+
+def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """InterpretedFunction.__call__: a kernel calls another."""
+    module = id(self.fn.__globals__)
+    if module not in _patched:
+        interpreter._patch_lang(self.fn)
+        _patched.add(module)
+    return self.rewrite()(*args, **kwargs)
+
+
 def _inputs(self: Any, args: Any, kwargs: Any) -> Any:
     """GridExecutor._init_args_hst, which also notes where the tensors lie."""
     found = _upstream_inputs(self, args, kwargs)
+    _patched.clear()
+    _patched.add(id(self.fn.__globals__))
     _extents[:] = _spans((*found[0], *found[1].values()))
     return found
 
@@ -224,6 +245,21 @@ def _patch_tensor(tensor: type, scope: Any) -> None:
     """_patch_lang_tensor whose __index__ takes the one-element arrays that hold scalars."""
     _upstream_patch(tensor, scope)
     scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
+def _patch_core(lang: ModuleType, scope: Any) -> None:
+    """_patch_lang_core whose tl.range keeps the width of its bounds."""
+    _upstream_core(lang, scope)
+    upstream = lang.range
+
+    def wide(*bounds: Any, **options: Any) -> Iterable[Any]:
+        steps = upstream(*bounds, **options)
+        if not any(isinstance(bound, tl.tensor) and bound.dtype == tl.int64 for bound in bounds):
+            return steps
+        handles = (interpreter.TensorHandle(np.array([step], np.int64), tl.int64) for step in steps)
+        return (tl.tensor(handle, tl.int64) for handle in handles)
+
+    scope.set_attr(lang, "range", wide)
 
 
 class _PoisonedTorch(ModuleType):

@@ -60,6 +60,11 @@ def _masked(x, out, SIZE: tl.constexpr):
 
 
 @triton.jit
+def _first(x, out, n):
+    tl.store(out, tl.load(x, mask=n > 0, other=0.0))
+
+
+@triton.jit
 def _copy(x, out, n, SIZE: tl.constexpr):
     at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     tl.store(out + at, tl.load(x + at, mask=at < n, other=0.0), mask=at < n)
@@ -71,6 +76,13 @@ def _rows(x, out, stride, WIDE: tl.constexpr):
     if WIDE:
         row = row.to(tl.int64)
     tl.store(out + row, tl.load(x + row * stride))
+
+
+@triton.jit
+def _far(out, first):
+    wide = first.to(tl.int64)
+    for step in tl.range(wide, wide + 1):
+        tl.store(out + tl.arange(0, 4), (step + tl.arange(0, 4)) * 2)
 
 
 @triton.jit
@@ -87,6 +99,7 @@ def upstream(monkeypatch: pytest.MonkeyPatch) -> None:
     builder = shim.interpreter.InterpreterBuilder
     monkeypatch.setattr(shim.interpreter, "_convert_float", shim._upstream_convert)
     monkeypatch.setattr(shim.interpreter, "_patch_lang_tensor", shim._upstream_patch)
+    monkeypatch.setattr(shim.interpreter, "_patch_lang_core", shim._upstream_core)
     monkeypatch.setattr(shim.interpreter.ScanOps, "generic_scan", shim._upstream_scan)
     monkeypatch.setattr(builder, "create_dot", shim._upstream_dot)
     monkeypatch.setattr(builder, "binary_op", shim._upstream_binary)
@@ -164,6 +177,12 @@ def test_lanes_masked_off_hold_nothing_to_rely_on(dtype: torch.dtype) -> None:
     assert not (out[1:] == 0).any() and not (out[1:] == 1).any()
 
 
+def test_a_scalar_masked_off_is_its_other() -> None:
+    out = torch.ones(1)
+    _first[(1,)](torch.ones(1), out, 0)
+    assert out.item() == 0
+
+
 def test_ranges_take_bounds_known_at_run_time() -> None:
     out = torch.zeros(1, dtype=torch.int32)
     _count[(1,)](out, 5)
@@ -188,6 +207,12 @@ def test_offsets_beyond_32_bits_are_seen_to_overflow() -> None:
     assert out.tolist() == [1, 2, 3]
     with pytest.raises(Exception, match="outside of the launch's tensors"), np.errstate(over="ignore"):
         _rows[(3,)](x, out, 2**30 + 1, WIDE=False)
+
+
+def test_ranges_are_as_wide_as_their_bounds() -> None:
+    out = torch.zeros(4, dtype=torch.int64)
+    _far[(1,)](out, 2**30)
+    assert out.tolist() == [2**31, 2**31 + 2, 2**31 + 4, 2**31 + 6]
 
 
 def test_the_last_programs_alone_may_run() -> None:
@@ -235,6 +260,12 @@ class TestCanaries:
         x, out = torch.ones(2, 4, dtype=torch.bfloat16)
         _add[(1,)](x, out, 4)
         assert not torch.equal(out, x + x)
+
+    def test_ranges_forget_the_width_of_their_bounds(self) -> None:
+        out = torch.zeros(4, dtype=torch.int64)
+        with np.errstate(over="ignore"):
+            _far[(1,)](out, 2**30)
+        assert (out < 0).all()
 
     def test_neighbours_of_a_view_are_read(self) -> None:
         whole, out = torch.arange(8.0), torch.zeros(4)
