@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from ssmtrain.kernels.ssd.triton_chunks import place
+from ssmtrain.kernels.ssd.triton_outputs import in_registers
 
 
 @triton.jit
@@ -76,13 +77,15 @@ def sources(
     keys = tl.load(B + (i[:, None] * s_B + n[None, :]), mask=live & some, other=0.0).to(OPERAND)
     read = tl.load(C + (i[:, None] * s_C + n[None, :]), mask=live & some, other=0.0).to(OPERAND)
     later = i[None, :] >= i[:, None]
-    gram = tl.where(later, tl.dot(keys, tl.trans(read), input_precision=PRECISION), 0.0)
+    gram = tl.where(later, tl.dot(keys, tl.trans(read), input_precision=PRECISION), 0.0).to(OPERAND)
     if BLOCKS == 2:
         following = ((m + 1) * BM + i < tl.where(m == 0, size, 0))[:, None]
         read = tl.load(C + BM * s_C + (i[:, None] * s_C + n[None, :]), mask=following & some, other=0.0).to(
             OPERAND
         )
-        across = tl.dot(keys, tl.trans(read), input_precision=PRECISION)
+        across = tl.dot(keys, tl.trans(read), input_precision=PRECISION).to(OPERAND)
+    if OPERAND == tl.bfloat16:
+        keys = in_registers(keys, n)
     part = i[:, None] * s_dy + p[None, :]
     to = i[:, None] * (H * P) + p[None, :]
     inside = (p < P)[:, None] & some
@@ -102,14 +105,14 @@ def sources(
             after = tl.load(dy + BM * s_dy + h * P + part, mask=following & (p < P)[None, :], other=0.0).to(
                 OPERAND
             )
-            mix = (across * tl.exp2(column - middle)[None, :]).to(OPERAND)
+            mix = (across.to(tl.float32) * tl.exp2(column - middle)[None, :]).to(OPERAND)
             du = tl.dot(mix, after, du * tl.exp2(last - middle), input_precision=PRECISION)
             du *= tl.exp2(middle - log)[:, None]
         else:
             du *= tl.exp2(last - log)[:, None]
         # Clamped, since the reader may come before the source; there gram is 0, which infinity would spoil.
         decay = tl.exp2(tl.minimum(log[None, :] - log[:, None], 0.0))
-        du = tl.dot((gram * decay).to(OPERAND), g.to(OPERAND), du, input_precision=PRECISION)
+        du = tl.dot((gram.to(tl.float32) * decay).to(OPERAND), g.to(OPERAND), du, input_precision=PRECISION)
         du *= tl.load(steps + rows + i)[:, None]
         if HAS_D:
             du += tl.load(D + h).to(tl.float32) * g.to(tl.float32)

@@ -19,6 +19,17 @@ from ssmtrain.kernels.ssd.triton_chunks import place
 
 
 @triton.jit
+def in_registers(a, k):
+    """Return a (.., K), bf16, as the result of a product with the identity over k, exactly itself.
+
+    The result of a product is a left operand of the next without a way through shared memory, whereas what
+    was loaded stays there: 16 KiB of 227 that a third buffer for the loads ahead needs more.
+    """
+    eye = (k[:, None] == k[None, :]).to(a.dtype)
+    return tl.dot(a, eye).to(a.dtype)
+
+
+@triton.jit
 def outputs(
     x,
     B,
@@ -81,6 +92,10 @@ def outputs(
             B - BM * s_B + (i[:, None] * s_B + n[None, :]), mask=second[:, None] & some, other=0.0
         ).to(OPERAND)
         across = tl.dot(read, tl.trans(keys), input_precision=PRECISION)
+        across = across.to(OPERAND)
+    gram = gram.to(OPERAND)
+    if OPERAND == tl.bfloat16:
+        read = in_registers(read, n)
     part = i[:, None] * s_x + p[None, :]
     to = i[:, None] * (H * P) + p[None, :]
     begin = group * per_group + run * BH
@@ -100,14 +115,14 @@ def outputs(
             ).to(OPERAND)
             middle = tl.load(logs + rows - 1, mask=m > 0, other=0.0)
             late_b = tl.load(late + rows - BM + i, mask=second, other=float("inf"))
-            mix = (across * tl.exp2(middle - late_b)[None, :]).to(OPERAND)
+            mix = (across.to(tl.float32) * tl.exp2(middle - late_b)[None, :]).to(OPERAND)
             acc = tl.dot(mix, before, acc * tl.exp2(middle), input_precision=PRECISION)
             acc *= tl.exp2(log_t - middle)[:, None]
         else:
             acc *= tl.exp2(log_t)[:, None]
         # Clamped, since the source may come after the reader; there gram is 0, which infinity would spoil.
         decay = tl.exp2(tl.minimum(log_t[:, None] - late_s[None, :], 126.0))
-        acc = tl.dot((gram * decay).to(OPERAND), u.to(OPERAND), acc, input_precision=PRECISION)
+        acc = tl.dot((gram.to(tl.float32) * decay).to(OPERAND), u.to(OPERAND), acc, input_precision=PRECISION)
         if HAS_D:
             acc += tl.load(D + h).to(tl.float32) * u.to(tl.float32)
         tl.store(y + h * P + to, acc.to(y.dtype.element_ty), mask=own)

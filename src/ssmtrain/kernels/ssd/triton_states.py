@@ -12,6 +12,14 @@ import triton.language as tl
 
 
 @triton.jit
+def edges(logs, chunk, h, block, H, Q: tl.constexpr, BK: tl.constexpr, live):
+    """Return the running log decays before and at the end of a block of BK tokens, counted from a chunk on."""
+    at = logs + ((chunk + block // (Q // BK)) * H + h) * Q + (block % (Q // BK)) * BK
+    begin = tl.load(at - 1, mask=live & (block % (Q // BK) > 0), other=0.0)
+    return begin, tl.load(at + BK - 1, mask=live, other=0.0)
+
+
+@triton.jit
 def walk(
     source,
     keys,
@@ -65,25 +73,28 @@ def walk(
         size = length
     count = tl.cdiv(size, Q)
     part = p[:, None] * N + n[None, :]
-    inside = (p < P)[:, None] & (n < N)[None, :]
+    within = (p < P)[:, None] & (n < N)[None, :]
     whole = P * N
     acc = tl.zeros((BP, BN), tl.float32)
     if HAS_ENTER:
-        acc += tl.load(enter + (d.to(tl.int64) * H + h) * whole + part, mask=inside, other=0.0)
+        acc += tl.load(enter + (d.to(tl.int64) * H + h) * whole + part, mask=within, other=0.0)
     k = tl.arange(0, BK)
     BLOCKS: tl.constexpr = Q // BK
     source += h * P + first * s_source
     keys += (h // per_group) * N + first * s_keys
     part_source = k[:, None] * s_source + p[None, :]
     part_keys = k[:, None] * s_keys + n[None, :]
+    # The scalars of a block are loaded while the block before it is worked on.
+    begin, end = edges(logs, chunk, h, count * BLOCKS - 1 if BACK else 0, H, Q, BK, size > 0)
     for i in range(count * BLOCKS):
         block = count * BLOCKS - 1 - i if BACK else i
+        ahead = block - 1 if BACK else block + 1
+        inside = (ahead >= 0) & (ahead < count * BLOCKS)
+        next_begin, next_end = edges(logs, chunk, h, ahead, H, Q, BK, inside)
         c = chunk + block // BLOCKS
         b = block % BLOCKS
         rows = (c * H + h) * Q + b * BK
         live = (k < size - block * BK)[:, None]
-        begin = tl.load(logs + rows - 1, mask=b > 0, other=0.0)
-        end = tl.load(logs + rows + BK - 1)
         if BACK:
             weight = tl.exp2(tl.load(logs + rows + k) - begin)
         else:
@@ -97,8 +108,9 @@ def walk(
             m = tl.load(keys + shift * s_keys + part_keys, mask=live & (n < N)[None, :], other=0.0)
         if (b == BLOCKS - 1) if BACK else (b == 0):
             place = (c * H + h) * whole + part
-            tl.store(states + place, acc.to(states.dtype.element_ty), mask=inside)
+            tl.store(states + place, acc.to(states.dtype.element_ty), mask=within)
         weighted = (s.to(tl.float32) * weight[:, None]).to(OPERAND)
         acc = tl.dot(tl.trans(weighted), m.to(OPERAND), acc * tl.exp2(end - begin), input_precision=PRECISION)
+        begin, end = next_begin, next_end
     if HAS_LEAVE:
-        tl.store(leave + (d.to(tl.int64) * H + h) * whole + part, acc, mask=inside)
+        tl.store(leave + (d.to(tl.int64) * H + h) * whole + part, acc, mask=within)
