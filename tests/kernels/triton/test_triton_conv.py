@@ -159,6 +159,24 @@ def test_documents_shorter_than_the_window_and_at_the_seams(
     check(draw(2, 11, 2 * len(lengths)), doc_ids, 2 * len(lengths), device)
 
 
+@pytest.mark.skipif(not tuned.interpreting(), reason="a GPU chooses the order itself")
+def test_programs_in_reverse_give_the_same_bits(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What two programs wrote would be the last one's."""
+    use(monkeypatch, 4)
+    doc_ids = torch.tensor([[0, 0, 0, 1, 2, 3, 3, 3, 4]], dtype=torch.int32)
+    inputs = rounded(draw(1, 9, 5), device, torch.float32)
+    forth = pulled(call(ours, doc_ids, 5), inputs, torch.float32)
+    builder = interpreter.interpreter_builder
+    upstream = builder.set_grid_idx
+    monkeypatch.setattr(
+        builder, "set_grid_idx", lambda x, y, z: upstream(builder.grid_dim[0] - 1 - x, y, z), raising=False
+    )
+    back = pulled(call(ours, doc_ids, 5), inputs, torch.float32)
+    assert all(torch.equal(back[name], forth[name]) for name in forth)
+
+
 @pytest.mark.parametrize("tokens,unroll,block", [(2, 1, 64), (8, 8, 32)])
 def test_any_configuration(
     tokens: int, unroll: int, block: int, device: torch.device, monkeypatch: pytest.MonkeyPatch

@@ -235,8 +235,8 @@ def _deliver(value, token, began, document, when, sinks, bounds, C, c, K: tl.con
     live = when & (token >= began) & (token >= low) & (token < high)
     tl.store(dx + token * C + c, value.to(dx.dtype.element_ty), mask=live)
     if dinitial is not None:
-        # The run that holds a document's first token writes: it alone sees all that follows.
-        live = when & (token < began) & (began >= low) & (began < high)
+        # Documents that begin past this run are the next one's to write.
+        live = when & (token < began) & (began < high)
         at = dinitial + (document * K + K + token - began) * C + c
         tl.store(at, value.to(dinitial.dtype.element_ty), mask=live)
 
