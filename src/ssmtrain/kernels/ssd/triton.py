@@ -164,13 +164,15 @@ def configuration(kernel: str, shape: Shape, Q: int, device: torch.device) -> di
     small = shape.exact
     fallbacks: dict[str, dict[str, int]] = {
         "walk": {"BK": 64, "BP": 64, "BN": 64 if small else 128, "num_warps": 4, "num_stages": 3},
-        "outputs": {"BM": 64, "BH": 20, "num_warps": 4, "num_stages": 3},
-        "sources": {"BM": 64, "BH": 20, "num_warps": 4, "num_stages": 3},
-        "pairs": {"BM": 64, "BH": 20, "num_warps": 4, "num_stages": 2},
+        "outputs": {"BM": 64, "BH": 20, "HOLD": 1, "num_warps": 4, "num_stages": 3},
+        "sources": {"BM": 64, "BH": 20, "HOLD": 1, "num_warps": 4, "num_stages": 3},
+        "pairs": {"BM": 64, "BH": 20, "num_warps": 4, "num_stages": 3},
         "through_states": {"BN": 64 if small else 128, "BH": 20, "num_warps": 8, "num_stages": 3},
         "gather": {"BN": 64, "num_warps": 4, "num_stages": 2},
     }
     config = tuned.lookup(f"ssd_{kernel}", device, shape.key, fallbacks[kernel])
+    if "HOLD" in config:
+        config["HOLD"] = 0 if shape.exact else config["HOLD"]
     config["BP"] = min(config.get("BP", shape.BP), shape.BP)
     config["BN"] = min(config.get("BN", shape.BN), shape.BN)
     config["BM"] = min(max(config.get("BM", Q), Q // 2), Q)  # one block of readers, or two
@@ -321,8 +323,8 @@ def scan(
     chunks = at.chunks
     config = configuration("outputs", shape, chunks.size, x.device)
     BM, BH = config.pop("BM"), _heads_at_once(config.pop("BH"), shape, chunks.n)
-    blocks, runs = chunks.size // BM, triton.cdiv(shape.per_group, BH)
-    outputs[(chunks.n * shape.groups * runs * blocks,)](
+    runs = triton.cdiv(shape.per_group, BH)
+    outputs[(chunks.n * shape.groups * runs,)](
         x,
         B,
         C,
@@ -414,7 +416,6 @@ def scan_back(
         high,
         Q=chunks.size,
         BH=BH,
-        BLOCKS=spans.shape[2],
         READS=read.shape[2],
         HAS_D=D is not None,
         HAS_BIAS=dt_bias is not None,
@@ -422,9 +423,8 @@ def scan_back(
         PACKED=chunks.packed,
     )
     d_A, d_bias, *d_D = (row.clone() for row in _sum_chunks(sums).unbind())
-    nothing = d_A.new_empty(0)
-    d_bias = nothing if dt_bias is None else d_bias.to(dt_bias.dtype)
-    return d_x, d_dt, d_A, d_B, d_C, d_D[0] if d_D else nothing, d_bias, d_initial
+    d_bias = d_A.new_empty(0) if dt_bias is None else d_bias.to(dt_bias.dtype)
+    return d_x, d_dt, d_A, d_B, d_C, d_D[0] if d_D else d_A.new_empty(0), d_bias, d_initial
 
 
 def _sources(
@@ -434,9 +434,9 @@ def _sources(
     chunks = at.chunks
     config = configuration("sources", shape, chunks.size, d_y.device)
     BM, BH = config.pop("BM"), _heads_at_once(config.pop("BH"), shape, chunks.n)
-    blocks, runs = chunks.size // BM, triton.cdiv(shape.per_group, BH)
+    runs = triton.cdiv(shape.per_group, BH)
     d_x = torch.empty(d_y.shape, dtype=d_y.dtype, device=d_y.device)
-    sources[(chunks.n * shape.groups * runs * blocks,)](
+    sources[(chunks.n * shape.groups * runs,)](
         d_y,
         B,
         C,
@@ -473,15 +473,14 @@ def _pairs(
     chunks, heads = at.chunks, shape.heads
     config = configuration("pairs", shape, chunks.size, x.device)
     BM, BH = config.pop("BM"), _heads_at_once(config.pop("BH"), shape, chunks.n)
-    blocks, runs = chunks.size // BM, triton.cdiv(shape.per_group, BH)
+    runs = triton.cdiv(shape.per_group, BH)
 
     def new(*sizes: int) -> Tensor:
         return torch.empty(sizes, dtype=torch.float32, device=x.device)
 
     d_gram = new(chunks.n, shape.groups, runs, chunks.size, chunks.size)
-    direct, skips = new(chunks.n, heads, chunks.size), new(chunks.n, heads, chunks.size)
-    spans = new(chunks.n, heads, blocks, chunks.size)
-    pairs[(chunks.n * shape.groups * runs * blocks,)](
+    direct, spans, skips = (new(chunks.n, heads, chunks.size) for _ in range(3))
+    pairs[(chunks.n * shape.groups * runs,)](
         x,
         d_y,
         B,

@@ -223,7 +223,6 @@ def steps_backward(
     high,
     Q: tl.constexpr,
     BH: tl.constexpr,
-    BLOCKS: tl.constexpr,
     READS: tl.constexpr,
     HAS_D: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -234,8 +233,7 @@ def steps_backward(
 
     The decay at token k lies between every source before k and every reader from k on, so its gradient is the
     sum of four kinds of pairs: source and reader in the chunk, a source before it, a reader after it, both
-    outside. Of pairs in the chunk `spans` (H, blocks of sources, Q) holds each reader's, and `direct` (H, Q)
-    each source's, still to be multiplied by its step size, as is `fed` (H, pieces, Q), what it feeds to the
+    outside. Of pairs in the chunk `spans` (H, Q) holds each reader's, and `direct` (H, Q) each source's, still to be multiplied by its step size, as is `fed` (H, pieces, Q), what it feeds to the
     state that leaves; `read` (H, pieces, Q) is what a token reads from the state that enters, `through` (H,
     pieces) the pairs outside. Each is the sum of its blocks or pieces.
     """
@@ -255,10 +253,8 @@ def steps_backward(
     for i in tl.static_range(READS):
         feeding += tl.load(fed + (heads * READS + i)[:, None] * Q + q[None, :], mask=some, other=0.0)
     d_step = tl.load(direct + at, mask=some, other=0.0) + feeding
-    reach = -d_step * step
+    reach = tl.load(spans + at, mask=some, other=0.0) - d_step * step
     feeding *= step
-    for b in tl.static_range(BLOCKS):
-        reach += tl.load(spans + (heads * BLOCKS + b)[:, None] * Q + q[None, :], mask=some, other=0.0)
     for i in tl.static_range(READS):
         reach += tl.load(read + (heads * READS + i)[:, None] * Q + q[None, :], mask=some, other=0.0)
     over = tl.sum(feeding, 1)

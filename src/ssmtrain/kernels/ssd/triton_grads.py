@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from ssmtrain.kernels.ssd.triton_chunks import place
-from ssmtrain.kernels.ssd.triton_outputs import in_registers
+from ssmtrain.kernels.ssd.triton_outputs import block_of, in_registers
 
 
 @triton.jit
@@ -44,78 +44,86 @@ def sources(
     BP: tl.constexpr,
     BN: tl.constexpr,
     BH: tl.constexpr,
+    HOLD: tl.constexpr,
     HAS_D: tl.constexpr,
     PACKED: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Write dx (tokens, H, P) for BM tokens of one chunk and up to BH heads of one group.
+    """Write dx (tokens, H, P) for one chunk and up to BH heads of one group.
 
     The outputs' way backwards: what later tokens of the chunk, and the state that leaves, make of x.
     """
-    BLOCKS: tl.constexpr = Q // BM
+    TWO: tl.constexpr = Q == 2 * BM
     runs = tl.cdiv(per_group, BH)
     pid = tl.program_id(0)
-    m = pid % BLOCKS
-    run = (pid // BLOCKS) % runs
-    group = (pid // (BLOCKS * runs)) % (H // per_group)
-    c = pid // (BLOCKS * H // per_group * runs)
+    run = pid % runs
+    group = (pid // runs) % (H // per_group)
+    c = pid // (H // per_group * runs)
     first, size = place(c, table, length, per_row, Q, PACKED)
-    if m * BM >= size:
+    if size <= 0:
         return
     i = tl.arange(0, BM)
     n = tl.arange(0, BN)
     p = tl.arange(0, BP)
-    start = first + m * BM
-    live = (m * BM + i < size)[:, None]
-    own = live & (p < P)[None, :]
-    some = (n < N)[None, :]
-    B += start * s_B + group * N
-    C += start * s_C + group * N
-    dy += start * s_dy
-    dx += start * (H * P)
-    keys = tl.load(B + (i[:, None] * s_B + n[None, :]), mask=live & some, other=0.0).to(OPERAND)
-    read = tl.load(C + (i[:, None] * s_C + n[None, :]), mask=live & some, other=0.0).to(OPERAND)
+    B += first * s_B + group * N
+    C += first * s_C + group * N
+    dy += first * s_dy
+    dx += first * (H * P)
+    keys = block_of(B, i, s_B, n, i < size, N, OPERAND)
+    read = block_of(C, i, s_C, n, i < size, N, OPERAND)
     later = i[None, :] >= i[:, None]
     gram = tl.where(later, tl.dot(keys, tl.trans(read), input_precision=PRECISION), 0.0).to(OPERAND)
-    if BLOCKS == 2:
-        following = ((m + 1) * BM + i < tl.where(m == 0, size, 0))[:, None]
-        read = tl.load(C + BM * s_C + (i[:, None] * s_C + n[None, :]), mask=following & some, other=0.0).to(
-            OPERAND
-        )
+    if TWO:
+        read = block_of(C + BM * s_C, i, s_C, n, i < size - BM, N, OPERAND)
         across = tl.dot(keys, tl.trans(read), input_precision=PRECISION).to(OPERAND)
-    if OPERAND == tl.bfloat16:
+        keys_2 = block_of(B + BM * s_B, i, s_B, n, i < size - BM, N, OPERAND)
+        gram_2 = tl.dot(keys_2, tl.trans(read), input_precision=PRECISION)
+        gram_2 = tl.where(later, gram_2, 0.0).to(OPERAND)
+        if HOLD > 0:
+            keys_2 = in_registers(keys_2, n)
+    if HOLD > 1:
         keys = in_registers(keys, n)
     part = i[:, None] * s_dy + p[None, :]
     to = i[:, None] * (H * P) + p[None, :]
-    inside = (p < P)[:, None] & some
-    state = p[:, None] * N + n[None, :]
+    own = (i < size)[:, None] & (p < P)[None, :]
+    own_2 = (i < size - BM)[:, None] & (p < P)[None, :]
+    inside = (p < P)[:, None] & (n < N)[None, :]
+    entry = p[:, None] * N + n[None, :]
     begin = group * per_group + run * BH
     for h in range(begin, begin + tl.minimum(BH, per_group - run * BH)):
         head = c.to(tl.int64) * H + h
-        rows = head * Q + m * BM
-        log = tl.load(logs + rows + i)
         last = tl.load(logs + head * Q + Q - 1)
-        dstate = tl.load(dstates + head * P * N + state, mask=inside, other=0.0).to(OPERAND)
-        g = tl.load(dy + h * P + part, mask=own, other=0.0)
-        du = tl.dot(keys, tl.trans(dstate), input_precision=PRECISION)  # (BM, P)
-        if BLOCKS == 2:
-            middle = tl.load(logs + rows + BM - 1)
-            column = tl.load(logs + rows + BM + i, mask=(i >= 0) & (m == 0), other=float("-inf"))
-            after = tl.load(dy + BM * s_dy + h * P + part, mask=following & (p < P)[None, :], other=0.0).to(
-                OPERAND
-            )
-            mix = (across.to(tl.float32) * tl.exp2(column - middle)[None, :]).to(OPERAND)
-            du = tl.dot(mix, after, du * tl.exp2(last - middle), input_precision=PRECISION)
+        dstate = tl.trans(tl.load(dstates + head * P * N + entry, mask=inside, other=0.0).to(OPERAND))
+        if HAS_D:
+            skip = tl.load(D + h).to(tl.float32)
+        if TWO:
+            middle = tl.load(logs + head * Q + BM - 1)
+            log = tl.load(logs + head * Q + BM + i)
+            g = tl.load(dy + BM * s_dy + h * P + part, mask=own_2, other=0.0)
+            du = tl.dot(keys_2, dstate, input_precision=PRECISION) * tl.exp2(last - log)[:, None]  # (BM, P)
+            # Clamped, since the reader may come before the source; there gram is 0, which infinity would spoil.
+            decay = tl.exp2(tl.minimum(log[None, :] - log[:, None], 0.0))
+            mix = (gram_2.to(tl.float32) * decay).to(OPERAND)
+            du = tl.dot(mix, g.to(OPERAND), du, input_precision=PRECISION)
+            du *= tl.load(steps + head * Q + BM + i)[:, None]
+            if HAS_D:
+                du += skip * g.to(tl.float32)
+            tl.store(dx + BM * (H * P) + h * P + to, du.to(dx.dtype.element_ty), mask=own_2)
+            du = tl.dot(keys, dstate, input_precision=PRECISION) * tl.exp2(last - middle)
+            mix = (across.to(tl.float32) * tl.exp2(log - middle)[None, :]).to(OPERAND)
+            du = tl.dot(mix, g.to(OPERAND), du, input_precision=PRECISION)
+            log = tl.load(logs + head * Q + i)
             du *= tl.exp2(middle - log)[:, None]
         else:
-            du *= tl.exp2(last - log)[:, None]
-        # Clamped, since the reader may come before the source; there gram is 0, which infinity would spoil.
+            log = tl.load(logs + head * Q + i)
+            du = tl.dot(keys, dstate, input_precision=PRECISION) * tl.exp2(last - log)[:, None]
+        g = tl.load(dy + h * P + part, mask=own, other=0.0)
         decay = tl.exp2(tl.minimum(log[None, :] - log[:, None], 0.0))
         du = tl.dot((gram.to(tl.float32) * decay).to(OPERAND), g.to(OPERAND), du, input_precision=PRECISION)
-        du *= tl.load(steps + rows + i)[:, None]
+        du *= tl.load(steps + head * Q + i)[:, None]
         if HAS_D:
-            du += tl.load(D + h).to(tl.float32) * g.to(tl.float32)
+            du += skip * g.to(tl.float32)
         tl.store(dx + h * P + to, du.to(dx.dtype.element_ty), mask=own)
 
 
@@ -152,85 +160,90 @@ def pairs(
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Go back through the pairs of BM sources of one chunk with their readers, for up to BH heads of a group.
+    """Go back through the pairs of tokens of one chunk, for up to BH heads of one group.
 
-    Writes the share in dgram (chunks, G, runs, Q sources, Q readers), and what `steps_backward` reads: direct
-    and skips (chunks, H, Q), spans (chunks, H, blocks, Q), the pairs within a block and those with the next.
+    Writes the share in dgram (chunks, G, runs, Q sources, Q readers), and what `steps_backward` reads: direct,
+    spans and skips (chunks, H, Q).
     """
-    BLOCKS: tl.constexpr = Q // BM
+    TWO: tl.constexpr = Q == 2 * BM
     runs = tl.cdiv(per_group, BH)
     pid = tl.program_id(0)
-    m = pid % BLOCKS
-    run = (pid // BLOCKS) % runs
-    group = (pid // (BLOCKS * runs)) % (H // per_group)
-    c = pid // (BLOCKS * H // per_group * runs)
+    run = pid % runs
+    group = (pid // runs) % (H // per_group)
+    c = pid // (H // per_group * runs)
     first, size = place(c, table, length, per_row, Q, PACKED)
     if size <= 0:
         return
     i = tl.arange(0, BM)
     n = tl.arange(0, BN)
     p = tl.arange(0, BP)
-    start = first + m * BM
-    live = (m * BM + i < size)[:, None]
-    own = live & (p < P)[None, :]
-    some = (n < N)[None, :]
-    B += start * s_B + group * N
-    C += start * s_C + group * N
-    x += start * s_x
-    dy += start * s_dy
-    keys = tl.load(B + (i[:, None] * s_B + n[None, :]), mask=live & some, other=0.0).to(OPERAND)
-    read = tl.load(C + (i[:, None] * s_C + n[None, :]), mask=live & some, other=0.0).to(OPERAND)
+    B += first * s_B + group * N
+    C += first * s_C + group * N
+    x += first * s_x
+    dy += first * s_dy
+    keys = block_of(B, i, s_B, n, i < size, N, OPERAND)
+    read = block_of(C, i, s_C, n, i < size, N, OPERAND)
     later = i[None, :] >= i[:, None]
-    gram = tl.where(later, tl.dot(keys, tl.trans(read), input_precision=PRECISION), 0.0)
+    same = i[:, None] == i[None, :]
+    # Rounded, for room in registers: source and reader of a pair see the same, and what cancels cancels.
+    gram = tl.where(later, tl.dot(keys, tl.trans(read), input_precision=PRECISION), 0.0).to(OPERAND)
     bracket = tl.zeros((BM, BM), tl.float32)  # (sources, readers)
-    if BLOCKS == 2:
-        following = ((m + 1) * BM + i < tl.where(m == 0, size, 0))[:, None]
-        read = tl.load(C + BM * s_C + (i[:, None] * s_C + n[None, :]), mask=following & some, other=0.0).to(
-            OPERAND
-        )
-        across = tl.dot(keys, tl.trans(read), input_precision=PRECISION)
+    if TWO:
+        read = block_of(C + BM * s_C, i, s_C, n, i < size - BM, N, OPERAND)
+        across = tl.dot(keys, tl.trans(read), input_precision=PRECISION).to(OPERAND)
+        keys = block_of(B + BM * s_B, i, s_B, n, i < size - BM, N, OPERAND)
+        gram_2 = tl.dot(keys, tl.trans(read), input_precision=PRECISION)
+        gram_2 = tl.where(later, gram_2, 0.0).to(OPERAND)
+        bracket_2 = tl.zeros((BM, BM), tl.float32)
         beyond = tl.zeros((BM, BM), tl.float32)
     part_x = i[:, None] * s_x + p[None, :]
     part_dy = i[:, None] * s_dy + p[None, :]
+    own = (i < size)[:, None] & (p < P)[None, :]
+    own_2 = (i < size - BM)[:, None] & (p < P)[None, :]
     begin = group * per_group + run * BH
     for h in range(begin, begin + tl.minimum(BH, per_group - run * BH)):
-        head = c.to(tl.int64) * H + h
-        rows = head * Q + m * BM
+        rows = (c.to(tl.int64) * H + h) * Q
         log = tl.load(logs + rows + i)
         step = tl.load(steps + rows + i)
-        u = tl.load(x + h * P + part_x, mask=own, other=0.0)
-        g = tl.load(dy + h * P + part_dy, mask=own, other=0.0)
-        outside = tl.zeros((BM,), tl.float32)
-        if BLOCKS == 2:
-            middle = tl.load(logs + rows + BM - 1)
-            column = tl.load(logs + rows + BM + i, mask=(i >= 0) & (m == 0), other=float("-inf"))
-            after = tl.load(
-                dy + BM * s_dy + h * P + part_dy, mask=following & (p < P)[None, :], other=0.0
-            ).to(OPERAND)
-            far = tl.dot(u.to(OPERAND), tl.trans(after), input_precision=PRECISION)
-            row = tl.exp2(middle - log)
-            weight = (row * step)[:, None]
-            far *= tl.exp2(column - middle)[None, :]
-            beyond += far * weight
-            far *= across
-            outside += tl.sum(far, 1) * row
-            tl.store(spans + head * 2 * Q + Q + (1 - m) * BM + i, tl.sum(far * weight, 0))
-        near = tl.dot(u.to(OPERAND), tl.trans(g.to(OPERAND)), input_precision=PRECISION)  # (BM, BM)
+        u = tl.load(x + h * P + part_x, mask=own, other=0.0).to(OPERAND)
+        g = tl.load(dy + h * P + part_dy, mask=own, other=0.0).to(OPERAND)
+        near = tl.dot(u, tl.trans(g), input_precision=PRECISION)  # (BM, BM)
         if HAS_D:
-            tl.store(skips + rows + i, tl.sum(tl.where(i[:, None] == i[None, :], near, 0.0), 1))
+            tl.store(skips + rows + i, tl.sum(tl.where(same, near, 0.0), 1))
         # Clamped, since the reader may come before the source; there gram is 0, and bracket is not used.
         near *= tl.exp2(tl.minimum(log[None, :] - log[:, None], 0.0))
         bracket += near * step[:, None]
-        near *= gram
-        tl.store(direct + rows + i, outside + tl.sum(near, 1))
+        near *= gram.to(tl.float32)
+        every = tl.sum(near, 1)
         # A token's pair with itself stands in spans and, as a source's, in direct, and cancels.
-        tl.store(spans + head * BLOCKS * Q + m * BM + i, tl.sum(near * step[:, None], 0))
+        tl.store(spans + rows + i, tl.sum(near * step[:, None], 0))
+        if TWO:
+            middle = tl.load(logs + rows + BM - 1)
+            log_2 = tl.load(logs + rows + BM + i)
+            step_2 = tl.load(steps + rows + BM + i)
+            g = tl.load(dy + BM * s_dy + h * P + part_dy, mask=own_2, other=0.0).to(OPERAND)
+            row = tl.exp2(middle - log)
+            far = tl.dot(u, tl.trans(g), input_precision=PRECISION) * tl.exp2(log_2 - middle)[None, :]
+            beyond += far * (row * step)[:, None]
+            far *= across.to(tl.float32)
+            every += tl.sum(far, 1) * row
+            u = tl.load(x + BM * s_x + h * P + part_x, mask=own_2, other=0.0).to(OPERAND)
+            near = tl.dot(u, tl.trans(g), input_precision=PRECISION)
+            if HAS_D:
+                tl.store(skips + rows + BM + i, tl.sum(tl.where(same, near, 0.0), 1))
+            near *= tl.exp2(tl.minimum(log_2[None, :] - log_2[:, None], 0.0))
+            bracket_2 += near * step_2[:, None]
+            near *= gram_2.to(tl.float32)
+            tl.store(direct + rows + BM + i, tl.sum(near, 1))
+            tl.store(spans + rows + BM + i, tl.sum(near * step_2[:, None] + far * (row * step)[:, None], 0))
+        tl.store(direct + rows + i, every)
     share = dgram + ((c.to(tl.int64) * (H // per_group) + group) * runs + run) * Q * Q
-    share += (m * BM + i)[:, None] * Q + i[None, :]
-    tl.store(share + m * BM, tl.where(later, bracket, 0.0))
-    if BLOCKS == 2:
-        # The other half of the rows: readers after the block, or, below the diagonal, nothing.
-        tl.store(share + (1 - m) * BM, beyond)
+    share += i[:, None] * Q + i[None, :]
+    tl.store(share, tl.where(later, bracket, 0.0))
+    if TWO:
+        tl.store(share + BM, beyond)
+        tl.store(share + BM * Q, tl.zeros((BM, BM), tl.float32))
+        tl.store(share + BM * Q + BM, tl.where(later, bracket_2, 0.0))
 
 
 @triton.jit
