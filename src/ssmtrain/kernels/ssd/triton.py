@@ -163,11 +163,11 @@ def configuration(kernel: str, shape: Shape, Q: int, device: torch.device) -> di
     """Return the launch configuration of one kernel: tile sizes, num_warps, num_stages."""
     small = shape.exact
     fallbacks: dict[str, dict[str, int]] = {
-        "walk": {"BK": 64, "BP": 64, "BN": 64 if small else 128, "num_warps": 4, "num_stages": 3},
-        "outputs": {"BM": 64, "BH": 20, "HOLD": 1, "num_warps": 4, "num_stages": 3},
-        "sources": {"BM": 64, "BH": 20, "HOLD": 1, "num_warps": 4, "num_stages": 3},
-        "pairs": {"BM": 64, "BH": 20, "num_warps": 4, "num_stages": 3},
-        "through_states": {"BN": 64 if small else 128, "BH": 20, "num_warps": 8, "num_stages": 3},
+        "walk": {"BK": 64, "BP": 64, "BN": 64 if small else 128, "num_warps": 8, "num_stages": 3},
+        "outputs": {"BM": 64, "BH": 20, "HOLD": 0, "num_warps": 4, "num_stages": 2},
+        "sources": {"BM": 64, "BH": 20, "HOLD": 0, "num_warps": 4, "num_stages": 2},
+        "pairs": {"BM": 64, "BH": 20, "num_warps": 8, "num_stages": 3},
+        "through_states": {"BN": 64, "BH": 20, "num_warps": 4, "num_stages": 3},
         "gather": {"BN": 64, "num_warps": 4, "num_stages": 2},
     }
     config = tuned.lookup(f"ssd_{kernel}", device, shape.key, fallbacks[kernel])
