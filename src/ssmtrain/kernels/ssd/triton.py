@@ -164,10 +164,11 @@ def configuration(kernel: str, shape: Shape, Q: int, device: torch.device) -> di
     small = shape.exact
     fallbacks: dict[str, dict[str, int]] = {
         "walk": {"BK": 64, "BP": 64, "BN": 64 if small else 128, "num_warps": 8, "num_stages": 3},
-        "outputs": {"BM": 64, "BH": 20, "HOLD": 0, "num_warps": 4, "num_stages": 2},
-        "sources": {"BM": 64, "BH": 20, "HOLD": 0, "num_warps": 4, "num_stages": 2},
-        "pairs": {"BM": 64, "BH": 20, "num_warps": 8, "num_stages": 3},
-        "through_states": {"BN": 64, "BH": 20, "num_warps": 4, "num_stages": 3},
+        "walk_back": {"BK": 64, "BP": 64, "BN": 64 if small else 128, "num_warps": 4, "num_stages": 3},
+        "outputs": {"BM": 64, "BH": 20, "HOLD": 1, "num_warps": 4, "num_stages": 3},
+        "sources": {"BM": 64, "BH": 20, "HOLD": 1, "num_warps": 4, "num_stages": 3},
+        "pairs": {"BM": 64, "BH": 40, "num_warps": 8, "num_stages": 3},
+        "through_states": {"BN": 64 if small else 128, "BH": 40, "num_warps": 8, "num_stages": 3},
         "gather": {"BN": 64, "num_warps": 4, "num_stages": 2},
     }
     config = tuned.lookup(f"ssd_{kernel}", device, shape.key, fallbacks[kernel])
@@ -252,25 +253,32 @@ def _walk(
     keys: Tensor,
     enter: Tensor | None,
     leave: Tensor | None,
-    back: bool = False,
-) -> Tensor:
-    """Return the states that enter the chunks; going back, the gradients of those that leave them."""
+    others: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the states that enter the chunks; or, going back over these others, the gradients of those that
+    leave, and what passes through."""
     chunks = at.chunks
-    config = configuration("walk", shape, chunks.size, source.device)
+    config = configuration("walk" if others is None else "walk_back", shape, chunks.size, source.device)
     BP, BN, BK = config.pop("BP"), config.pop("BN"), min(config.pop("BK"), chunks.size)
     config.pop("BM")
     dtype = torch.float32 if shape.exact else source.dtype
     states = torch.empty(chunks.n, shape.heads, shape.P, shape.N, dtype=dtype, device=source.device)
     pieces = triton.cdiv(shape.P, BP) * triton.cdiv(shape.N, BN)
     even = not chunks.packed and shape.length % chunks.size == 0 and not (shape.P % BP or shape.N % BN)
+    back = others is not None
+    through = torch.empty(
+        (chunks.n, shape.heads, pieces) if back else 0, dtype=torch.float32, device=source.device
+    )
     walk[(chunks.n_docs * shape.heads * pieces,)](
         source,
         keys,
         at.logs,
         at.late,
         states,
+        others,
         enter,
         leave,
+        through,
         chunks.docs,
         source.stride(1),
         keys.stride(1),
@@ -292,7 +300,7 @@ def _walk(
         **shape.products(),
         **config,
     )
-    return states
+    return states, through
 
 
 def scan(
@@ -319,12 +327,12 @@ def scan(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     final = torch.empty(_final_shape(x, B, n_docs, want_final), dtype=torch.float32, device=x.device)
     enter = None if initial is None else initial.contiguous()
-    states = _walk(shape, at, x, B, enter, final if want_final else None)
+    states, _ = _walk(shape, at, x, B, enter, final if want_final else None)
     chunks = at.chunks
     config = configuration("outputs", shape, chunks.size, x.device)
     BM, BH = config.pop("BM"), _heads_at_once(config.pop("BH"), shape, chunks.n)
     runs = triton.cdiv(shape.per_group, BH)
-    outputs[(chunks.n * shape.groups * runs,)](
+    outputs[(chunks.n * shape.groups * runs * (chunks.size // BM),)](
         x,
         B,
         C,
@@ -381,14 +389,16 @@ def scan_back(
     d_y, x, dt, B, C = (_tokens(t) for t in (d_y, x, dt, B, C))
     at = _steps(shape, dt, A, dt_bias, doc_ids, n_docs, chunk, softplus, low, high)
     enter = None if initial is None else initial.contiguous()
-    states = _walk(shape, at, x, B, enter, None)
+    states, _ = _walk(shape, at, x, B, enter, None)
     d_initial = torch.empty(0 if initial is None else initial.shape, dtype=torch.float32, device=x.device)
     d_enter = None if d_final is None else d_final.contiguous()
-    d_states = _walk(shape, at, d_y, C, d_enter, None if initial is None else d_initial, back=True)
+    d_states, through = _walk(
+        shape, at, d_y, C, d_enter, None if initial is None else d_initial, others=states
+    )
     d_x = _sources(shape, at, d_y, B, C, D, d_states)
     d_gram, direct, spans, skips = _pairs(shape, at, x, d_y, B, C, D is not None)
-    share_B, fed, through = _through_states(shape, at, x, B, d_states, states)
-    share_C, read, _ = _through_states(shape, at, d_y, C, states, None)
+    share_B, fed = _through_states(shape, at, x, B, d_states, reader=False)
+    share_C, read = _through_states(shape, at, d_y, C, states, reader=True)
     d_B = _gather(shape, at, d_gram, C, share_B, reader=False)
     d_C = _gather(shape, at, d_gram, B, share_C, reader=True)
     chunks, BH = at.chunks, min(16, triton.next_power_of_2(shape.heads))
@@ -417,6 +427,7 @@ def scan_back(
         Q=chunks.size,
         BH=BH,
         READS=read.shape[2],
+        PIECES=through.shape[2],
         HAS_D=D is not None,
         HAS_BIAS=dt_bias is not None,
         SOFTPLUS=softplus,
@@ -436,7 +447,7 @@ def _sources(
     BM, BH = config.pop("BM"), _heads_at_once(config.pop("BH"), shape, chunks.n)
     runs = triton.cdiv(shape.per_group, BH)
     d_x = torch.empty(d_y.shape, dtype=d_y.dtype, device=d_y.device)
-    sources[(chunks.n * shape.groups * runs,)](
+    sources[(chunks.n * shape.groups * runs * (chunks.size // BM),)](
         d_y,
         B,
         C,
@@ -514,9 +525,9 @@ def _pairs(
 
 
 def _through_states(
-    shape: Shape, at: Steps, source: Tensor, other: Tensor, states: Tensor, others: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the shares in dB, or in dC when there are no other states, and what `steps_backward` reads."""
+    shape: Shape, at: Steps, source: Tensor, other: Tensor, states: Tensor, reader: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the shares in dB, or in dC as readers, and what `steps_backward` reads."""
     chunks = at.chunks
     config = configuration("through_states", shape, chunks.size, source.device)
     config.pop("BM")
@@ -526,17 +537,14 @@ def _through_states(
         chunks.n, shape.groups, runs, chunks.size, shape.N, dtype=torch.float32, device=source.device
     )
     sums = torch.empty(chunks.n, shape.heads, pieces, chunks.size, dtype=torch.float32, device=source.device)
-    passed = torch.empty(chunks.n, shape.heads, pieces, dtype=torch.float32, device=source.device)
     through_states[(chunks.n * shape.groups * runs * pieces,)](
         source,
         other,
         at.steps,
         at.logs,
         states,
-        others,
         share,
         sums,
-        passed,
         chunks.table,
         source.stride(1),
         other.stride(1),
@@ -549,12 +557,12 @@ def _through_states(
         Q=chunks.size,
         BN=BN,
         BH=BH,
-        READER=others is None,
+        READER=reader,
         PACKED=chunks.packed,
         **shape.products(),
         **config,
     )
-    return share, sums, passed
+    return share, sums
 
 
 def _gather(shape: Shape, at: Steps, d_gram: Tensor, other: Tensor, share: Tensor, reader: bool) -> Tensor:

@@ -224,6 +224,7 @@ def steps_backward(
     Q: tl.constexpr,
     BH: tl.constexpr,
     READS: tl.constexpr,
+    PIECES: tl.constexpr,
     HAS_D: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
@@ -258,8 +259,8 @@ def steps_backward(
     for i in tl.static_range(READS):
         reach += tl.load(read + (heads * READS + i)[:, None] * Q + q[None, :], mask=some, other=0.0)
     over = tl.sum(feeding, 1)
-    for i in tl.static_range(READS):
-        over += tl.load(through + heads * READS + i, mask=h < H, other=0.0)
+    for i in tl.static_range(PIECES):
+        over += tl.load(through + heads * PIECES + i, mask=h < H, other=0.0)
     d_log = tl.cumsum(reach, 1, reverse=True) + over[:, None]
     a = tl.load(A + h, mask=h < H, other=0.0).to(tl.float32)
     d_step += d_log * a[:, None]

@@ -50,81 +50,85 @@ def sources(
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Write dx (tokens, H, P) for one chunk and up to BH heads of one group.
+    """Write dx (tokens, H, P) for BM tokens of one chunk and up to BH heads of one group.
 
     The outputs' way backwards: what later tokens of the chunk, and the state that leaves, make of x.
     """
-    TWO: tl.constexpr = Q == 2 * BM
+    BLOCKS: tl.constexpr = Q // BM
     runs = tl.cdiv(per_group, BH)
     pid = tl.program_id(0)
-    run = pid % runs
-    group = (pid // runs) % (H // per_group)
-    c = pid // (H // per_group * runs)
+    m = pid % BLOCKS
+    run = (pid // BLOCKS) % runs
+    group = (pid // (BLOCKS * runs)) % (H // per_group)
+    c = pid // (BLOCKS * H // per_group * runs)
     first, size = place(c, table, length, per_row, Q, PACKED)
-    if size <= 0:
+    if m * BM >= size:
         return
     i = tl.arange(0, BM)
     n = tl.arange(0, BN)
     p = tl.arange(0, BP)
-    B += first * s_B + group * N
-    C += first * s_C + group * N
-    dy += first * s_dy
-    dx += first * (H * P)
-    keys = block_of(B, i, s_B, n, i < size, N, OPERAND)
-    read = block_of(C, i, s_C, n, i < size, N, OPERAND)
+    start = first + m * BM
+    B += start * s_B + group * N
+    C += start * s_C + group * N
+    dy += start * s_dy
+    dx += start * (H * P)
+    keys = block_of(B, i, s_B, n, m * BM + i < size, N, OPERAND)
+    read = block_of(C, i, s_C, n, m * BM + i < size, N, OPERAND)
     later = i[None, :] >= i[:, None]
     gram = tl.where(later, tl.dot(keys, tl.trans(read), input_precision=PRECISION), 0.0).to(OPERAND)
-    if TWO:
-        read = block_of(C + BM * s_C, i, s_C, n, i < size - BM, N, OPERAND)
+    if BLOCKS == 2:
+        following = (m + 1) * BM + i < tl.where(m == 0, size, 0)
+        read = block_of(C + BM * s_C, i, s_C, n, following, N, OPERAND)
         across = tl.dot(keys, tl.trans(read), input_precision=PRECISION).to(OPERAND)
-        keys_2 = block_of(B + BM * s_B, i, s_B, n, i < size - BM, N, OPERAND)
-        gram_2 = tl.dot(keys_2, tl.trans(read), input_precision=PRECISION)
-        gram_2 = tl.where(later, gram_2, 0.0).to(OPERAND)
-        if HOLD > 0:
-            keys_2 = in_registers(keys_2, n)
-    if HOLD > 1:
+    if HOLD:
         keys = in_registers(keys, n)
     part = i[:, None] * s_dy + p[None, :]
     to = i[:, None] * (H * P) + p[None, :]
-    own = (i < size)[:, None] & (p < P)[None, :]
-    own_2 = (i < size - BM)[:, None] & (p < P)[None, :]
+    own = (m * BM + i < size)[:, None] & (p < P)[None, :]
     inside = (p < P)[:, None] & (n < N)[None, :]
     entry = p[:, None] * N + n[None, :]
     begin = group * per_group + run * BH
     for h in range(begin, begin + tl.minimum(BH, per_group - run * BH)):
         head = c.to(tl.int64) * H + h
+        rows = head * Q + m * BM
+        log = tl.load(logs + rows + i)
+        step = tl.load(steps + rows + i)
         last = tl.load(logs + head * Q + Q - 1)
-        dstate = tl.trans(tl.load(dstates + head * P * N + entry, mask=inside, other=0.0).to(OPERAND))
         if HAS_D:
             skip = tl.load(D + h).to(tl.float32)
-        if TWO:
-            middle = tl.load(logs + head * Q + BM - 1)
-            log = tl.load(logs + head * Q + BM + i)
-            g = tl.load(dy + BM * s_dy + h * P + part, mask=own_2, other=0.0)
-            du = tl.dot(keys_2, dstate, input_precision=PRECISION) * tl.exp2(last - log)[:, None]  # (BM, P)
-            # Clamped, since the reader may come before the source; there gram is 0, which infinity would spoil.
-            decay = tl.exp2(tl.minimum(log[None, :] - log[:, None], 0.0))
-            mix = (gram_2.to(tl.float32) * decay).to(OPERAND)
-            du = tl.dot(mix, g.to(OPERAND), du, input_precision=PRECISION)
-            du *= tl.load(steps + head * Q + BM + i)[:, None]
-            if HAS_D:
-                du += skip * g.to(tl.float32)
-            tl.store(dx + BM * (H * P) + h * P + to, du.to(dx.dtype.element_ty), mask=own_2)
-            du = tl.dot(keys, dstate, input_precision=PRECISION) * tl.exp2(last - middle)
-            mix = (across.to(tl.float32) * tl.exp2(log - middle)[None, :]).to(OPERAND)
-            du = tl.dot(mix, g.to(OPERAND), du, input_precision=PRECISION)
-            log = tl.load(logs + head * Q + i)
+        dstate = tl.load(dstates + head * P * N + entry, mask=inside, other=0.0).to(OPERAND)
+        g = tl.load(dy + h * P + part, mask=own, other=0.0)
+        du = tl.dot(keys, tl.trans(dstate), input_precision=PRECISION)  # (BM, P)
+        if BLOCKS == 2:
+            middle = tl.load(logs + rows + BM - 1)
+            column = tl.load(logs + rows + BM + i, mask=(i >= 0) & (m == 0), other=float("-inf"))
+            after = tl.load(
+                dy + BM * s_dy + h * P + part, mask=following[:, None] & (p < P)[None, :], other=0.0
+            ).to(OPERAND)
+            mix = (across.to(tl.float32) * tl.exp2(column - middle)[None, :]).to(OPERAND)
+            du = tl.dot(mix, after, du * tl.exp2(last - middle), input_precision=PRECISION)
             du *= tl.exp2(middle - log)[:, None]
         else:
-            log = tl.load(logs + head * Q + i)
-            du = tl.dot(keys, dstate, input_precision=PRECISION) * tl.exp2(last - log)[:, None]
-        g = tl.load(dy + h * P + part, mask=own, other=0.0)
+            du *= tl.exp2(last - log)[:, None]
+        # Clamped, since the reader may come before the source; there gram is 0, which infinity would spoil.
         decay = tl.exp2(tl.minimum(log[None, :] - log[:, None], 0.0))
         du = tl.dot((gram.to(tl.float32) * decay).to(OPERAND), g.to(OPERAND), du, input_precision=PRECISION)
-        du *= tl.load(steps + head * Q + i)[:, None]
+        du *= step[:, None]
         if HAS_D:
             du += skip * g.to(tl.float32)
         tl.store(dx + h * P + to, du.to(dx.dtype.element_ty), mask=own)
+
+
+@triton.jit
+def add_2(a, b, c, d):
+    """Add pairs."""
+    return a + c, b + d
+
+
+@triton.jit
+def add_4(a, b, c, d, e, f, g, h):
+    """Add quadruples."""
+    return a + e, b + f, c + g, d + h
 
 
 @triton.jit
@@ -201,42 +205,66 @@ def pairs(
     own = (i < size)[:, None] & (p < P)[None, :]
     own_2 = (i < size - BM)[:, None] & (p < P)[None, :]
     begin = group * per_group + run * BH
+    # A head's decays are loaded a head ahead, down the rows and along the columns of a tile apart: what is
+    # not an operand of a product Triton does not prefetch by itself.
+    final = (c.to(tl.int64) * H + begin + tl.minimum(BH, per_group - run * BH) - 1) * Q
+    rows = (c.to(tl.int64) * H + begin) * Q
+    down, along = i[:, None], i[None, :]
+    log = tl.load(logs + rows + down)
+    step = tl.load(steps + rows + down)
+    to = tl.load(logs + rows + along)
+    if TWO:
+        log_2 = tl.load(logs + rows + BM + down)
+        step_2 = tl.load(steps + rows + BM + down)
+        to_2 = tl.load(logs + rows + BM + along)
+        middle = tl.load(logs + rows + BM - 1)
     for h in range(begin, begin + tl.minimum(BH, per_group - run * BH)):
-        rows = (c.to(tl.int64) * H + h) * Q
-        log = tl.load(logs + rows + i)
-        step = tl.load(steps + rows + i)
+        ahead = tl.minimum(rows + Q, final)
+        next_log = tl.load(logs + ahead + down)
+        next_step = tl.load(steps + ahead + down)
+        next_to = tl.load(logs + ahead + along)
         u = tl.load(x + h * P + part_x, mask=own, other=0.0).to(OPERAND)
         g = tl.load(dy + h * P + part_dy, mask=own, other=0.0).to(OPERAND)
         near = tl.dot(u, tl.trans(g), input_precision=PRECISION)  # (BM, BM)
-        if HAS_D:
-            tl.store(skips + rows + i, tl.sum(tl.where(same, near, 0.0), 1))
+        itself = tl.where(same, near, 0.0)
         # Clamped, since the reader may come before the source; there gram is 0, and bracket is not used.
-        near *= tl.exp2(tl.minimum(log[None, :] - log[:, None], 0.0))
-        bracket += near * step[:, None]
+        near *= tl.exp2(tl.minimum(to - log, 0.0))
+        bracket += near * step
         near *= gram.to(tl.float32)
-        every = tl.sum(near, 1)
-        # A token's pair with itself stands in spans and, as a source's, in direct, and cancels.
-        tl.store(spans + rows + i, tl.sum(near * step[:, None], 0))
         if TWO:
-            middle = tl.load(logs + rows + BM - 1)
-            log_2 = tl.load(logs + rows + BM + i)
-            step_2 = tl.load(steps + rows + BM + i)
+            next_log_2 = tl.load(logs + ahead + BM + down)
+            next_step_2 = tl.load(steps + ahead + BM + down)
+            next_to_2 = tl.load(logs + ahead + BM + along)
+            next_middle = tl.load(logs + ahead + BM - 1)
             g = tl.load(dy + BM * s_dy + h * P + part_dy, mask=own_2, other=0.0).to(OPERAND)
-            row = tl.exp2(middle - log)
-            far = tl.dot(u, tl.trans(g), input_precision=PRECISION) * tl.exp2(log_2 - middle)[None, :]
-            beyond += far * (row * step)[:, None]
+            far = tl.dot(u, tl.trans(g), input_precision=PRECISION)
+            far *= tl.exp2(middle - log) * tl.exp2(to_2 - middle)
+            beyond += far * step
             far *= across.to(tl.float32)
-            every += tl.sum(far, 1) * row
             u = tl.load(x + BM * s_x + h * P + part_x, mask=own_2, other=0.0).to(OPERAND)
-            near = tl.dot(u, tl.trans(g), input_precision=PRECISION)
+            near_2 = tl.dot(u, tl.trans(g), input_precision=PRECISION)
+            itself_2 = tl.where(same, near_2, 0.0)
+            near_2 *= tl.exp2(tl.minimum(to_2 - log_2, 0.0))
+            bracket_2 += near_2 * step_2
+            near_2 *= gram_2.to(tl.float32)
+            # Sums in one go wait for each other's warps once.
+            every, skip, every_2, skip_2 = tl.reduce((near + far, itself, near_2, itself_2), 1, add_4)
+            heard, heard_2 = tl.reduce((near * step, near_2 * step_2 + far * step), 0, add_2)
+            tl.store(direct + rows + BM + i, every_2)
+            tl.store(spans + rows + BM + i, heard_2)
             if HAS_D:
-                tl.store(skips + rows + BM + i, tl.sum(tl.where(same, near, 0.0), 1))
-            near *= tl.exp2(tl.minimum(log_2[None, :] - log_2[:, None], 0.0))
-            bracket_2 += near * step_2[:, None]
-            near *= gram_2.to(tl.float32)
-            tl.store(direct + rows + BM + i, tl.sum(near, 1))
-            tl.store(spans + rows + BM + i, tl.sum(near * step_2[:, None] + far * (row * step)[:, None], 0))
+                tl.store(skips + rows + BM + i, skip_2)
+            log_2, step_2, to_2, middle = next_log_2, next_step_2, next_to_2, next_middle
+        else:
+            every, skip = tl.reduce((near, itself), 1, add_2)
+            heard = tl.sum(near * step, 0)
+        # A token's pair with itself stands in spans and, as a source's, in direct, and cancels.
         tl.store(direct + rows + i, every)
+        tl.store(spans + rows + i, heard)
+        if HAS_D:
+            tl.store(skips + rows + i, skip)
+        rows = ahead
+        log, step, to = next_log, next_step, next_to
     share = dgram + ((c.to(tl.int64) * (H // per_group) + group) * runs + run) * Q * Q
     share += i[:, None] * Q + i[None, :]
     tl.store(share, tl.where(later, bracket, 0.0))
@@ -253,10 +281,8 @@ def through_states(
     steps,
     logs,
     states,
-    others,
     share,
     products,
-    passed,
     table,
     s_source,
     s_other,
@@ -278,9 +304,8 @@ def through_states(
     """Sum over up to BH heads, of one chunk and BN of its columns, the gradient that comes by states.
 
     As a READER's: dC_t = sum of exp(l_t) S^T dy_t, and products (chunks, H, pieces, Q), its inner product with
-    C. As a source's: dB_s = sum of dt_s r_s dS^T x_s, its inner product with B, without dt_s, and passed
-    (chunks, H, pieces): the inner product of dS with others, the states that enter, times the chunk's decay.
-    share is (chunks, G, runs, Q, N).
+    C. As a source's: dB_s = sum of dt_s r_s dS^T x_s, and its inner product with B, without dt_s. share is
+    (chunks, G, runs, Q, N).
     """
     runs = tl.cdiv(per_group, BH)
     pieces = tl.cdiv(N, BN)
@@ -317,11 +342,6 @@ def through_states(
         else:
             last = tl.load(logs + head * Q + Q - 1)
             weight = tl.exp2(last - log)
-            entered = tl.load(others + at, mask=inside, other=0.0).to(OPERAND)
-            # Only its diagonal is wanted, but operands of a matrix product are what Triton prefetches.
-            cross = tl.dot(entered, tl.trans(state), input_precision=PRECISION)  # (P, P)
-            cross = tl.where(p[:, None] == p[None, :], cross, 0.0)
-            tl.store(passed + head * pieces + piece, tl.exp2(last) * tl.sum(cross))
         seen = tl.dot(mate, tl.trans(state), input_precision=PRECISION)  # (Q, P)
         tl.store(products + (head * pieces + piece) * Q + t, tl.sum(seen * g, 1) * weight)
         if not READER:

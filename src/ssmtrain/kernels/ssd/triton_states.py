@@ -26,8 +26,10 @@ def walk(
     logs,
     late,
     states,
+    others,
     enter,
     leave,
+    through,
     docs,
     s_source,
     s_keys,
@@ -52,7 +54,9 @@ def walk(
     """Walk the chunks of one document: a (BP, BN) part of the state of one head.
 
     source (tokens, H, P) is x, or dy going back; keys (tokens, G, N) is B, or C. Writes states (chunks, H, P,
-    N); starts from enter (n_docs, H, P, N), ends in leave. Takes BK tokens at a time.
+    N); starts from enter (n_docs, H, P, N), ends in leave. Takes BK tokens at a time. Going back, also writes
+    through (chunks, H, pieces): the inner product of dS with others, the states that enter the chunks, times
+    the chunk's decay, which is what passes through the chunk untouched.
     """
     pid = tl.program_id(0)
     pieces_n = tl.cdiv(N, BN)
@@ -94,6 +98,10 @@ def walk(
         c = chunk + block // BLOCKS
         b = block % BLOCKS
         rows = (c * H + h) * Q + b * BK
+        edge = (b == BLOCKS - 1) if BACK else (b == 0)
+        place = (c * H + h) * whole + part
+        if BACK:
+            other = tl.load(others + place, mask=within & edge, other=0.0)
         live = (k < size - block * BK)[:, None]
         if BACK:
             weight = tl.exp2(tl.load(logs + rows + k) - begin)
@@ -106,10 +114,12 @@ def walk(
         else:
             s = tl.load(source + shift * s_source + part_source, mask=live & (p < P)[None, :], other=0.0)
             m = tl.load(keys + shift * s_keys + part_keys, mask=live & (n < N)[None, :], other=0.0)
-        if (b == BLOCKS - 1) if BACK else (b == 0):
-            place = (c * H + h) * whole + part
-            tl.store(states + place, acc.to(states.dtype.element_ty), mask=within)
         weighted = (s.to(tl.float32) * weight[:, None]).to(OPERAND)
+        if edge:
+            tl.store(states + place, acc.to(states.dtype.element_ty), mask=within)
+            if BACK:
+                decay = tl.exp2(tl.load(logs + (c * H + h) * Q + Q - 1))
+                tl.store(through + (c * H + h) * pieces + piece, decay * tl.sum(acc * other.to(tl.float32)))
         acc = tl.dot(tl.trans(weighted), m.to(OPERAND), acc * tl.exp2(end - begin), input_precision=PRECISION)
         begin, end = next_begin, next_end
     if HAS_LEAVE:
