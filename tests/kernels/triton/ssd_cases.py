@@ -1,0 +1,154 @@
+"""What the tests of the Triton SSD share: inputs, the ops as functions of tensors, gradients by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.cases import assert_all_close
+from kernels.oracle_ssd import ssd_oracle
+from ssmtrain.kernels import tuned
+from ssmtrain.kernels.ssd import triton as ours
+
+Results = dict[str, Tensor]
+KEPT = {"A", "D", "dt_bias", "initial_state"}
+"""What stays in fp32 when x has 16 bits."""
+ALL = ("D", "dt_bias", "initial_state")
+
+
+def draw(
+    length: int,
+    n_docs: int = 1,
+    optional: tuple[str, ...] = ALL,
+    *,
+    batch: int = 1,
+    heads: int = 2,
+    groups: int = 1,
+    P: int = 16,
+    N: int = 16,
+    wide_d: bool = False,
+    seed: int = 0,
+) -> Results:
+    """Random inputs, float64 but with fp32's digits; step sizes between about 0.1 and 2."""
+    generator = torch.Generator().manual_seed(1000 * seed + length + groups)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).double()
+
+    inputs = {
+        "x": normal(batch, length, heads, P),
+        "dt": normal(batch, length, heads) - 1,
+        "A": -normal(heads).exp() * 0.3,
+        "B": normal(batch, length, groups, N),
+        "C": normal(batch, length, groups, N),
+        "D": normal(heads, P) if wide_d else normal(heads),
+        "z": normal(batch, length, heads, P),
+        "dt_bias": normal(heads),
+        "initial_state": normal(n_docs, heads, P, N),
+    }
+    return {name: inputs[name] for name in ("x", "dt", "A", "B", "C", *optional)}
+
+
+def rounded(inputs: Results, device: torch.device, dtype: torch.dtype = torch.float32) -> Results:
+    """The inputs as the op gets them."""
+    return {name: t.to(device, torch.float32 if name in KEPT else dtype) for name, t in inputs.items()}
+
+
+def doubled(inputs: Results) -> Results:
+    """The same numbers in float64."""
+    return {name: t.double() for name, t in inputs.items()}
+
+
+def call(
+    module, doc_ids: Tensor | None = None, n_docs: int = 1, final: bool = True, **options
+) -> Callable[..., tuple[Tensor, ...]]:
+    """The op of a module as a function of its tensors."""
+    settings = {"dt_softplus": True, "dt_limit": (0.0, None), "chunk_size": None} | options
+
+    def run(**tensors: Tensor) -> tuple[Tensor, ...]:
+        absent = {name: None for name in ("D", "z", "dt_bias", "initial_state") if name not in tensors}
+        ids = None if doc_ids is None else doc_ids.to(tensors["x"].device)
+        packed = {"doc_ids": ids, "n_docs": n_docs, "return_final_state": final}
+        y, state = module.ssd(**tensors, **absent, **packed, **settings)
+        return (y, state) if final else (y,)
+
+    return run
+
+
+def pulled(
+    run: Callable[..., tuple[Tensor, ...]],
+    inputs: Results,
+    dtype: torch.dtype = torch.float32,
+    scale: float = 1.0,
+    seed: int = 1,
+) -> Results:
+    """Outputs and gradients; cotangents are what `dtype` can hold."""
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
+    outputs = run(**leaves)
+    device = outputs[0].device
+    generator = torch.Generator(device).manual_seed(seed)
+    cotangents = [scale * torch.randn(out.shape, generator=generator, device=device) for out in outputs]
+    torch.autograd.backward(
+        outputs, [c.to(dtype).to(out.dtype) for c, out in zip(cotangents, outputs, strict=True)]
+    )
+    result = {f"output {i}": out.detach() for i, out in enumerate(outputs)}
+    return result | {f"grad {k}": leaf.grad for k, leaf in leaves.items() if leaf.grad is not None}
+
+
+def oracle(
+    inputs: Results, doc_ids: Tensor | None, dtype: torch.dtype = torch.float32, scale: float = 1.0, **options
+) -> Results:
+    """Outputs and gradients of the oracle, in float64, on the CPU."""
+    options.pop("chunk_size", None)
+    low, high = options.pop("dt_limit", (0.0, None))
+    options["dt_limit"] = (low, float("inf") if high is None else high)
+    exact = {name: t.double().cpu() for name, t in inputs.items()}
+    return pulled(lambda **leaves: ssd_oracle(**leaves, doc_ids=doc_ids, **options), exact, dtype, scale)
+
+
+def check(
+    inputs: Results,
+    doc_ids: Tensor | None,
+    n_docs: int,
+    device: torch.device,
+    tolerance: float = 3e-6,
+    dtype: torch.dtype = torch.float32,
+    scale: float = 1.0,
+    **options,
+) -> None:
+    """Hold outputs and gradients against the oracle's; sums over tokens, where much cancels, less so."""
+    low = rounded(inputs, device, dtype)
+    found = pulled(call(ours, doc_ids, n_docs, **options), low, dtype, scale)
+    found = {name: t.cpu() for name, t in found.items()}
+    assert all(torch.isfinite(t).all() for t in found.values())
+    truth = oracle(low, doc_ids, dtype, scale, **options)
+    sums = {name: truth.pop(name) for name in ("grad A", "grad dt_bias") if name in truth}
+    assert_all_close({name: found.pop(name) for name in sums}, sums, 10 * tolerance)
+    assert_all_close(found, truth, tolerance)
+
+
+def use(monkeypatch: pytest.MonkeyPatch, blocks: int, heads: int | None = None, **changes: int) -> None:
+    """Make a chunk one block of tokens or two, programs take up to `heads` heads, and change tile sizes."""
+    real = ours.configuration
+
+    def configuration(kernel: str, shape: ours.Shape, Q: int, device: torch.device) -> tuned.Config:
+        config = real(kernel, shape, Q, device)
+        config["BM"] = Q // blocks
+        return config | {name: value for name, value in changes.items() if name in config}
+
+    monkeypatch.setattr(ours, "configuration", configuration)
+    if heads is not None:
+        monkeypatch.setattr(ours, "_heads_at_once", lambda most, shape, chunks: min(heads, shape.per_group))
+
+
+def documents(*rows: list[int]) -> tuple[Tensor, int]:
+    """Document ids from the lengths of each row's documents."""
+    ids, count = [], 0
+    for lengths in rows:
+        numbers = torch.arange(count, count + len(lengths), dtype=torch.int32)
+        ids.append(numbers.repeat_interleave(torch.tensor(lengths)))
+        count += len(lengths)
+    return torch.stack(ids), count
