@@ -164,7 +164,6 @@ def configuration(kernel: str, shape: Shape, Q: int, device: torch.device) -> di
     small = shape.exact
     fallbacks: dict[str, dict[str, int]] = {
         "walk": {"BK": 64, "BP": 64, "BN": 64 if small else 128, "num_warps": 8, "num_stages": 3},
-        "walk_back": {"BK": 64, "BP": 64, "BN": 64 if small else 128, "num_warps": 4, "num_stages": 3},
         "outputs": {"BM": 64, "BH": 20, "HOLD": 1, "num_warps": 4, "num_stages": 3},
         "sources": {"BM": 64, "BH": 20, "HOLD": 1, "num_warps": 4, "num_stages": 3},
         "pairs": {"BM": 64, "BH": 40, "num_warps": 8, "num_stages": 3},
@@ -201,9 +200,10 @@ class Steps(NamedTuple):
 
     chunks: Chunks
     steps: Tensor
-    """(chunks, H, Q), as the next two"""
+    """(chunks, H, Q), as the others"""
     logs: Tensor
     late: Tensor
+    rests: Tensor
 
 
 def _steps(
@@ -221,7 +221,7 @@ def _steps(
     Q = chunk_length(shape, chunk)
     chunks = cut(shape.batch, shape.length, Q, doc_ids, n_docs, dt)
     steps = torch.empty(chunks.n, shape.heads, Q, dtype=torch.float32, device=dt.device)
-    logs, late = torch.empty_like(steps), torch.empty_like(steps)
+    logs, late, rests = (torch.empty_like(steps) for _ in range(3))
     BH = min(16, triton.next_power_of_2(shape.heads))
     steps_forward[(chunks.n, triton.cdiv(shape.heads, BH))](
         dt,
@@ -231,6 +231,7 @@ def _steps(
         steps,
         logs,
         late,
+        rests,
         dt.stride(1),
         shape.length,
         chunks.per_row,
@@ -243,7 +244,7 @@ def _steps(
         SOFTPLUS=softplus,
         PACKED=chunks.packed,
     )
-    return Steps(chunks, steps, logs, late)
+    return Steps(chunks, steps, logs, late, rests)
 
 
 def _walk(
@@ -253,32 +254,25 @@ def _walk(
     keys: Tensor,
     enter: Tensor | None,
     leave: Tensor | None,
-    others: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return the states that enter the chunks; or, going back over these others, the gradients of those that
-    leave, and what passes through."""
+    back: bool = False,
+) -> Tensor:
+    """Return the states that enter the chunks; going back, the gradients of those that leave them."""
     chunks = at.chunks
-    config = configuration("walk" if others is None else "walk_back", shape, chunks.size, source.device)
+    config = configuration("walk", shape, chunks.size, source.device)
     BP, BN, BK = config.pop("BP"), config.pop("BN"), min(config.pop("BK"), chunks.size)
     config.pop("BM")
     dtype = torch.float32 if shape.exact else source.dtype
     states = torch.empty(chunks.n, shape.heads, shape.P, shape.N, dtype=dtype, device=source.device)
     pieces = triton.cdiv(shape.P, BP) * triton.cdiv(shape.N, BN)
     even = not chunks.packed and shape.length % chunks.size == 0 and not (shape.P % BP or shape.N % BN)
-    back = others is not None
-    through = torch.empty(
-        (chunks.n, shape.heads, pieces) if back else 0, dtype=torch.float32, device=source.device
-    )
     walk[(chunks.n_docs * shape.heads * pieces,)](
         source,
         keys,
         at.logs,
         at.late,
         states,
-        others,
         enter,
         leave,
-        through,
         chunks.docs,
         source.stride(1),
         keys.stride(1),
@@ -300,7 +294,7 @@ def _walk(
         **shape.products(),
         **config,
     )
-    return states, through
+    return states
 
 
 def scan(
@@ -327,7 +321,7 @@ def scan(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     final = torch.empty(_final_shape(x, B, n_docs, want_final), dtype=torch.float32, device=x.device)
     enter = None if initial is None else initial.contiguous()
-    states, _ = _walk(shape, at, x, B, enter, final if want_final else None)
+    states = _walk(shape, at, x, B, enter, final if want_final else None)
     chunks = at.chunks
     config = configuration("outputs", shape, chunks.size, x.device)
     BM, BH = config.pop("BM"), _heads_at_once(config.pop("BH"), shape, chunks.n)
@@ -389,16 +383,14 @@ def scan_back(
     d_y, x, dt, B, C = (_tokens(t) for t in (d_y, x, dt, B, C))
     at = _steps(shape, dt, A, dt_bias, doc_ids, n_docs, chunk, softplus, low, high)
     enter = None if initial is None else initial.contiguous()
-    states, _ = _walk(shape, at, x, B, enter, None)
+    states = _walk(shape, at, x, B, enter, None)
     d_initial = torch.empty(0 if initial is None else initial.shape, dtype=torch.float32, device=x.device)
     d_enter = None if d_final is None else d_final.contiguous()
-    d_states, through = _walk(
-        shape, at, d_y, C, d_enter, None if initial is None else d_initial, others=states
-    )
+    d_states = _walk(shape, at, d_y, C, d_enter, None if initial is None else d_initial, back=True)
     d_x = _sources(shape, at, d_y, B, C, D, d_states)
     d_gram, direct, spans, skips = _pairs(shape, at, x, d_y, B, C, D is not None)
-    share_B, fed = _through_states(shape, at, x, B, d_states, reader=False)
-    share_C, read = _through_states(shape, at, d_y, C, states, reader=True)
+    share_B, fed, through = _through_states(shape, at, x, B, d_states, states)
+    share_C, read, _ = _through_states(shape, at, d_y, C, states, None)
     d_B = _gather(shape, at, d_gram, C, share_B, reader=False)
     d_C = _gather(shape, at, d_gram, B, share_C, reader=True)
     chunks, BH = at.chunks, min(16, triton.next_power_of_2(shape.heads))
@@ -414,6 +406,7 @@ def scan_back(
         spans,
         read,
         through,
+        at.logs,
         skips,
         d_dt,
         sums,
@@ -427,7 +420,6 @@ def scan_back(
         Q=chunks.size,
         BH=BH,
         READS=read.shape[2],
-        PIECES=through.shape[2],
         HAS_D=D is not None,
         HAS_BIAS=dt_bias is not None,
         SOFTPLUS=softplus,
@@ -525,9 +517,9 @@ def _pairs(
 
 
 def _through_states(
-    shape: Shape, at: Steps, source: Tensor, other: Tensor, states: Tensor, reader: bool
-) -> tuple[Tensor, Tensor]:
-    """Return the shares in dB, or in dC as readers, and what `steps_backward` reads."""
+    shape: Shape, at: Steps, source: Tensor, other: Tensor, states: Tensor, others: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the shares in dB, or in dC when there are no others, and what `steps_backward` reads."""
     chunks = at.chunks
     config = configuration("through_states", shape, chunks.size, source.device)
     config.pop("BM")
@@ -537,14 +529,17 @@ def _through_states(
         chunks.n, shape.groups, runs, chunks.size, shape.N, dtype=torch.float32, device=source.device
     )
     sums = torch.empty(chunks.n, shape.heads, pieces, chunks.size, dtype=torch.float32, device=source.device)
+    passed = torch.empty(chunks.n, shape.heads, pieces, dtype=torch.float32, device=source.device)
     through_states[(chunks.n * shape.groups * runs * pieces,)](
         source,
         other,
         at.steps,
-        at.logs,
+        at.logs if others is None else at.rests,
         states,
+        others,
         share,
         sums,
+        passed,
         chunks.table,
         source.stride(1),
         other.stride(1),
@@ -557,12 +552,12 @@ def _through_states(
         Q=chunks.size,
         BN=BN,
         BH=BH,
-        READER=reader,
+        READER=others is None,
         PACKED=chunks.packed,
         **shape.products(),
         **config,
     )
-    return share, sums
+    return share, sums, passed
 
 
 def _gather(shape: Shape, at: Steps, d_gram: Tensor, other: Tensor, share: Tensor, reader: bool) -> Tensor:

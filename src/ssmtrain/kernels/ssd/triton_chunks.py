@@ -5,10 +5,10 @@ nothing is masked at its boundary, a packed document gives the very bits that it
 initial and final states are those of its first and last chunk. The batch is seen as one string of B * L
 tokens; documents are row-major, so each is a run in it.
 
-Per chunk and head three fp32 rows are kept, (chunks, H, Q): the step sizes; `logs`, the running sum of the
+Per chunk and head four fp32 rows are kept, (chunks, H, Q): the step sizes; `logs`, the running sum of the
 log decays, in units of log 2 because the hardware's exponential is exp2; and `late`, that less log2 of the
 step size, so that a source's decay and step size up to a reader t are the one exponential exp2(logs[t] -
-late[s]). Tokens past a chunk's end have step 0, and late is infinite there.
+late[s]); and `rests`, what decays after the token, logs[Q - 1] - logs. Tokens past a chunk's end have step 0, and late is infinite there.
 """
 
 from __future__ import annotations
@@ -169,6 +169,7 @@ def steps_forward(
     steps,
     logs,
     late,
+    rests,
     s_token,
     length,
     per_row,
@@ -181,7 +182,7 @@ def steps_forward(
     SOFTPLUS: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    """Write steps, logs and late (chunks, H, Q) of one chunk, BH heads."""
+    """Write steps, logs, late and rests (chunks, H, Q) of one chunk, BH heads."""
     c = tl.program_id(0)
     h = tl.program_id(1) * BH + tl.arange(0, BH)
     q = tl.arange(0, Q)
@@ -198,6 +199,8 @@ def steps_forward(
     tl.store(steps + at, step, mask=(h < H)[None, :])
     tl.store(logs + at, log, mask=(h < H)[None, :])
     tl.store(late + at, log - tl.log2(step), mask=(h < H)[None, :])
+    last = tl.sum(tl.where((q == Q - 1)[:, None], log, 0.0), 0)
+    tl.store(rests + at, last[None, :] - log, mask=(h < H)[None, :])
 
 
 @triton.jit
@@ -211,6 +214,7 @@ def steps_backward(
     spans,
     read,
     through,
+    logs,
     skips,
     d_dt,
     sums,
@@ -224,7 +228,6 @@ def steps_backward(
     Q: tl.constexpr,
     BH: tl.constexpr,
     READS: tl.constexpr,
-    PIECES: tl.constexpr,
     HAS_D: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
@@ -236,7 +239,8 @@ def steps_backward(
     sum of four kinds of pairs: source and reader in the chunk, a source before it, a reader after it, both
     outside. Of pairs in the chunk `spans` (H, Q) holds each reader's, and `direct` (H, Q) each source's, still to be multiplied by its step size, as is `fed` (H, pieces, Q), what it feeds to the
     state that leaves; `read` (H, pieces, Q) is what a token reads from the state that enters, `through` (H,
-    pieces) the pairs outside. Each is the sum of its blocks or pieces.
+    pieces) the inner product of the state that enters and the gradient of the one that leaves, the pairs
+    outside but for the chunk's decay. Each is the sum of its blocks or pieces.
     """
     c = tl.program_id(0)
     h = tl.program_id(1) * BH + tl.arange(0, BH)
@@ -259,8 +263,10 @@ def steps_backward(
     for i in tl.static_range(READS):
         reach += tl.load(read + (heads * READS + i)[:, None] * Q + q[None, :], mask=some, other=0.0)
     over = tl.sum(feeding, 1)
-    for i in tl.static_range(PIECES):
-        over += tl.load(through + heads * PIECES + i, mask=h < H, other=0.0)
+    passed = tl.zeros((BH,), tl.float32)
+    for i in tl.static_range(READS):
+        passed += tl.load(through + heads * READS + i, mask=h < H, other=0.0)
+    over += passed * tl.exp2(tl.load(logs + heads * Q + Q - 1, mask=h < H, other=0.0))
     d_log = tl.cumsum(reach, 1, reverse=True) + over[:, None]
     a = tl.load(A + h, mask=h < H, other=0.0).to(tl.float32)
     d_step += d_log * a[:, None]

@@ -279,10 +279,12 @@ def through_states(
     source,
     other,
     steps,
-    logs,
+    decays,
     states,
+    others,
     share,
     products,
+    passed,
     table,
     s_source,
     s_other,
@@ -304,8 +306,9 @@ def through_states(
     """Sum over up to BH heads, of one chunk and BN of its columns, the gradient that comes by states.
 
     As a READER's: dC_t = sum of exp(l_t) S^T dy_t, and products (chunks, H, pieces, Q), its inner product with
-    C. As a source's: dB_s = sum of dt_s r_s dS^T x_s, and its inner product with B, without dt_s. share is
-    (chunks, G, runs, Q, N).
+    C. As a source's: dB_s = sum of dt_s r_s dS^T x_s, its inner product with B, without dt_s, and passed
+    (chunks, H, pieces), the inner product of dS with others, the states that enter. decays are logs or rests;
+    share is (chunks, G, runs, Q, N).
     """
     runs = tl.cdiv(per_group, BH)
     pieces = tl.cdiv(N, BN)
@@ -336,12 +339,13 @@ def through_states(
         inside = (p < P)[:, None] & (n < N)[None, :]
         state = tl.load(states + at, mask=inside, other=0.0).to(OPERAND)
         g = tl.load(source + h * P + part, mask=live & (p < P)[None, :], other=0.0).to(tl.float32)
-        log = tl.load(logs + head * Q + t)
-        if READER:
-            weight = tl.exp2(log)
-        else:
-            last = tl.load(logs + head * Q + Q - 1)
-            weight = tl.exp2(last - log)
+        weight = tl.exp2(tl.load(decays + head * Q + t))
+        if not READER:
+            entered = tl.load(others + at, mask=inside, other=0.0).to(OPERAND)
+            # Only its diagonal is wanted, but operands of a matrix product are what Triton prefetches.
+            cross = tl.dot(entered, tl.trans(state), input_precision=PRECISION)  # (P, P)
+            cross = tl.where(p[:, None] == p[None, :], cross, 0.0)
+            tl.store(passed + head * pieces + piece, tl.sum(cross))
         seen = tl.dot(mate, tl.trans(state), input_precision=PRECISION)  # (Q, P)
         tl.store(products + (head * pieces + piece) * Q + t, tl.sum(seen * g, 1) * weight)
         if not READER:

@@ -25,7 +25,7 @@ def in_registers(a, k):
     The result of a product is a left operand of the next without a way through shared memory, whereas what
     was loaded stays there: 16 KiB of 227 that a third buffer for the loads ahead needs more.
     """
-    eye = (k[:, None] == k[None, :]).to(a.dtype)
+    eye = tl.where(k[:, None] == k[None, :], 1.0, 0.0).to(a.dtype)
     return tl.dot(a, eye).to(a.dtype)
 
 

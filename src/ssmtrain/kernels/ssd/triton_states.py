@@ -26,10 +26,8 @@ def walk(
     logs,
     late,
     states,
-    others,
     enter,
     leave,
-    through,
     docs,
     s_source,
     s_keys,
@@ -54,9 +52,7 @@ def walk(
     """Walk the chunks of one document: a (BP, BN) part of the state of one head.
 
     source (tokens, H, P) is x, or dy going back; keys (tokens, G, N) is B, or C. Writes states (chunks, H, P,
-    N); starts from enter (n_docs, H, P, N), ends in leave. Takes BK tokens at a time. Going back, also writes
-    through (chunks, H, pieces): the inner product of dS with others, the states that enter the chunks, times
-    the chunk's decay, which is what passes through the chunk untouched.
+    N); starts from enter (n_docs, H, P, N), ends in leave. Takes BK tokens at a time.
     """
     pid = tl.program_id(0)
     pieces_n = tl.cdiv(N, BN)
@@ -100,8 +96,6 @@ def walk(
         rows = (c * H + h) * Q + b * BK
         edge = (b == BLOCKS - 1) if BACK else (b == 0)
         place = (c * H + h) * whole + part
-        if BACK:
-            other = tl.load(others + place, mask=within & edge, other=0.0)
         live = (k < size - block * BK)[:, None]
         if BACK:
             weight = tl.exp2(tl.load(logs + rows + k) - begin)
@@ -117,9 +111,6 @@ def walk(
         weighted = (s.to(tl.float32) * weight[:, None]).to(OPERAND)
         if edge:
             tl.store(states + place, acc.to(states.dtype.element_ty), mask=within)
-            if BACK:
-                decay = tl.exp2(tl.load(logs + (c * H + h) * Q + Q - 1))
-                tl.store(through + (c * H + h) * pieces + piece, decay * tl.sum(acc * other.to(tl.float32)))
         acc = tl.dot(tl.trans(weighted), m.to(OPERAND), acc * tl.exp2(end - begin), input_precision=PRECISION)
         begin, end = next_begin, next_end
     if HAS_LEAVE:
