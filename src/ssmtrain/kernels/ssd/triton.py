@@ -143,7 +143,7 @@ class Shape(NamedTuple):
         """
         if not self.exact:
             return {"OPERAND": tl.bfloat16, "PRECISION": "tf32"}
-        return {"OPERAND": tl.float32, "PRECISION": "tf32" if self.dtype == torch.float16 else "tf32x3"}
+        return {"OPERAND": tl.float32, "PRECISION": "tf32x3"}
 
 
 def shape_of(x: Tensor, B: Tensor) -> Shape:

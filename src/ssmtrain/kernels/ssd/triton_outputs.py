@@ -104,12 +104,16 @@ def outputs(
     inside = (p < P)[:, None] & (n < N)[None, :]
     entry = p[:, None] * N + n[None, :]
     begin = group * per_group + run * BH
-    for h in range(begin, begin + tl.minimum(BH, per_group - run * BH)):
+    final = begin + tl.minimum(BH, per_group - run * BH) - 1
+    # Loaded a head ahead: Triton prefetches by itself only what becomes an operand of a product.
+    if HAS_D:
+        skip = tl.load(D + begin).to(tl.float32)
+    for h in range(begin, final + 1):
         head = c.to(tl.int64) * H + h
         rows = head * Q + m * BM
         log = tl.load(logs + rows + i)
         if HAS_D:
-            skip = tl.load(D + h).to(tl.float32)
+            next_skip = tl.load(D + tl.minimum(h + 1, final)).to(tl.float32)
         here = tl.load(late + rows + i)
         state = tl.load(states + head * P * N + entry, mask=inside, other=0.0).to(OPERAND)
         u = tl.load(x + h * P + part, mask=own, other=0.0)
@@ -130,4 +134,5 @@ def outputs(
         acc = tl.dot((gram.to(tl.float32) * decay).to(OPERAND), u.to(OPERAND), acc, input_precision=PRECISION)
         if HAS_D:
             acc += skip * u.to(tl.float32)
+            skip = next_skip
         tl.store(y + h * P + to, acc.to(y.dtype.element_ty), mask=own)
