@@ -159,24 +159,63 @@ def chunk_length(shape: Shape, asked: int) -> int:
     return max(16, min(best, 1 << (asked.bit_length() - 1)))
 
 
+SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227}
+"""Shared memory of a block by architecture; the others have, or may have, 99 KiB."""
+
+
 def configuration(kernel: str, shape: Shape, Q: int, device: torch.device) -> dict[str, int]:
-    """Return the launch configuration of one kernel: tile sizes, num_warps, num_stages."""
-    small = shape.exact
-    fallbacks: dict[str, dict[str, int]] = {
-        "walk": {"BK": 64, "BP": 64, "BN": 64 if small else 128, "num_warps": 8, "num_stages": 3},
-        "outputs": {"BM": 64, "BH": 20, "HOLD": 1, "num_warps": 4, "num_stages": 3},
-        "sources": {"BM": 64, "BH": 20, "HOLD": 1, "num_warps": 4, "num_stages": 3},
-        "pairs": {"BM": 64, "BH": 40, "num_warps": 8, "num_stages": 3},
-        "through_states": {"BN": 64 if small else 128, "BH": 40, "num_warps": 8, "num_stages": 3},
-        "gather": {"BN": 64, "num_warps": 4, "num_stages": 2},
-    }
-    config = tuned.lookup(f"ssd_{kernel}", device, shape.key, fallbacks[kernel])
-    if "HOLD" in config:
-        config["HOLD"] = 0 if shape.exact else config["HOLD"]
-    config["BP"] = min(config.get("BP", shape.BP), shape.BP)
-    config["BN"] = min(config.get("BN", shape.BN), shape.BN)
-    config["BM"] = min(max(config.get("BM", Q), Q // 2), Q)  # one block of readers, or two
+    """Return the launch configuration of one kernel: tile sizes, num_warps, num_stages.
+
+    From the table, or else the first of the kernel's candidates, fastest first, that fits the device's shared
+    memory.
+    """
+    budget = SHARED_KIB.get(tuned.architecture(device), 99) * 1024 - 1024
+    choices = _candidates(kernel, shape, Q)
+    fallback = next((config for size, config in choices if size <= budget), choices[-1][1])
+    config = {"BP": shape.BP, "BN": shape.BN, "BM": Q, **fallback}
+    found = tuned.lookup(f"ssd_{kernel}", device, shape.key, config)
+    config = dict(found)
+    config["BP"], config["BN"] = min(config["BP"], shape.BP), min(config["BN"], shape.BN)
+    config["BM"] = min(max(config["BM"], Q // 2), Q)  # one block of readers, or two
     return config
+
+
+def _candidates(kernel: str, shape: Shape, Q: int) -> list[tuple[int, dict[str, int]]]:
+    """List (bytes of shared memory, about; configuration), fastest first."""
+    BP, BN, half = shape.BP, shape.BN, max(16, Q // 2)
+    item = 4 if shape.exact else 2
+    choices: list[tuple[int, dict[str, int]]] = []
+
+    def add(size: int, stages: int, **config: int) -> None:
+        config = {"num_warps": 4, "num_stages": stages, **config}
+        choices.append((size * item, config))
+
+    if kernel == "walk":
+        bp, bk = min(BP, 64), min(Q, 64)
+        for bn, stages in ((128, 3), (64, 3), (64, 2), (32, 2), (32, 1)):
+            bn = min(BN, bn)
+            add(stages * bk * (bp + bn) + bk * bp + bp * bn, stages, BK=bk, BP=bp, BN=bn, num_warps=8)
+    elif kernel in ("outputs", "sources"):
+        for bp in dict.fromkeys((BP, min(BP, 64), min(BP, 32))):
+            tiles, own = bp * BN + 2 * half * bp, half * BN
+            if not shape.exact and BN <= 128:
+                add(3 * tiles + half * bp, 3, BM=half, BP=bp, BH=20, HOLD=1)
+            add(2 * tiles + own + half * bp, 2, BM=half, BP=bp, BH=20, HOLD=0)
+            add(max(tiles + half * bp, own) + own, 1, BM=half, BP=bp, BH=20, HOLD=0)
+    elif kernel == "pairs":
+        for stages in (3, 2, 1):
+            size = max(stages * 4 * half * BP, 3 * half * BN) + 2048
+            add(size, stages, BM=half, BH=40, num_warps=8)
+    elif kernel == "through_states":
+        for bn, stages in ((128, 3), (128, 2), (64, 2), (32, 2), (32, 1), (16, 1)):
+            bn = min(BN, bn)
+            size = stages * (2 * BP * bn + Q * BP) + Q * bn + 2 * Q * BP
+            add(size, stages, BN=bn, BH=40, num_warps=8)
+    else:
+        bn = min(BN, 64)
+        add(Q * Q + 2 * Q * bn, 2, BN=bn)
+        add(Q * Q + Q * min(BN, 32), 1, BN=min(BN, 32))
+    return choices
 
 
 def _heads_at_once(most: int, shape: Shape, chunks: int) -> int:
@@ -250,32 +289,43 @@ def _steps(
 def _walk(
     shape: Shape,
     at: Steps,
-    source: Tensor,
-    keys: Tensor,
-    enter: Tensor | None,
-    leave: Tensor | None,
-    back: bool = False,
-) -> Tensor:
-    """Return the states that enter the chunks; going back, the gradients of those that leave them."""
+    x: Tensor,
+    B: Tensor,
+    initial: Tensor | None,
+    final: Tensor | None,
+    back: tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the states that enter the chunks, (chunks, H, P, N), and write the final ones; with `back` (d_y,
+    C, d_final, d_initial), also return the gradients of those that leave, and write d_initial."""
     chunks = at.chunks
-    config = configuration("walk", shape, chunks.size, source.device)
-    BP, BN, BK = config.pop("BP"), config.pop("BN"), min(config.pop("BK"), chunks.size)
-    config.pop("BM")
-    dtype = torch.float32 if shape.exact else source.dtype
-    states = torch.empty(chunks.n, shape.heads, shape.P, shape.N, dtype=dtype, device=source.device)
-    pieces = triton.cdiv(shape.P, BP) * triton.cdiv(shape.N, BN)
-    even = not chunks.packed and shape.length % chunks.size == 0 and not (shape.P % BP or shape.N % BN)
-    walk[(chunks.n_docs * shape.heads * pieces,)](
-        source,
-        keys,
+    config = configuration("walk", shape, chunks.size, x.device)
+    BP, BN = config["BP"], config["BN"]
+    config["BK"] = min(config["BK"], chunks.size)
+    del config["BM"]
+    dtype = torch.float32 if shape.exact else x.dtype
+    states = torch.empty(chunks.n, shape.heads, shape.P, shape.N, dtype=dtype, device=x.device)
+    d_states = states if back is None else torch.empty_like(states)
+    d_y, C, d_final, d_initial = (x, B, None, initial) if back is None else back
+    walks = chunks.n_docs * shape.heads * triton.cdiv(shape.P, BP) * triton.cdiv(shape.N, BN)
+    walk[(walks if back is None else 2 * walks,)](
+        x,
+        B,
+        d_y,
+        C,
         at.logs,
         at.late,
         states,
-        enter,
-        leave,
+        d_states,
+        initial,
+        final,
+        d_final,
+        d_initial,
         chunks.docs,
-        source.stride(1),
-        keys.stride(1),
+        x.stride(1),
+        B.stride(1),
+        d_y.stride(1),
+        C.stride(1),
+        walks,
         shape.length,
         chunks.per_row,
         shape.heads,
@@ -283,18 +333,15 @@ def _walk(
         shape.P,
         shape.N,
         Q=chunks.size,
-        BK=BK,
-        BP=BP,
-        BN=BN,
-        BACK=back,
         PACKED=chunks.packed,
-        EVEN=even,
-        HAS_ENTER=enter is not None,
-        HAS_LEAVE=leave is not None,
+        EVEN=not chunks.packed and shape.length % chunks.size == 0 and not (shape.P % BP or shape.N % BN),
+        HAS_INITIAL=initial is not None,
+        HAS_FINAL=final is not None,
+        HAS_DFINAL=d_final is not None,
         **shape.products(),
         **config,
     )
-    return states
+    return states, d_states
 
 
 def scan(
@@ -321,12 +368,12 @@ def scan(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     final = torch.empty(_final_shape(x, B, n_docs, want_final), dtype=torch.float32, device=x.device)
     enter = None if initial is None else initial.contiguous()
-    states = _walk(shape, at, x, B, enter, final if want_final else None)
+    states, _ = _walk(shape, at, x, B, enter, final if want_final else None)
     chunks = at.chunks
     config = configuration("outputs", shape, chunks.size, x.device)
     BM, BH = config.pop("BM"), _heads_at_once(config.pop("BH"), shape, chunks.n)
     runs = triton.cdiv(shape.per_group, BH)
-    outputs[(chunks.n * shape.groups * runs * (chunks.size // BM),)](
+    outputs[(chunks.n * shape.groups * runs * (chunks.size // BM) * triton.cdiv(shape.P, config["BP"]),)](
         x,
         B,
         C,
@@ -383,16 +430,16 @@ def scan_back(
     d_y, x, dt, B, C = (_tokens(t) for t in (d_y, x, dt, B, C))
     at = _steps(shape, dt, A, dt_bias, doc_ids, n_docs, chunk, softplus, low, high)
     enter = None if initial is None else initial.contiguous()
-    states = _walk(shape, at, x, B, enter, None)
     d_initial = torch.empty(0 if initial is None else initial.shape, dtype=torch.float32, device=x.device)
-    d_enter = None if d_final is None else d_final.contiguous()
-    d_states = _walk(shape, at, d_y, C, d_enter, None if initial is None else d_initial, back=True)
+    d_final = None if d_final is None else d_final.contiguous()
+    states, d_states = _walk(
+        shape, at, x, B, enter, None, (d_y, C, d_final, None if initial is None else d_initial)
+    )
     d_x = _sources(shape, at, d_y, B, C, D, d_states)
     d_gram, direct, spans, skips = _pairs(shape, at, x, d_y, B, C, D is not None)
     share_B, fed, through = _through_states(shape, at, x, B, d_states, states)
     share_C, read, _ = _through_states(shape, at, d_y, C, states, None)
-    d_B = _gather(shape, at, d_gram, C, share_B, reader=False)
-    d_C = _gather(shape, at, d_gram, B, share_C, reader=True)
+    d_B, d_C = _gather(shape, at, d_gram, B, C, share_B, share_C)
     chunks, BH = at.chunks, min(16, triton.next_power_of_2(shape.heads))
     d_dt = torch.empty(dt.shape, dtype=dt.dtype, device=dt.device)
     sums = torch.empty(2 if D is None else 3, chunks.n, shape.heads, dtype=torch.float32, device=x.device)
@@ -439,7 +486,7 @@ def _sources(
     BM, BH = config.pop("BM"), _heads_at_once(config.pop("BH"), shape, chunks.n)
     runs = triton.cdiv(shape.per_group, BH)
     d_x = torch.empty(d_y.shape, dtype=d_y.dtype, device=d_y.device)
-    sources[(chunks.n * shape.groups * runs * (chunks.size // BM),)](
+    sources[(chunks.n * shape.groups * runs * (chunks.size // BM) * triton.cdiv(shape.P, config["BP"]),)](
         d_y,
         B,
         C,
@@ -560,33 +607,37 @@ def _through_states(
     return share, sums, passed
 
 
-def _gather(shape: Shape, at: Steps, d_gram: Tensor, other: Tensor, share: Tensor, reader: bool) -> Tensor:
+def _gather(
+    shape: Shape, at: Steps, d_gram: Tensor, B: Tensor, C: Tensor, share_B: Tensor, share_C: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of B and C from their shares."""
     chunks = at.chunks
-    config = configuration("gather", shape, chunks.size, share.device)
-    BN = config.pop("BN")
+    config = configuration("gather", shape, chunks.size, B.device)
     config.pop("BM"), config.pop("BP")
-    out = torch.empty(other.shape, dtype=other.dtype, device=share.device)
-    gather[(chunks.n * shape.groups * triton.cdiv(shape.N, BN),)](
+    d_B, d_C = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (B, C))
+    gather[(chunks.n * shape.groups * triton.cdiv(shape.N, config["BN"]), 2)](
         d_gram,
-        other,
-        share,
-        out,
+        B,
+        C,
+        share_B,
+        share_C,
+        d_B,
+        d_C,
         chunks.table,
-        other.stride(1),
+        B.stride(1),
+        C.stride(1),
         shape.length,
         chunks.per_row,
         shape.groups,
         shape.N,
         d_gram.shape[2],
-        share.shape[2],
+        share_B.shape[2],
         Q=chunks.size,
-        BN=BN,
-        READER=reader,
         PACKED=chunks.packed,
         **shape.products(),
         **config,
     )
-    return out
+    return d_B, d_C
 
 
 def _sum_chunks(values: Tensor) -> Tensor:

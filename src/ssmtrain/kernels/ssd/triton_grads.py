@@ -57,6 +57,8 @@ def sources(
     BLOCKS: tl.constexpr = Q // BM
     runs = tl.cdiv(per_group, BH)
     pid = tl.program_id(0)
+    p = (pid % tl.cdiv(P, BP)) * BP + tl.arange(0, BP)
+    pid = pid // tl.cdiv(P, BP)
     m = pid % BLOCKS
     run = (pid // BLOCKS) % runs
     group = (pid // (BLOCKS * runs)) % (H // per_group)
@@ -66,7 +68,6 @@ def sources(
         return
     i = tl.arange(0, BM)
     n = tl.arange(0, BN)
-    p = tl.arange(0, BP)
     start = first + m * BM
     B += start * s_B + group * N
     C += start * s_C + group * N
@@ -370,11 +371,15 @@ def through_states(
 @triton.jit
 def gather(
     dgram,
-    other,
-    share,
-    out,
+    B,
+    C,
+    share_B,
+    share_C,
+    dB,
+    dC,
     table,
-    s_other,
+    s_B,
+    s_C,
     length,
     per_row,
     groups,
@@ -383,38 +388,35 @@ def gather(
     runs,
     Q: tl.constexpr,
     BN: tl.constexpr,
-    READER: tl.constexpr,
     PACKED: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Add the shares of all runs of heads and write dB (or, as READER, dC), (tokens, G, N)."""
+    """Add the shares of all runs of heads: write dB, and by the programs with second index 1 dC."""
     pid = tl.program_id(0)
     pieces = tl.cdiv(N, BN)
-    piece = pid % pieces
+    n = (pid % pieces) * BN + tl.arange(0, BN)
     group = (pid // pieces) % groups
     c = pid // (pieces * groups)
     first, size = place(c, table, length, per_row, Q, PACKED)
     if size <= 0:
         return
     t = tl.arange(0, Q)
-    u = tl.arange(0, Q)
-    n = piece * BN + tl.arange(0, BN)
     chunk = c.to(tl.int64) * groups + group
-    bracket = tl.zeros((Q, Q), tl.float32)
+    bracket = tl.zeros((Q, Q), tl.float32)  # (sources, readers)
     for r in range(pair_runs):
-        bracket += tl.load(dgram + (chunk * pair_runs + r) * Q * Q + t[:, None] * Q + u[None, :])
-    if READER:
+        bracket += tl.load(dgram + (chunk * pair_runs + r) * Q * Q + t[:, None] * Q + t[None, :])
+    if tl.program_id(1) == 0:
+        share, out = share_B, dB
+        other = block_of(C + first * s_C + group * N, t, s_C, n, t < size, N, OPERAND)
+    else:
+        share, out = share_C, dC
         bracket = tl.trans(bracket)
+        other = block_of(B + first * s_B + group * N, t, s_B, n, t < size, N, OPERAND)
     acc = tl.zeros((Q, BN), tl.float32)
     for r in range(runs):
         at = (chunk * runs + r) * Q
         acc += tl.load(share + (at + t)[:, None] * N + n[None, :], mask=(n < N)[None, :], other=0.0)
-    m = tl.load(
-        other + (first + u)[:, None] * s_other + group * N + n[None, :],
-        mask=(u < size)[:, None] & (n < N)[None, :],
-        other=0.0,
-    ).to(OPERAND)
-    acc = tl.dot(bracket.to(OPERAND), m, acc, input_precision=PRECISION)
+    acc = tl.dot(bracket.to(OPERAND), other, acc, input_precision=PRECISION)
     to = out + (first + t)[:, None] * (groups * N) + group * N + n[None, :]
     tl.store(to, acc.to(out.dtype.element_ty), mask=(t < size)[:, None] & (n < N)[None, :])

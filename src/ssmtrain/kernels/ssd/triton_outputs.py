@@ -71,6 +71,8 @@ def outputs(
     BLOCKS: tl.constexpr = Q // BM
     runs = tl.cdiv(per_group, BH)
     pid = tl.program_id(0)
+    p = (pid % tl.cdiv(P, BP)) * BP + tl.arange(0, BP)
+    pid = pid // tl.cdiv(P, BP)
     m = pid % BLOCKS
     run = (pid // BLOCKS) % runs
     group = (pid // (BLOCKS * runs)) % (H // per_group)
@@ -80,7 +82,6 @@ def outputs(
         return
     i = tl.arange(0, BM)
     n = tl.arange(0, BN)
-    p = tl.arange(0, BP)
     start = first + m * BM
     # Offsets inside a tile fit 32 bits; only where a tile begins takes 64.
     B += start * s_B + group * N

@@ -21,16 +21,24 @@ def edges(logs, chunk, h, block, H, Q: tl.constexpr, BK: tl.constexpr, live):
 
 @triton.jit
 def walk(
-    source,
-    keys,
+    x,
+    B,
+    dy,
+    C,
     logs,
     late,
     states,
-    enter,
-    leave,
+    dstates,
+    initial,
+    final,
+    dfinal,
+    dinitial,
     docs,
-    s_source,
-    s_keys,
+    s_x,
+    s_B,
+    s_dy,
+    s_C,
+    walks,
     length,
     per_row,
     H,
@@ -41,20 +49,23 @@ def walk(
     BK: tl.constexpr,
     BP: tl.constexpr,
     BN: tl.constexpr,
-    BACK: tl.constexpr,
     PACKED: tl.constexpr,
     EVEN: tl.constexpr,
-    HAS_ENTER: tl.constexpr,
-    HAS_LEAVE: tl.constexpr,
+    HAS_INITIAL: tl.constexpr,
+    HAS_FINAL: tl.constexpr,
+    HAS_DFINAL: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Walk the chunks of one document: a (BP, BN) part of the state of one head.
+    """Walk the chunks of one document, BK tokens at a time: a (BP, BN) part of the state of one head.
 
-    source (tokens, H, P) is x, or dy going back; keys (tokens, G, N) is B, or C. Writes states (chunks, H, P,
-    N); starts from enter (n_docs, H, P, N), ends in leave. Takes BK tokens at a time.
+    The first `walks` programs go forward and write states (chunks, H, P, N), those that enter; the others go
+    back and write dstates, gradients of those that leave. One launch holds both, so that no multiprocessor
+    waits for the last walks of one direction before the other begins.
     """
     pid = tl.program_id(0)
+    back = pid >= walks
+    pid = tl.where(back, pid - walks, pid)
     pieces_n = tl.cdiv(N, BN)
     pieces = tl.cdiv(P, BP) * pieces_n
     piece = pid % pieces
@@ -62,7 +73,6 @@ def walk(
     d = pid // (pieces * H)
     p = (piece // pieces_n) * BP + tl.arange(0, BP)
     n = (piece % pieces_n) * BN + tl.arange(0, BN)
-    q = tl.arange(0, Q)
     if PACKED:
         first = tl.load(docs + 2 * d)
         chunk = tl.load(docs + 2 * d + 1)
@@ -71,47 +81,50 @@ def walk(
         first = d.to(tl.int64) * length
         chunk = d.to(tl.int64) * per_row
         size = length
-    count = tl.cdiv(size, Q)
+    if back:
+        source, keys, out, decays, s_source, s_keys = dy, C, dstates, logs, s_dy, s_C
+    else:
+        source, keys, out, decays, s_source, s_keys = x, B, states, late, s_x, s_B
+    BLOCKS: tl.constexpr = Q // BK
+    blocks = tl.cdiv(size, Q) * BLOCKS
     part = p[:, None] * N + n[None, :]
     within = (p < P)[:, None] & (n < N)[None, :]
     whole = P * N
+    ends = (d.to(tl.int64) * H + h) * whole + part
     acc = tl.zeros((BP, BN), tl.float32)
-    if HAS_ENTER:
-        acc += tl.load(enter + (d.to(tl.int64) * H + h) * whole + part, mask=within, other=0.0)
+    if HAS_INITIAL:
+        acc += tl.load(initial + ends, mask=within & (pid >= 0) & (not back), other=0.0)
+    if HAS_DFINAL:
+        acc += tl.load(dfinal + ends, mask=within & back, other=0.0)
     k = tl.arange(0, BK)
-    BLOCKS: tl.constexpr = Q // BK
     source += h * P + first * s_source
     keys += (h // per_group) * N + first * s_keys
     part_source = k[:, None] * s_source + p[None, :]
     part_keys = k[:, None] * s_keys + n[None, :]
     # The scalars of a block are loaded while the block before it is worked on.
-    begin, end = edges(logs, chunk, h, count * BLOCKS - 1 if BACK else 0, H, Q, BK, size > 0)
-    for i in range(count * BLOCKS):
-        block = count * BLOCKS - 1 - i if BACK else i
-        ahead = block - 1 if BACK else block + 1
-        inside = (ahead >= 0) & (ahead < count * BLOCKS)
-        next_begin, next_end = edges(logs, chunk, h, ahead, H, Q, BK, inside)
+    begin, end = edges(logs, chunk, h, tl.where(back, blocks - 1, 0), H, Q, BK, size > 0)
+    for i in range(blocks):
+        block = tl.where(back, blocks - 1 - i, i)
+        ahead = tl.where(back, block - 1, block + 1)
+        next_begin, next_end = edges(logs, chunk, h, ahead, H, Q, BK, (ahead >= 0) & (ahead < blocks))
         c = chunk + block // BLOCKS
         b = block % BLOCKS
-        rows = (c * H + h) * Q + b * BK
-        edge = (b == BLOCKS - 1) if BACK else (b == 0)
-        place = (c * H + h) * whole + part
-        live = (k < size - block * BK)[:, None]
-        if BACK:
-            weight = tl.exp2(tl.load(logs + rows + k) - begin)
-        else:
-            weight = tl.exp2(end - tl.load(late + rows + k))
+        decay = tl.load(decays + (c * H + h) * Q + b * BK + k)
+        weight = tl.exp2(tl.where(back, decay - begin, end - decay))
         shift = block.to(tl.int64) * BK
         if EVEN:
             s = tl.load(source + shift * s_source + part_source)
             m = tl.load(keys + shift * s_keys + part_keys)
         else:
+            live = (k < size - block * BK)[:, None]
             s = tl.load(source + shift * s_source + part_source, mask=live & (p < P)[None, :], other=0.0)
             m = tl.load(keys + shift * s_keys + part_keys, mask=live & (n < N)[None, :], other=0.0)
+        if b == tl.where(back, BLOCKS - 1, 0):
+            tl.store(out + (c * H + h) * whole + part, acc.to(out.dtype.element_ty), mask=within)
         weighted = (s.to(tl.float32) * weight[:, None]).to(OPERAND)
-        if edge:
-            tl.store(states + place, acc.to(states.dtype.element_ty), mask=within)
         acc = tl.dot(tl.trans(weighted), m.to(OPERAND), acc * tl.exp2(end - begin), input_precision=PRECISION)
         begin, end = next_begin, next_end
-    if HAS_LEAVE:
-        tl.store(leave + (d.to(tl.int64) * H + h) * whole + part, acc, mask=within)
+    if HAS_FINAL:
+        tl.store(final + ends, acc, mask=within & (not back))
+    if HAS_INITIAL:
+        tl.store(dinitial + ends, acc, mask=within & back)
