@@ -287,7 +287,7 @@ def test_every_size_on_a_gpu(P: int, N: int, dtype: torch.dtype) -> None:
 def test_groups_on_a_gpu(heads: int, groups: int, dtype: torch.dtype) -> None:
     """40 chunks or more, so that the many heads of one group go to programs that take several."""
     sizes = {"batch": 2, "heads": heads, "groups": groups, "P": 64, "N": 128}
-    strains = strain(rounded(draw(2600, 2, seed=i, **sizes), CUDA, dtype) for i in range(2))
+    strains = strain((rounded(draw(2600, 2, seed=i, **sizes), CUDA, dtype) for i in range(2)), None, 2)
     assert max(strains.values()) <= 1, strains
 
 
