@@ -139,14 +139,17 @@ def check(
     assert_all_close(found, truth, tolerance)
 
 
-def use(monkeypatch: pytest.MonkeyPatch, blocks: int, heads: int | None = None, **changes: int) -> None:
-    """Make a chunk one block of tokens or two, programs take up to `heads` heads, and change tile sizes."""
+def use(
+    monkeypatch: pytest.MonkeyPatch, blocks: int, heads: int | None = None, **changes: dict[str, int]
+) -> None:
+    """Make a chunk one block of tokens or two, a program take up to `heads` heads, and change tile sizes."""
     real = ours.configuration
 
     def configuration(kernel: str, shape: ours.Shape, Q: int, device: torch.device) -> tuned.Config:
-        config = real(kernel, shape, Q, device)
-        config["BM"] = Q // blocks
-        return config | {name: value for name, value in changes.items() if name in config}
+        change = changes.get(kernel, {})
+        config = real(kernel, shape, Q, device) | {"BM": Q // blocks}
+        assert change.keys() <= config.keys(), f"{kernel} has no {change.keys() - config.keys()}"
+        return config | change
 
     monkeypatch.setattr(ours, "configuration", configuration)
     if heads is not None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.cases import assert_all_close, cut_rows, distance
+from kernels.cases import assert_all_close, cut_rows, distance, spans
 from kernels.triton import same_dtype
 from kernels.triton.shim import poisoned
 from kernels.triton.ssd_cases import ALL, Results, call, check, documents, doubled, draw, pulled, rounded, use
@@ -90,19 +90,36 @@ def test_groups_and_runs_of_heads(
 def test_sizes_that_are_no_power_of_two_and_tiles_smaller_than_a_state(
     blocks: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    use(monkeypatch, blocks, BN=16, BK=16)
-    real = ours.configuration
-
-    def narrow(kernel: str, *rest) -> dict[str, int]:
-        return real(kernel, *rest) | ({"BP": 16} if kernel == "walk" else {})
-
-    def widest(kernel: str, shape: ours.Shape, *rest) -> dict[str, int]:
-        config = narrow(kernel, shape, *rest)
-        return config | ({"BN": shape.BN} if kernel in ("outputs", "sources", "pairs") else {})
-
-    monkeypatch.setattr(ours, "configuration", widest)
+    small = {"walk": {"BP": 16, "BN": 16, "BK": 16}, "outputs": {"BP": 16}, "sources": {"BP": 16}}
+    use(monkeypatch, blocks, through_states={"BN": 16}, gather={"BN": 16}, **small)
     doc_ids, n_docs = documents([3, 30])
     check(draw(33, n_docs, P=20, N=24), doc_ids, n_docs, device, chunk_size=32)
+
+
+def test_more_heads_than_a_program_takes_steps_of(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch, 1, heads=18)
+    check(draw(2, heads=18), None, 1, device, chunk_size=16)
+
+
+def test_many_chunks_and_documents(device: torch.device) -> None:
+    """More than a program takes at once: tokens, a document's chunks, documents, and chunks to sum."""
+    doc_ids, n_docs = documents([2500, 1, 33], [17, 2517])
+    chunks = triton_chunks.cut(2, 2534, 16, doc_ids.to(device), n_docs, torch.empty(0, device=device))
+    expected = [
+        [row * 2534 + at, min(16, end - at)]
+        for row, start, end in spans(doc_ids)
+        for at in range(start, end, 16)
+    ]
+    assert chunks.table[: len(expected)].tolist() == expected
+    assert chunks.n == len(chunks.table) >= len(expected) and not chunks.table[len(expected) :, 1].any()
+    docs = torch.full((1501, 2), -1, device=device)
+    docs[:, 0] = 3 * torch.arange(1501)
+    triton_chunks._count_chunks[(1,)](docs, 1500, Q=2, BLOCK=1024)
+    assert docs[:, 1].tolist() == list(range(0, 3001, 2))
+    values = torch.randn(2, 600, 10, generator=torch.Generator().manual_seed(1)).to(device)
+    assert distance(ours._sum_chunks(values), values.double().sum(1)) < 1e-6
 
 
 @pytest.mark.parametrize(
