@@ -299,9 +299,12 @@ def _walk(
     C, d_final, d_initial), also return the gradients of those that leave, and write d_initial."""
     chunks = at.chunks
     config = configuration("walk", shape, chunks.size, x.device)
-    BP, BN = config["BP"], config["BN"]
+    BP = config["BP"]
     config["BK"] = min(config["BK"], chunks.size)
     del config["BM"]
+    while chunks.n_docs * shape.heads * (shape.N // config["BN"]) < 256 and config["BN"] > 32:
+        config["BN"] //= 2  # few walks are long ones: more programs, each with less of the state
+    BN = config["BN"]
     dtype = torch.float32 if shape.exact else x.dtype
     states = torch.empty(chunks.n, shape.heads, shape.P, shape.N, dtype=dtype, device=x.device)
     d_states = states if back is None else torch.empty_like(states)
@@ -395,6 +398,7 @@ def scan(
         Q=chunks.size,
         BM=BM,
         BH=BH,
+        SPLIT=config["BP"] < shape.P,
         HAS_D=D is not None,
         PACKED=chunks.packed,
         **shape.products(),
@@ -508,6 +512,7 @@ def _sources(
         Q=chunks.size,
         BM=BM,
         BH=BH,
+        SPLIT=config["BP"] < shape.P,
         HAS_D=D is not None,
         PACKED=chunks.packed,
         **shape.products(),

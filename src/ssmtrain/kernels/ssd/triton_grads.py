@@ -44,6 +44,7 @@ def sources(
     BP: tl.constexpr,
     BN: tl.constexpr,
     BH: tl.constexpr,
+    SPLIT: tl.constexpr,
     HOLD: tl.constexpr,
     HAS_D: tl.constexpr,
     PACKED: tl.constexpr,
@@ -57,8 +58,10 @@ def sources(
     BLOCKS: tl.constexpr = Q // BM
     runs = tl.cdiv(per_group, BH)
     pid = tl.program_id(0)
-    p = (pid % tl.cdiv(P, BP)) * BP + tl.arange(0, BP)
-    pid = pid // tl.cdiv(P, BP)
+    p = tl.arange(0, BP)
+    if SPLIT:
+        p += (pid % tl.cdiv(P, BP)) * BP
+        pid = pid // tl.cdiv(P, BP)
     m = pid % BLOCKS
     run = (pid // BLOCKS) % runs
     group = (pid // (BLOCKS * runs)) % (H // per_group)
@@ -89,28 +92,19 @@ def sources(
     inside = (p < P)[:, None] & (n < N)[None, :]
     entry = p[:, None] * N + n[None, :]
     begin = group * per_group + run * BH
-    final = begin + tl.minimum(BH, per_group - run * BH) - 1
-    # Loaded a head ahead: Triton prefetches by itself only what becomes an operand of a product.
-    rows = (c.to(tl.int64) * H + begin) * Q + m * BM
-    step = tl.load(steps + rows + i[:, None])
-    last = tl.load(logs + rows - m * BM + Q - 1)
-    middle = tl.load(logs + rows + BM - 1)
-    if HAS_D:
-        skip = tl.load(D + begin).to(tl.float32)
-    for h in range(begin, final + 1):
+    for h in range(begin, begin + tl.minimum(BH, per_group - run * BH)):
         head = c.to(tl.int64) * H + h
         rows = head * Q + m * BM
-        ahead = (c.to(tl.int64) * H + tl.minimum(h + 1, final)) * Q + m * BM
-        next_step = tl.load(steps + ahead + i[:, None])
-        next_last = tl.load(logs + ahead - m * BM + Q - 1)
-        next_middle = tl.load(logs + ahead + BM - 1)
-        if HAS_D:
-            next_skip = tl.load(D + tl.minimum(h + 1, final)).to(tl.float32)
         log = tl.load(logs + rows + i)
+        step = tl.load(steps + rows + i)
+        last = tl.load(logs + head * Q + Q - 1)
+        if HAS_D:
+            skip = tl.load(D + h).to(tl.float32)
         dstate = tl.load(dstates + head * P * N + entry, mask=inside, other=0.0).to(OPERAND)
         g = tl.load(dy + h * P + part, mask=own, other=0.0)
         du = tl.dot(keys, tl.trans(dstate), input_precision=PRECISION)  # (BM, P)
         if BLOCKS == 2:
+            middle = tl.load(logs + rows + BM - 1)
             column = tl.load(logs + rows + BM + i, mask=(i >= 0) & (m == 0), other=float("-inf"))
             after = tl.load(
                 dy + BM * s_dy + h * P + part, mask=following[:, None] & (p < P)[None, :], other=0.0
@@ -123,11 +117,9 @@ def sources(
         # Clamped, since the reader may come before the source; there gram is 0, which infinity would spoil.
         decay = tl.exp2(tl.minimum(log[None, :] - log[:, None], 0.0))
         du = tl.dot((gram.to(tl.float32) * decay).to(OPERAND), g.to(OPERAND), du, input_precision=PRECISION)
-        du *= step
+        du *= step[:, None]
         if HAS_D:
             du += skip * g.to(tl.float32)
-            skip = next_skip
-        step, last, middle = next_step, next_last, next_middle
         tl.store(dx + h * P + to, du.to(dx.dtype.element_ty), mask=own)
 
 

@@ -61,6 +61,7 @@ def outputs(
     BP: tl.constexpr,
     BN: tl.constexpr,
     BH: tl.constexpr,
+    SPLIT: tl.constexpr,
     HOLD: tl.constexpr,
     HAS_D: tl.constexpr,
     PACKED: tl.constexpr,
@@ -71,8 +72,10 @@ def outputs(
     BLOCKS: tl.constexpr = Q // BM
     runs = tl.cdiv(per_group, BH)
     pid = tl.program_id(0)
-    p = (pid % tl.cdiv(P, BP)) * BP + tl.arange(0, BP)
-    pid = pid // tl.cdiv(P, BP)
+    p = tl.arange(0, BP)
+    if SPLIT:
+        p += (pid % tl.cdiv(P, BP)) * BP
+        pid = pid // tl.cdiv(P, BP)
     m = pid % BLOCKS
     run = (pid // BLOCKS) % runs
     group = (pid // (BLOCKS * runs)) % (H // per_group)
@@ -105,16 +108,12 @@ def outputs(
     inside = (p < P)[:, None] & (n < N)[None, :]
     entry = p[:, None] * N + n[None, :]
     begin = group * per_group + run * BH
-    final = begin + tl.minimum(BH, per_group - run * BH) - 1
-    # Loaded a head ahead: Triton prefetches by itself only what becomes an operand of a product.
-    if HAS_D:
-        skip = tl.load(D + begin).to(tl.float32)
-    for h in range(begin, final + 1):
+    for h in range(begin, begin + tl.minimum(BH, per_group - run * BH)):
         head = c.to(tl.int64) * H + h
         rows = head * Q + m * BM
         log = tl.load(logs + rows + i)
         if HAS_D:
-            next_skip = tl.load(D + tl.minimum(h + 1, final)).to(tl.float32)
+            skip = tl.load(D + h).to(tl.float32)
         here = tl.load(late + rows + i)
         state = tl.load(states + head * P * N + entry, mask=inside, other=0.0).to(OPERAND)
         u = tl.load(x + h * P + part, mask=own, other=0.0)
@@ -135,5 +134,4 @@ def outputs(
         acc = tl.dot((gram.to(tl.float32) * decay).to(OPERAND), u.to(OPERAND), acc, input_precision=PRECISION)
         if HAS_D:
             acc += skip * u.to(tl.float32)
-            skip = next_skip
         tl.store(y + h * P + to, acc.to(y.dtype.element_ty), mask=own)
