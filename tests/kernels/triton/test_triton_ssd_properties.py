@@ -125,7 +125,7 @@ def test_chunk_size_changes_nothing(packed: bool, device: torch.device) -> None:
     for chunk in (16, 37):
         assert_all_close(pulled(call(ours, doc_ids, n_docs, chunk_size=chunk), inputs), truth, 5e-5)
     shape = ours.shape_of(inputs["x"], inputs["B"])
-    lengths = [ours.chunk_length(shape, asked) for asked in (1, 16, 31, 32, 37, 1000)]
+    lengths = [ours.chunk_length(shape, asked, device) for asked in (1, 16, 31, 32, 37, 1000)]
     assert lengths == [16, 16, 16, 32, 32, 64]
 
 

@@ -151,9 +151,16 @@ def shape_of(x: Tensor, B: Tensor) -> Shape:
     return Shape(*x.shape, *B.shape[2:], x.dtype)
 
 
-def chunk_length(shape: Shape, asked: int) -> int:
-    """Return Q: as asked, rounded down to a power of two that the kernels take, else the fastest."""
-    best = 64 if shape.exact else 128
+def chunk_length(shape: Shape, asked: int, device: torch.device) -> int:
+    """Return Q: as asked, rounded down to a power of two that the kernels take, else the fastest.
+
+    What a program holds in registers grows with Q squared: 128 wants products that read their operands from
+    shared memory, which Hopper and Blackwell have.
+    """
+    if shape.exact:
+        best = 64 if shape.BP <= 64 else 32
+    else:
+        best = 128 if tuned.architecture(device) in ("sm_90", "sm_100") else 64
     if not asked:
         return best
     return max(16, min(best, 1 << (asked.bit_length() - 1)))
@@ -191,15 +198,17 @@ def _candidates(kernel: str, shape: Shape, Q: int) -> list[tuple[int, dict[str, 
         choices.append((size * item, config))
 
     if kernel == "walk":
-        bp, bk = min(BP, 64), min(Q, 64)
+        bp, bk = min(BP, 64), min(Q, 64)  # room for steps of a whole chunk, twice bk, when walks are few
         for bn, stages in ((128, 3), (64, 3), (64, 2), (32, 2), (32, 1)):
             bn = min(BN, bn)
-            add(stages * bk * (bp + bn) + bk * bp + bp * bn, stages, BK=bk, BP=bp, BN=bn, num_warps=8)
+            add(2 * (stages * bk * (bp + bn) + bk * bp) + bp * bn, stages, BK=bk, BP=bp, BN=bn, num_warps=8)
     elif kernel in ("outputs", "sources"):
         for bp in dict.fromkeys((BP, min(BP, 64), min(BP, 32))):
             tiles, own = bp * BN + 2 * half * bp, half * BN
             if not shape.exact and BN <= 128:
                 add(3 * tiles + half * bp, 3, BM=half, BP=bp, BH=20, HOLD=1)
+            elif not shape.exact:
+                add(3 * tiles + own + half * bp, 3, BM=half, BP=bp, BH=16, HOLD=0)
             add(2 * tiles + own + half * bp, 2, BM=half, BP=bp, BH=20, HOLD=0)
             add(max(tiles + half * bp, own) + own, 1, BM=half, BP=bp, BH=20, HOLD=0)
     elif kernel == "pairs":
@@ -257,7 +266,7 @@ def _steps(
     low: float,
     high: float,
 ) -> Steps:
-    Q = chunk_length(shape, chunk)
+    Q = chunk_length(shape, chunk, dt.device)
     chunks = cut(shape.batch, shape.length, Q, doc_ids, n_docs, dt)
     steps = torch.empty(chunks.n, shape.heads, Q, dtype=torch.float32, device=dt.device)
     logs, late, rests = (torch.empty_like(steps) for _ in range(3))
@@ -302,8 +311,8 @@ def _walk(
     BP = config["BP"]
     config["BK"] = min(config["BK"], chunks.size)
     del config["BM"]
-    while chunks.n_docs * shape.heads * (shape.N // config["BN"]) < 256 and config["BN"] > 32:
-        config["BN"] //= 2  # few walks are long ones: more programs, each with less of the state
+    if chunks.n_docs * shape.heads < 132:
+        config["BK"] = chunks.size  # fewer programs than a large GPU has multiprocessors: fewer, larger steps
     BN = config["BN"]
     dtype = torch.float32 if shape.exact else x.dtype
     states = torch.empty(chunks.n, shape.heads, shape.P, shape.N, dtype=dtype, device=x.device)
