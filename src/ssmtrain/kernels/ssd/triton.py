@@ -148,7 +148,8 @@ class Shape(NamedTuple):
 
 def shape_of(x: Tensor, B: Tensor) -> Shape:
     """Return the sizes of a call."""
-    return Shape(*x.shape, *B.shape[2:], x.dtype)
+    batch, length, heads, head_dim = x.shape
+    return Shape(batch, length, heads, head_dim, B.shape[2], B.shape[3], x.dtype)
 
 
 def chunk_length(shape: Shape, asked: int, device: torch.device) -> int:
@@ -449,7 +450,7 @@ def scan_back(
         shape, at, x, B, enter, None, (d_y, C, d_final, None if initial is None else d_initial)
     )
     d_x = _sources(shape, at, d_y, B, C, D, d_states)
-    d_gram, direct, spans, skips = _pairs(shape, at, x, d_y, B, C, D is not None)
+    d_gram, direct, spans, skips, selves = _pairs(shape, at, x, d_y, B, C)
     share_B, fed, through = _through_states(shape, at, x, B, d_states, states)
     share_C, read, _ = _through_states(shape, at, d_y, C, states, None)
     d_B, d_C = _gather(shape, at, d_gram, B, C, share_B, share_C)
@@ -468,6 +469,7 @@ def scan_back(
         through,
         at.logs,
         skips,
+        selves,
         d_dt,
         sums,
         dt.stride(1),
@@ -475,6 +477,7 @@ def scan_back(
         chunks.per_row,
         chunks.n,
         shape.heads,
+        shape.per_group,
         low,
         high,
         Q=chunks.size,
@@ -530,9 +533,7 @@ def _sources(
     return d_x
 
 
-def _pairs(
-    shape: Shape, at: Steps, x: Tensor, d_y: Tensor, B: Tensor, C: Tensor, has_d: bool
-) -> tuple[Tensor, ...]:
+def _pairs(shape: Shape, at: Steps, x: Tensor, d_y: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, ...]:
     """Return the shares in the gradient of C B^T, and what `steps_backward` reads."""
     chunks, heads = at.chunks, shape.heads
     config = configuration("pairs", shape, chunks.size, x.device)
@@ -544,6 +545,7 @@ def _pairs(
 
     d_gram = new(chunks.n, shape.groups, runs, chunks.size, chunks.size)
     direct, spans, skips = (new(chunks.n, heads, chunks.size) for _ in range(3))
+    selves = new(chunks.n, shape.groups, chunks.size)
     pairs[(chunks.n * shape.groups * runs,)](
         x,
         d_y,
@@ -555,6 +557,7 @@ def _pairs(
         direct,
         spans,
         skips,
+        selves,
         chunks.table,
         x.stride(1),
         d_y.stride(1),
@@ -569,12 +572,11 @@ def _pairs(
         Q=chunks.size,
         BM=BM,
         BH=BH,
-        HAS_D=has_d,
         PACKED=chunks.packed,
         **shape.products(),
         **config,
     )
-    return d_gram, direct, spans, skips
+    return d_gram, direct, spans, skips, selves
 
 
 def _through_states(

@@ -6,9 +6,10 @@ initial and final states are those of its first and last chunk. The batch is see
 tokens; documents are row-major, so each is a run in it.
 
 Per chunk and head four fp32 rows are kept, (chunks, H, Q): the step sizes; `logs`, the running sum of the
-log decays, in units of log 2 because the hardware's exponential is exp2; and `late`, that less log2 of the
-step size, so that a source's decay and step size up to a reader t are the one exponential exp2(logs[t] -
-late[s]); and `rests`, what decays after the token, logs[Q - 1] - logs. Tokens past a chunk's end have step 0, and late is infinite there.
+log decays, in units of log 2 because the hardware's exponential is exp2; `late`, that less log2 of the step
+size, so that a source's decay and step size up to a reader t are the one exponential exp2(logs[t] - late[s]);
+and `rests`, what decays after the token, logs[Q - 1] - logs. Tokens past a chunk's end have step 0, and late
+is infinite there.
 """
 
 from __future__ import annotations
@@ -216,6 +217,7 @@ def steps_backward(
     through,
     logs,
     skips,
+    selves,
     d_dt,
     sums,
     s_token,
@@ -223,6 +225,7 @@ def steps_backward(
     per_row,
     n_chunks,
     H,
+    per_group,
     low,
     high,
     Q: tl.constexpr,
@@ -237,10 +240,11 @@ def steps_backward(
 
     The decay at token k lies between every source before k and every reader from k on, so its gradient is the
     sum of four kinds of pairs: source and reader in the chunk, a source before it, a reader after it, both
-    outside. Of pairs in the chunk `spans` (H, Q) holds each reader's, and `direct` (H, Q) each source's, still to be multiplied by its step size, as is `fed` (H, pieces, Q), what it feeds to the
-    state that leaves; `read` (H, pieces, Q) is what a token reads from the state that enters, `through` (H,
-    pieces) the inner product of the state that enters and the gradient of the one that leaves, the pairs
-    outside but for the chunk's decay. Each is the sum of its blocks or pieces.
+    outside. Of pairs in the chunk `spans` (H, Q) holds each reader's, and `direct` (H, Q) each source's, still
+    to be multiplied by its step size, as is `fed` (H, pieces, Q), what it feeds to the state that leaves;
+    `read` (H, pieces, Q) is what a token reads from the state that enters, `through` (H, pieces) the inner
+    product of the state that enters and the gradient of the one that leaves, the pairs outside but for the
+    chunk's decay. Each is the sum of its pieces. A token's pair with itself is skips times selves, (G, Q).
     """
     c = tl.program_id(0)
     h = tl.program_id(1) * BH + tl.arange(0, BH)
@@ -260,6 +264,10 @@ def steps_backward(
     d_step = tl.load(direct + at, mask=some, other=0.0) + feeding
     reach = tl.load(spans + at, mask=some, other=0.0) - d_step * step
     feeding *= step
+    # A token's pair with itself spans no decay.
+    skip = tl.load(skips + at, mask=some, other=0.0)
+    own = (c.to(tl.int64) * (H // per_group) + h // per_group)[:, None] * Q + q[None, :]
+    d_step += skip * tl.load(selves + own, mask=some, other=0.0)
     for i in tl.static_range(READS):
         reach += tl.load(read + (heads * READS + i)[:, None] * Q + q[None, :], mask=some, other=0.0)
     over = tl.sum(feeding, 1)
@@ -276,7 +284,6 @@ def steps_backward(
     tl.store(sums + heads, tl.sum(tl.where(some, d_log * step, 0.0), 1), mask=h < H)
     tl.store(sums + n_chunks.to(tl.int64) * H + heads, tl.sum(d_raw, 1), mask=h < H)
     if HAS_D:
-        skip = tl.load(skips + at, mask=some, other=0.0)
         tl.store(sums + 2 * n_chunks.to(tl.int64) * H + heads, tl.sum(skip, 1), mask=h < H)
 
 

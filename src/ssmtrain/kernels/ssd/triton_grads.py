@@ -147,6 +147,7 @@ def pairs(
     direct,
     spans,
     skips,
+    selves,
     table,
     s_x,
     s_dy,
@@ -163,15 +164,15 @@ def pairs(
     BP: tl.constexpr,
     BN: tl.constexpr,
     BH: tl.constexpr,
-    HAS_D: tl.constexpr,
     PACKED: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Go back through the pairs of tokens of one chunk, for up to BH heads of one group.
 
-    Writes the share in dgram (chunks, G, runs, Q sources, Q readers), and what `steps_backward` reads: direct,
-    spans and skips (chunks, H, Q).
+    Writes the share in dgram (chunks, G, runs, Q sources, Q readers), and what `steps_backward` reads: direct
+    and spans (chunks, H, Q), which leave out a token's pair with itself, and the two factors of that, skips
+    (chunks, H, Q), x . dy, and selves (chunks, G, Q), C . B.
     """
     TWO: tl.constexpr = Q == 2 * BM
     runs = tl.cdiv(per_group, BH)
@@ -194,14 +195,18 @@ def pairs(
     later = i[None, :] >= i[:, None]
     same = i[:, None] == i[None, :]
     # Rounded, for room in registers: source and reader of a pair see the same, and what cancels cancels.
-    gram = tl.where(later, tl.dot(keys, tl.trans(read), input_precision=PRECISION), 0.0).to(OPERAND)
+    gram = tl.dot(keys, tl.trans(read), input_precision=PRECISION)
+    own_pairs = selves + (c.to(tl.int64) * (H // per_group) + group) * Q + i
+    tl.store(own_pairs, tl.sum(tl.where(same, gram, 0.0), 1), mask=(i >= 0) & (run == 0))
+    gram = tl.where(later & (i[:, None] != i[None, :]), gram, 0.0).to(OPERAND)
     bracket = tl.zeros((BM, BM), tl.float32)  # (sources, readers)
     if TWO:
         read = block_of(C + BM * s_C, i, s_C, n, i < size - BM, N, OPERAND)
         across = tl.dot(keys, tl.trans(read), input_precision=PRECISION).to(OPERAND)
         keys = block_of(B + BM * s_B, i, s_B, n, i < size - BM, N, OPERAND)
         gram_2 = tl.dot(keys, tl.trans(read), input_precision=PRECISION)
-        gram_2 = tl.where(later, gram_2, 0.0).to(OPERAND)
+        tl.store(own_pairs + BM, tl.sum(tl.where(same, gram_2, 0.0), 1), mask=(i >= 0) & (run == 0))
+        gram_2 = tl.where(later & (i[:, None] != i[None, :]), gram_2, 0.0).to(OPERAND)
         bracket_2 = tl.zeros((BM, BM), tl.float32)
         beyond = tl.zeros((BM, BM), tl.float32)
     part_x = i[:, None] * s_x + p[None, :]
@@ -256,17 +261,14 @@ def pairs(
             heard, heard_2 = tl.reduce((near * step, near_2 * step_2 + far * step), 0, add_2)
             tl.store(direct + rows + BM + i, every_2)
             tl.store(spans + rows + BM + i, heard_2)
-            if HAS_D:
-                tl.store(skips + rows + BM + i, skip_2)
+            tl.store(skips + rows + BM + i, skip_2)
             log_2, step_2, to_2, middle = next_log_2, next_step_2, next_to_2, next_middle
         else:
             every, skip = tl.reduce((near, itself), 1, add_2)
             heard = tl.sum(near * step, 0)
-        # A token's pair with itself stands in spans and, as a source's, in direct, and cancels.
         tl.store(direct + rows + i, every)
         tl.store(spans + rows + i, heard)
-        if HAS_D:
-            tl.store(skips + rows + i, skip)
+        tl.store(skips + rows + i, skip)
         rows = ahead
         log, step, to = next_log, next_step, next_to
     share = dgram + ((c.to(tl.int64) * (H // per_group) + group) * runs + run) * Q * Q
