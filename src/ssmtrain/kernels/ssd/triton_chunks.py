@@ -96,7 +96,7 @@ def _count_chunks(docs, n_docs, Q: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _place_chunks(docs, table, n, n_docs, Q: tl.constexpr, BLOCK: tl.constexpr):
-    """Write first token and size of a document's chunks; past the last document, those left over are empty."""
+    """Write first token and size of a document's chunks; past the last document, empty ones."""
     d = tl.program_id(0)
     first = tl.load(docs + 2 * d)
     chunk = tl.load(docs + 2 * d + 1)
@@ -240,7 +240,7 @@ def steps_backward(
 
     The decay at token k lies between every source before k and every reader from k on, so its gradient is the
     sum of four kinds of pairs: source and reader in the chunk, a source before it, a reader after it, both
-    outside. Of pairs in the chunk `spans` (H, Q) holds each reader's, and `direct` (H, Q) each source's, still
+    outside. Of pairs in the chunk `spans` (H, Q) holds each reader's, and `direct` (H, Q) each source's, yet
     to be multiplied by its step size, as is `fed` (H, pieces, Q), what it feeds to the state that leaves;
     `read` (H, pieces, Q) is what a token reads from the state that enters, `through` (H, pieces) the inner
     product of the state that enters and the gradient of the one that leaves, the pairs outside but for the

@@ -1,8 +1,8 @@
 """Back through a chunk: its pairs of tokens, its two states, and the sums over the heads of a group.
 
 With g_st = (C_t . B_s) exp(l_t - l_s) for t >= s, dS the gradient of the state that leaves and
-r_s = exp(l_Q - l_s): dx_s = dt_s (sum_t g_st dy_t + r_s dS B_s) + D dy_s. B and C are shared by the heads of a
-group, so their gradients are sums over heads. The part that comes from pairs is
+r_s = exp(l_Q - l_s): dx_s = dt_s (sum_t g_st dy_t + r_s dS B_s) + D dy_s. B and C are shared by the heads of
+a group, so their gradients are sums over heads. The part that comes from pairs is
 (sum over heads of exp(l_t - l_s) dt_s x_s . dy_t) times C or B: the bracket, Q by Q, is summed first, and
 multiplied once. The part that comes from states is one long matrix product over heads and channels.
 
@@ -311,7 +311,7 @@ def through_states(
 ):
     """Sum over up to BH heads, of one chunk and BN of its columns, the gradient that comes by states.
 
-    As a READER's: dC_t = sum of exp(l_t) S^T dy_t, and products (chunks, H, pieces, Q), its inner product with
+    As a READER's: dC_t = sum of exp(l_t) S^T dy_t, and products (chunks, H, pieces, Q), its product with
     C. As a source's: dB_s = sum of dt_s r_s dS^T x_s, its inner product with B, without dt_s, and passed
     (chunks, H, pieces), the inner product of dS with others, the states that enter. decays are logs or rests;
     share is (chunks, G, runs, Q, N).

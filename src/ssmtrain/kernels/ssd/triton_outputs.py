@@ -1,13 +1,13 @@
 """The outputs of every chunk at once: the pairs of tokens inside it, and what it reads from its state.
 
 y_t = exp(l_t) S C_t + sum over s <= t of (C_t . B_s) exp(l_t - l_s) dt_s x_s + D x_t. One program takes a
-block of a chunk's tokens and a run of heads that share B and C: their products are formed once, and each head costs two matrix
-products, of its own decays with x and of C with its state.
+block of a chunk's tokens and a run of heads that share B and C: their products are formed once, and each head
+costs two matrix products, of its own decays with x and of C with its state.
 
-A chunk is one block of tokens, or two. The pairs of a reader in the second with a source in the first decay by
-exp(l_t - l_m) exp(l_m - l_s), m the last token of the first: a row factor and a column factor, no exponential
-for each pair, and the row factor is the one with which the state's share is scaled as well. Both exponents
-are negative, so nothing overflows, and what underflows is nothing.
+A chunk is one block of tokens, or two. The pairs of a reader in the second with a source in the first decay
+by exp(l_t - l_m) exp(l_m - l_s), m the last token of the first: a row factor and a column factor, no
+exponential for each pair, and the row factor is the one with which the state's share is scaled as well. Both
+exponents are negative, so nothing overflows, and what underflows is nothing.
 """
 
 from __future__ import annotations

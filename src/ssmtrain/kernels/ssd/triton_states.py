@@ -13,7 +13,7 @@ import triton.language as tl
 
 @triton.jit
 def edges(logs, chunk, h, block, H, Q: tl.constexpr, BK: tl.constexpr, live):
-    """Return the running log decays before and at the end of a block of BK tokens, counted from a chunk on."""
+    """Return the running log decays before and at the end of a block of BK tokens, counted from a chunk."""
     at = logs + ((chunk + block // (Q // BK)) * H + h) * Q + (block % (Q // BK)) * BK
     begin = tl.load(at - 1, mask=live & (block % (Q // BK) > 0), other=0.0)
     return begin, tl.load(at + BK - 1, mask=live, other=0.0)
