@@ -355,7 +355,14 @@ def main() -> int:
     print("\n".join(f"# {name}: {value}" for name, value in facts.items()), flush=True)
     timings: list[Timing] = []
     for section in arguments.only:
-        found = list(measure(section, arguments.rounds, not arguments.no_peers, bytes_per_ms))
+        found = []
+        for timing in measure(section, arguments.rounds, not arguments.no_peers, bytes_per_ms):
+            # As they come too: peers that tune themselves take minutes, and a run may be cut short.
+            print(
+                f"# {timing.shape}, {timing.implementation}: {timing.forward}, {timing.both} ms {timing.note}",
+                flush=True,
+            )
+            found.append(timing)
         print(*table(found), sep="\n", flush=True)
         timings += found
     if arguments.json:

@@ -46,8 +46,19 @@ def ssd(case: Case) -> Peers:
     return collect({"mamba-ssm": lambda: _mamba_scan(case), "fla": lambda: _fla_scan(case)})
 
 
+def _mamba_part(name: str) -> Any:
+    """Import a part of mamba_ssm, whose `__init__` asks for a CUDA extension that a pure wheel lacks.
+
+    What it imports before it fails stays imported, and a second try finds the part.
+    """
+    try:
+        return importlib.import_module(f"mamba_ssm.{name}")
+    except ModuleNotFoundError:
+        return importlib.import_module(f"mamba_ssm.{name}")
+
+
 def _mamba_scan(case: Case) -> Case:
-    scan = importlib.import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
+    scan = _mamba_part("ops.triton.ssd_combined").mamba_chunk_scan_combined
 
     def call(i: Inputs) -> tuple[Tensor, ...]:
         rest = {"D": i["D"], "dt_bias": i["dt_bias"], "dt_softplus": True, "seq_idx": i["doc_ids"]}
@@ -110,7 +121,7 @@ def norm(case: Case) -> Peers:
     """mamba-ssm's gated RMSNorm, gate first."""
 
     def make() -> Case:
-        run = importlib.import_module("mamba_ssm.ops.triton.layernorm_gated").rmsnorm_fn
+        run = _mamba_part("ops.triton.layernorm_gated").rmsnorm_fn
 
         def call(i: Inputs) -> tuple[Tensor, ...]:
             return (run(i["x"], i["weight"], None, z=i["z"], eps=1e-5, norm_before_gate=False),)
@@ -124,7 +135,7 @@ def mixer(case: Case, d_model: int, d_state: int) -> Peers:
     """mamba-ssm's Mamba-2 module, by its fused path."""
 
     def make() -> Case:
-        kind = importlib.import_module("mamba_ssm.modules.mamba2").Mamba2
+        kind = _mamba_part("modules.mamba2").Mamba2
         modules: list[torch.nn.Module] = []
 
         def inputs(device: torch.device | str) -> Inputs:

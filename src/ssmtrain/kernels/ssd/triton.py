@@ -199,10 +199,12 @@ def _candidates(kernel: str, shape: Shape, Q: int) -> list[tuple[int, dict[str, 
         choices.append((size * item, config))
 
     if kernel == "walk":
-        bp, bk = min(BP, 64), min(Q, 64)  # room for steps of a whole chunk, twice bk, when walks are few
+        # A sequence of few heads leaves multiprocessors idle: fewer, larger steps. Not a matter of how many
+        # sequences there are, so that a document has the same bits in any company.
+        bp, bk = min(BP, 64), Q if shape.heads * triton.cdiv(BN, 128) < 100 else min(Q, 64)
         for bn, stages in ((128, 3), (64, 3), (64, 2), (32, 2), (32, 1)):
             bn = min(BN, bn)
-            add(2 * (stages * bk * (bp + bn) + bk * bp) + bp * bn, stages, BK=bk, BP=bp, BN=bn, num_warps=8)
+            add(stages * bk * (bp + bn) + bk * bp + bp * bn, stages, BK=bk, BP=bp, BN=bn, num_warps=8)
     elif kernel in ("outputs", "sources"):
         for bp in dict.fromkeys((BP, min(BP, 64), min(BP, 32))):
             tiles, own = bp * BN + 2 * half * bp, half * BN
@@ -312,15 +314,13 @@ def _walk(
     BP = config["BP"]
     config["BK"] = min(config["BK"], chunks.size)
     del config["BM"]
-    if chunks.n_docs * shape.heads < 132:
-        config["BK"] = chunks.size  # fewer programs than a large GPU has multiprocessors: fewer, larger steps
     BN = config["BN"]
     dtype = torch.float32 if shape.exact else x.dtype
     states = torch.empty(chunks.n, shape.heads, shape.P, shape.N, dtype=dtype, device=x.device)
     d_states = states if back is None else torch.empty_like(states)
     d_y, C, d_final, d_initial = (x, B, None, initial) if back is None else back
     walks = chunks.n_docs * shape.heads * triton.cdiv(shape.P, BP) * triton.cdiv(shape.N, BN)
-    walk[(walks if back is None else 2 * walks,)](
+    walk[(walks, 1 if back is None else 2)](
         x,
         B,
         d_y,
@@ -338,7 +338,6 @@ def _walk(
         B.stride(1),
         d_y.stride(1),
         C.stride(1),
-        walks,
         shape.length,
         chunks.per_row,
         shape.heads,

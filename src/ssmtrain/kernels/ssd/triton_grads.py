@@ -197,7 +197,7 @@ def pairs(
     # Rounded, for room in registers: source and reader of a pair see the same, and what cancels cancels.
     gram = tl.dot(keys, tl.trans(read), input_precision=PRECISION)
     own_pairs = selves + (c.to(tl.int64) * (H // per_group) + group) * Q + i
-    tl.store(own_pairs, tl.sum(tl.where(same, gram, 0.0), 1), mask=(i >= 0) & (run == 0))
+    tl.store(own_pairs, tl.sum(tl.where(same, gram, 0.0), 1))  # the same bits from each run of heads
     gram = tl.where(later & (i[:, None] != i[None, :]), gram, 0.0).to(OPERAND)
     bracket = tl.zeros((BM, BM), tl.float32)  # (sources, readers)
     if TWO:
@@ -205,7 +205,7 @@ def pairs(
         across = tl.dot(keys, tl.trans(read), input_precision=PRECISION).to(OPERAND)
         keys = block_of(B + BM * s_B, i, s_B, n, i < size - BM, N, OPERAND)
         gram_2 = tl.dot(keys, tl.trans(read), input_precision=PRECISION)
-        tl.store(own_pairs + BM, tl.sum(tl.where(same, gram_2, 0.0), 1), mask=(i >= 0) & (run == 0))
+        tl.store(own_pairs + BM, tl.sum(tl.where(same, gram_2, 0.0), 1))
         gram_2 = tl.where(later & (i[:, None] != i[None, :]), gram_2, 0.0).to(OPERAND)
         bracket_2 = tl.zeros((BM, BM), tl.float32)
         beyond = tl.zeros((BM, BM), tl.float32)

@@ -38,7 +38,6 @@ def walk(
     s_B,
     s_dy,
     s_C,
-    walks,
     length,
     per_row,
     H,
@@ -59,13 +58,12 @@ def walk(
 ):
     """Walk the chunks of one document, BK tokens at a time: a (BP, BN) part of the state of one head.
 
-    The first `walks` programs go forward and write states (chunks, H, P, N), those that enter; the others go
-    back and write dstates, gradients of those that leave. One launch holds both, so that no multiprocessor
+    Programs with second index 0 go forward and write states (chunks, H, P, N), those that enter; those with 1
+    go back and write dstates, gradients of those that leave. One launch holds both, so that no multiprocessor
     waits for the last walks of one direction before the other begins.
     """
     pid = tl.program_id(0)
-    back = pid >= walks
-    pid = tl.where(back, pid - walks, pid)
+    back = tl.program_id(1) == 1
     pieces_n = tl.cdiv(N, BN)
     pieces = tl.cdiv(P, BP) * pieces_n
     piece = pid % pieces
