@@ -7,10 +7,10 @@ STAMP  := $(VENV)/.installed
 JOBS   ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-gpu test-faults check format schema clean
+.PHONY: help install quickstart test test-gpu test-faults check format schema check-kernels mutate clean
 
 help: ## This list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## Make .venv and install ssmtrain with its development tools
 
@@ -29,6 +29,12 @@ test-gpu: install ## The tests that need one GPU, or two
 
 test-faults: install ## Fifty kills of a training run, at random moments and inside saves
 	$(BIN)/python -m pytest -m faults $(ARGS)
+
+check-kernels: install ## Compile every Triton kernel for five GPU architectures, without a GPU
+	$(BIN)/python scripts/check_kernels.py $(ARGS)
+
+mutate: install ## Break the Triton kernels on purpose and see that tests notice
+	$(BIN)/python scripts/mutate_kernels.py $(ARGS)
 
 check: install ## Lint, format and type checks
 	$(BIN)/ruff check .

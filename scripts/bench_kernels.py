@@ -358,10 +358,8 @@ def main() -> int:
         found = []
         for timing in measure(section, arguments.rounds, not arguments.no_peers, bytes_per_ms):
             # As they come too: peers that tune themselves take minutes, and a run may be cut short.
-            print(
-                f"# {timing.shape}, {timing.implementation}: {timing.forward}, {timing.both} ms {timing.note}",
-                flush=True,
-            )
+            medians = f"{timing.forward}, {timing.both} ms"
+            print(f"# {timing.shape}, {timing.implementation}: {medians} {timing.note}", flush=True)
             found.append(timing)
         print(*table(found), sep="\n", flush=True)
         timings += found
