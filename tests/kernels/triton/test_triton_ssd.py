@@ -167,6 +167,16 @@ def test_gradient_through_one_output_alone(used: int, device: torch.device) -> N
         assert all(torch.equal(alone[name], found[name]) for name in found)
 
 
+def test_mixed_dtypes(device: torch.device) -> None:
+    """Each gradient has its input's dtype."""
+    inputs = rounded(draw(3), device) | {"x": draw(3)["x"].to(device, BF16)}
+    inputs |= {name: inputs[name].to(dtype) for name, dtype in (("B", FP16), ("dt_bias", BF16), ("A", FP16))}
+    found, truth = pulled(call(ours), inputs), pulled(call(reference), doubled(inputs))
+    assert found["output 0"].dtype == BF16 and found["output 1"].dtype == FP32
+    assert all(found[f"grad {name}"].dtype == t.dtype for name, t in inputs.items())
+    assert_all_close(found, truth, 2e-2)
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["rows", "documents"])
 def test_views_of_a_wider_projection_are_read_in_place(
     packed: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
