@@ -435,7 +435,13 @@ SSD_HOST = [
         "(t.shape[0] == 1 or t.stride(0) == t.shape[1] * t.stride(1))",
         "True",
     ),
-    ssd("chunk sizes that are no power of two", "", "1 << (asked.bit_length() - 1)", "asked"),
+    ssd(
+        "chunk sizes that are no power of two",
+        "",
+        "1 << (asked.bit_length() - 1)",
+        "asked",
+        tests=f"{PROPERTIES} -k chunk_size",
+    ),
     ssd(
         "the final state's gradient is dropped on the way",
         "",

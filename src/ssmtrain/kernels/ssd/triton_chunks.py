@@ -1,8 +1,8 @@
 """Where the chunks of a packed batch lie, their step sizes and decays, and the way back to dt.
 
 A chunk never holds two documents: each document is cut into chunks of Q tokens from its own start, so that
-nothing is masked at its boundary, a packed document gives the very bits that it gives alone, and a document's
-initial and final states are those of its first and last chunk. The batch is seen as one string of B * L
+nothing is masked at its boundary, a packed document gives the very bits that it gives alone (sums over heads
+or over all tokens excepted), and its initial and final states are those of its first and last chunk. The batch is seen as one string of B * L
 tokens; documents are row-major, so each is a run in it.
 
 Per chunk and head four fp32 rows are kept, (chunks, H, Q): the step sizes; `logs`, the running sum of the
