@@ -2,8 +2,8 @@
 
 A chunk never holds two documents: each document is cut into chunks of Q tokens from its own start, so that
 nothing is masked at its boundary, a packed document gives the very bits that it gives alone (sums over heads
-or over all tokens excepted), and its initial and final states are those of its first and last chunk. The batch is seen as one string of B * L
-tokens; documents are row-major, so each is a run in it.
+or over all tokens excepted), and its initial and final states are those of its first and last chunk. The
+batch is seen as one string of B * L tokens; documents are row-major, so each is a run in it.
 
 Per chunk and head four fp32 rows are kept, (chunks, H, Q): the step sizes; `logs`, the running sum of the
 log decays, in units of log 2 because the hardware's exponential is exp2; `late`, that less log2 of the step
