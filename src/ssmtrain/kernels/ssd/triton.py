@@ -12,7 +12,6 @@ from math import inf
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -23,6 +22,7 @@ from ssmtrain.kernels.ssd.triton_chunks import Chunks, cut, steps_backward, step
 from ssmtrain.kernels.ssd.triton_grads import gather, pairs, sources, through_states
 from ssmtrain.kernels.ssd.triton_outputs import outputs
 from ssmtrain.kernels.ssd.triton_states import walk
+from ssmtrain.kernels.ssd.triton_step import skip_and_gate
 from ssmtrain.kernels.ssd.triton_step import ssd_step as ssd_step
 
 LARGEST = {"P": 128, "N": 256}
@@ -52,8 +52,7 @@ def ssd(
     """Compute `kernels.ssd` (same arguments)."""
     if x.dtype == torch.float64 or x.shape[3] > LARGEST["P"] or B.shape[3] > LARGEST["N"]:
         _say_once(f"ssd: the reference runs for {x.dtype}, P {x.shape[3]}, N {B.shape[3]}")
-        run = reference.ssd
-        return run(
+        return reference.ssd(
             x,
             dt,
             A,
@@ -88,11 +87,7 @@ def ssd(
         inf if dt_limit[1] is None else dt_limit[1],
         return_final_state,
     )
-    if D is not None and inner_d is None:
-        y = (y + x * D.float()).to(x.dtype)
-    if z is not None:
-        y = (y * F.silu(z.float())).to(x.dtype)
-    return y, final if return_final_state else None
+    return skip_and_gate(y, x, None if inner_d is not None else D, z), final if return_final_state else None
 
 
 @functools.cache
@@ -139,7 +134,7 @@ class Shape(NamedTuple):
     def products(self) -> dict[str, object]:
         """Operand type and precision of the matrix products.
 
-        fp16 goes through tf32: the same bits of mantissa, and states do not overflow.
+        fp16 and fp32 are taken as three TF32 products, near fp32: states of fp16 inputs do not overflow.
         """
         if not self.exact:
             return {"OPERAND": tl.bfloat16, "PRECISION": "tf32"}

@@ -86,7 +86,12 @@ def ssd_step(
     inner_d = D if D is not None and D.dim() == 1 else None
     high = inf if dt_limit[1] is None else dt_limit[1]
     y = _step(state, x, dt, A, B, C, inner_d, dt_bias, dt_softplus, dt_limit[0], high)
-    if D is not None and inner_d is None:
+    return skip_and_gate(y, x, None if inner_d is not None else D, z)
+
+
+def skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
+    """Add D x to y (.., H, P) for a D (H, P), which the kernels do not take, and gate by silu(z)."""
+    if D is not None:
         y = (y + x * D.float()).to(x.dtype)
     if z is not None:
         y = (y * F.silu(z.float())).to(x.dtype)
