@@ -293,6 +293,16 @@ def _steps(
     return Steps(chunks, steps, logs, late, rests)
 
 
+def _sizes(shape: Shape, chunks: Chunks) -> tuple[int, ...]:
+    """Return what the kernels over chunks and heads take in one order: length to N."""
+    return shape.length, chunks.per_row, shape.heads, shape.per_group, shape.P, shape.N
+
+
+def _constants(shape: Shape, chunks: Chunks) -> dict[str, object]:
+    """Return the compile-time constants that all kernels with products share."""
+    return {"Q": chunks.size, "PACKED": chunks.packed, **shape.products()}
+
+
 def _walk(
     shape: Shape,
     at: Steps,
@@ -333,19 +343,12 @@ def _walk(
         B.stride(1),
         d_y.stride(1),
         C.stride(1),
-        shape.length,
-        chunks.per_row,
-        shape.heads,
-        shape.per_group,
-        shape.P,
-        shape.N,
-        Q=chunks.size,
-        PACKED=chunks.packed,
+        *_sizes(shape, chunks),
         EVEN=not chunks.packed and shape.length % chunks.size == 0 and not (shape.P % BP or shape.N % BN),
         HAS_INITIAL=initial is not None,
         HAS_FINAL=final is not None,
         HAS_DFINAL=d_final is not None,
-        **shape.products(),
+        **_constants(shape, chunks),
         **config,
     )
     return states, d_states
@@ -393,19 +396,12 @@ def scan(
         x.stride(1),
         B.stride(1),
         C.stride(1),
-        shape.length,
-        chunks.per_row,
-        shape.heads,
-        shape.per_group,
-        shape.P,
-        shape.N,
-        Q=chunks.size,
+        *_sizes(shape, chunks),
         BM=BM,
         BH=BH,
         SPLIT=config["BP"] < shape.P,
         HAS_D=D is not None,
-        PACKED=chunks.packed,
-        **shape.products(),
+        **_constants(shape, chunks),
         **config,
     )
     return y, final
@@ -509,19 +505,12 @@ def _sources(
         d_y.stride(1),
         B.stride(1),
         C.stride(1),
-        shape.length,
-        chunks.per_row,
-        shape.heads,
-        shape.per_group,
-        shape.P,
-        shape.N,
-        Q=chunks.size,
+        *_sizes(shape, chunks),
         BM=BM,
         BH=BH,
         SPLIT=config["BP"] < shape.P,
         HAS_D=D is not None,
-        PACKED=chunks.packed,
-        **shape.products(),
+        **_constants(shape, chunks),
         **config,
     )
     return d_x
@@ -557,17 +546,10 @@ def _pairs(shape: Shape, at: Steps, x: Tensor, d_y: Tensor, B: Tensor, C: Tensor
         d_y.stride(1),
         B.stride(1),
         C.stride(1),
-        shape.length,
-        chunks.per_row,
-        heads,
-        shape.per_group,
-        shape.P,
-        shape.N,
-        Q=chunks.size,
+        *_sizes(shape, chunks),
         BM=BM,
         BH=BH,
-        PACKED=chunks.packed,
-        **shape.products(),
+        **_constants(shape, chunks),
         **config,
     )
     return d_gram, direct, spans, skips, selves
@@ -600,18 +582,11 @@ def _through_states(
         chunks.table,
         source.stride(1),
         other.stride(1),
-        shape.length,
-        chunks.per_row,
-        shape.heads,
-        shape.per_group,
-        shape.P,
-        shape.N,
-        Q=chunks.size,
+        *_sizes(shape, chunks),
         BN=BN,
         BH=BH,
         READER=others is None,
-        PACKED=chunks.packed,
-        **shape.products(),
+        **_constants(shape, chunks),
         **config,
     )
     return share, sums, passed
@@ -642,9 +617,7 @@ def _gather(
         shape.N,
         d_gram.shape[2],
         share_B.shape[2],
-        Q=chunks.size,
-        PACKED=chunks.packed,
-        **shape.products(),
+        **_constants(shape, chunks),
         **config,
     )
     return d_B, d_C
