@@ -129,6 +129,21 @@ def place(c, table, length, per_row, Q: tl.constexpr, PACKED: tl.constexpr):
 
 
 @triton.jit
+def share_of(pid, parts, H, per_group, BH: tl.constexpr):
+    """Return what is program pid's of `parts` programs for each run of up to BH heads of each group and chunk.
+
+    That is: part, run, group, first head and one past the last, chunk. Parts of a run are neighbours, and so
+    are runs of a chunk: what they read twice is in the cache.
+    """
+    runs = tl.cdiv(per_group, BH)
+    run = (pid // parts) % runs
+    group = (pid // (parts * runs)) % (H // per_group)
+    begin = group * per_group + run * BH
+    end = begin + tl.minimum(BH, per_group - run * BH)
+    return pid % parts, run, group, begin, end, pid // (parts * (H // per_group) * runs)
+
+
+@triton.jit
 def softplus(v):
     """Return log(1 + exp(v)), to fp32 rounding at any v.
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ssmtrain.kernels.ssd.triton_chunks import place
+from ssmtrain.kernels.ssd.triton_chunks import place, share_of
 from ssmtrain.kernels.ssd.triton_outputs import block_of, in_registers
 
 
@@ -56,16 +56,12 @@ def sources(
     The outputs' way backwards: what later tokens of the chunk, and the state that leaves, make of x.
     """
     BLOCKS: tl.constexpr = Q // BM
-    runs = tl.cdiv(per_group, BH)
     pid = tl.program_id(0)
     p = tl.arange(0, BP)
     if SPLIT:
         p += (pid % tl.cdiv(P, BP)) * BP
         pid = pid // tl.cdiv(P, BP)
-    m = pid % BLOCKS
-    run = (pid // BLOCKS) % runs
-    group = (pid // (BLOCKS * runs)) % (H // per_group)
-    c = pid // (BLOCKS * H // per_group * runs)
+    m, _, group, begin, end, c = share_of(pid, BLOCKS, H, per_group, BH)
     first, size = place(c, table, length, per_row, Q, PACKED)
     if m * BM >= size:
         return
@@ -91,8 +87,7 @@ def sources(
     own = (m * BM + i < size)[:, None] & (p < P)[None, :]
     inside = (p < P)[:, None] & (n < N)[None, :]
     entry = p[:, None] * N + n[None, :]
-    begin = group * per_group + run * BH
-    for h in range(begin, begin + tl.minimum(BH, per_group - run * BH)):
+    for h in range(begin, end):
         head = c.to(tl.int64) * H + h
         rows = head * Q + m * BM
         log = tl.load(logs + rows + i)
@@ -176,10 +171,7 @@ def pairs(
     """
     TWO: tl.constexpr = Q == 2 * BM
     runs = tl.cdiv(per_group, BH)
-    pid = tl.program_id(0)
-    run = pid % runs
-    group = (pid // runs) % (H // per_group)
-    c = pid // (H // per_group * runs)
+    _, run, group, begin, end, c = share_of(tl.program_id(0), 1, H, per_group, BH)
     first, size = place(c, table, length, per_row, Q, PACKED)
     if size <= 0:
         return
@@ -213,10 +205,9 @@ def pairs(
     part_dy = i[:, None] * s_dy + p[None, :]
     own = (i < size)[:, None] & (p < P)[None, :]
     own_2 = (i < size - BM)[:, None] & (p < P)[None, :]
-    begin = group * per_group + run * BH
     # A head's decays are loaded a head ahead, down the rows and along the columns of a tile apart: what is
     # not an operand of a product Triton does not prefetch by itself.
-    final = (c.to(tl.int64) * H + begin + tl.minimum(BH, per_group - run * BH) - 1) * Q
+    final = (c.to(tl.int64) * H + end - 1) * Q
     rows = (c.to(tl.int64) * H + begin) * Q
     down, along = i[:, None], i[None, :]
     log = tl.load(logs + rows + down)
@@ -227,7 +218,7 @@ def pairs(
         step_2 = tl.load(steps + rows + BM + down)
         to_2 = tl.load(logs + rows + BM + along)
         middle = tl.load(logs + rows + BM - 1)
-    for h in range(begin, begin + tl.minimum(BH, per_group - run * BH)):
+    for h in range(begin, end):
         ahead = tl.minimum(rows + Q, final)
         next_log = tl.load(logs + ahead + down)
         next_step = tl.load(steps + ahead + down)
@@ -318,11 +309,7 @@ def through_states(
     """
     runs = tl.cdiv(per_group, BH)
     pieces = tl.cdiv(N, BN)
-    pid = tl.program_id(0)
-    piece = pid % pieces
-    run = (pid // pieces) % runs
-    group = (pid // (pieces * runs)) % (H // per_group)
-    c = pid // (pieces * H // per_group * runs)
+    piece, run, group, begin, end, c = share_of(tl.program_id(0), pieces, H, per_group, BH)
     first, size = place(c, table, length, per_row, Q, PACKED)
     if size <= 0:
         return
@@ -330,16 +317,11 @@ def through_states(
     n = piece * BN + tl.arange(0, BN)
     p = tl.arange(0, BP)
     live = (t < size)[:, None]
-    mate = tl.load(
-        other + first * s_other + group * N + (t[:, None] * s_other + n[None, :]),
-        mask=live & (n < N)[None, :],
-        other=0.0,
-    ).to(OPERAND)
+    mate = block_of(other + first * s_other + group * N, t, s_other, n, t < size, N, OPERAND)
     acc = tl.zeros((Q, BN), tl.float32)
-    begin = group * per_group + run * BH
     source += first * s_source
     part = t[:, None] * s_source + p[None, :]
-    for h in range(begin, begin + tl.minimum(BH, per_group - run * BH)):
+    for h in range(begin, end):
         head = c.to(tl.int64) * H + h
         at = head * P * N + p[:, None] * N + n[None, :]
         inside = (p < P)[:, None] & (n < N)[None, :]

@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ssmtrain.kernels.ssd.triton_chunks import place
+from ssmtrain.kernels.ssd.triton_chunks import place, share_of
 
 
 @triton.jit
@@ -70,16 +70,12 @@ def outputs(
 ):
     """Write y (tokens, H, P) for BM tokens of one chunk and up to BH heads of one group."""
     BLOCKS: tl.constexpr = Q // BM
-    runs = tl.cdiv(per_group, BH)
     pid = tl.program_id(0)
     p = tl.arange(0, BP)
     if SPLIT:
         p += (pid % tl.cdiv(P, BP)) * BP
         pid = pid // tl.cdiv(P, BP)
-    m = pid % BLOCKS
-    run = (pid // BLOCKS) % runs
-    group = (pid // (BLOCKS * runs)) % (H // per_group)
-    c = pid // (BLOCKS * H // per_group * runs)
+    m, _, group, begin, end, c = share_of(pid, BLOCKS, H, per_group, BH)
     first, size = place(c, table, length, per_row, Q, PACKED)
     if m * BM >= size:
         return
@@ -107,8 +103,7 @@ def outputs(
     own = (m * BM + i < size)[:, None] & (p < P)[None, :]
     inside = (p < P)[:, None] & (n < N)[None, :]
     entry = p[:, None] * N + n[None, :]
-    begin = group * per_group + run * BH
-    for h in range(begin, begin + tl.minimum(BH, per_group - run * BH)):
+    for h in range(begin, end):
         head = c.to(tl.int64) * H + h
         rows = head * Q + m * BM
         log = tl.load(logs + rows + i)
