@@ -154,6 +154,7 @@ def use(
     monkeypatch.setattr(ours, "configuration", configuration)
     if heads is not None:
         monkeypatch.setattr(ours, "_heads_at_once", lambda most, shape, chunks: min(heads, shape.per_group))
+        monkeypatch.setattr(ours, "_heads_of_a_run", lambda shape, chunks: min(heads, shape.per_group))
 
 
 def documents(*rows: list[int]) -> tuple[Tensor, int]:

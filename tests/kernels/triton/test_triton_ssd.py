@@ -91,7 +91,7 @@ def test_sizes_that_are_no_power_of_two_and_tiles_smaller_than_a_state(
     blocks: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = {"walk": {"BP": 16, "BN": 16, "BK": 16}, "outputs": {"BP": 16}, "sources": {"BP": 16}}
-    use(monkeypatch, blocks, through_states={"BN": 16}, gather={"BN": 16}, **small)
+    use(monkeypatch, blocks, through_states={"BN": 16}, **small)
     doc_ids, n_docs = documents([3, 30])
     check(draw(33, n_docs, P=20, N=24), doc_ids, n_docs, device, chunk_size=32)
 
@@ -114,10 +114,15 @@ def test_many_chunks_and_documents(device: torch.device) -> None:
     ]
     assert chunks.table[: len(expected)].tolist() == expected
     assert chunks.n == len(chunks.table) >= len(expected) and not chunks.table[len(expected) :, 1].any()
-    docs = torch.full((1501, 2), -1, device=device)
-    docs[:, 0] = 3 * torch.arange(1501)
-    triton_chunks._count_chunks[(1,)](docs, 1500, Q=2, BLOCK=1024)
-    assert docs[:, 1].tolist() == list(range(0, 3001, 2))
+    starts = torch.tensor([0, 2500, 2501, 2534, 2551, 5068])
+    assert chunks.docs[:, 0].tolist() == starts.tolist()
+    for column, size in ((1, 16), (2, 64)):
+        counts = -(-starts.diff() // size)
+        assert chunks.docs[1:, column].tolist() == counts.cumsum(0).tolist()
+    assert not chunks.docs[0].any()
+    one_each = torch.arange(1500, dtype=torch.int32, device=device)[None]
+    chunks = triton_chunks.cut(1, 1500, 16, one_each, 1500, torch.empty(0, device=device))
+    assert torch.equal(chunks.docs, torch.arange(1501, device=device)[:, None].expand(-1, 3))
     values = torch.randn(2, 600, 10, generator=torch.Generator().manual_seed(1)).to(device)
     assert distance(ours._sum_chunks(values), values.double().sum(1)) < 1e-6
 

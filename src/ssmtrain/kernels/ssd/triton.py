@@ -25,6 +25,11 @@ from ssmtrain.kernels.ssd.triton_states import walk
 from ssmtrain.kernels.ssd.triton_step import skip_and_gate
 from ssmtrain.kernels.ssd.triton_step import ssd_step as ssd_step
 
+try:  # Gluon is experimental: where this Triton has no such pass, the kernels over chunks do all.
+    from ssmtrain.kernels.ssd import hopper
+except ImportError:
+    hopper = None
+
 LARGEST = {"P": 128, "N": 256}
 """Head and state sizes that fit a multiprocessor; beyond them the reference runs."""
 
@@ -212,16 +217,12 @@ def _candidates(kernel: str, shape: Shape, Q: int) -> list[tuple[int, dict[str, 
     elif kernel == "pairs":
         for stages in (3, 2, 1):
             size = max(stages * 4 * half * BP, 3 * half * BN) + 2048
-            add(size, stages, BM=half, BH=40, num_warps=8)
-    elif kernel == "through_states":
+            add(size, stages, BM=half, num_warps=8)
+    else:  # through_states
         for bn, stages in ((128, 3), (128, 2), (64, 2), (32, 2), (32, 1), (16, 1)):
             bn = min(BN, bn)
-            size = stages * (2 * BP * bn + Q * BP) + Q * bn + 2 * Q * BP
-            add(size, stages, BN=bn, BH=40, num_warps=8)
-    else:
-        bn = min(BN, 64)
-        add(Q * Q + 2 * Q * bn, 2, BN=bn)
-        add(Q * Q + Q * min(BN, 32), 1, BN=min(BN, 32))
+            size = stages * (2 * BP * bn + Q * BP) + Q * BP + Q * Q
+            add(size + Q * bn, stages, BN=bn, num_warps=8)
     return choices
 
 
@@ -229,6 +230,15 @@ def _heads_at_once(most: int, shape: Shape, chunks: int) -> int:
     """Return how many heads a program takes: many share more, but thousands of programs must remain."""
     programs = chunks * shape.heads
     return max(1, min(most, shape.per_group, programs // 1024))
+
+
+def _heads_of_a_run(shape: Shape, chunks: Chunks) -> int:
+    """Return how many heads the programs that sum over heads take.
+
+    All that share B and C, when 256 programs remain, near two for each multiprocessor of the largest GPUs:
+    then no shares are written and read again.
+    """
+    return max(1, min(shape.per_group, chunks.n * shape.heads // 256))
 
 
 def _tokens(t: Tensor) -> Tensor:
@@ -375,10 +385,14 @@ def scan(
     shape = shape_of(x, B)
     x, dt, B, C = (_tokens(t) for t in (x, dt, B, C))
     at = _steps(shape, dt, A, dt_bias, doc_ids, n_docs, chunk, softplus, low, high)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     final = torch.empty(_final_shape(x, B, n_docs, want_final), dtype=torch.float32, device=x.device)
     enter = None if initial is None else initial.contiguous()
-    states, _ = _walk(shape, at, x, B, enter, final if want_final else None)
+    leave = final if want_final else None
+    if hopper is not None and hopper.fits(shape, at.chunks.size, x, B, C):
+        y, _ = hopper.run(shape, at, x, B, C, D, doc_ids, enter, leave, back=False, keep=False)
+        return y, final
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    states, _ = _walk(shape, at, x, B, enter, leave)
     chunks = at.chunks
     config = configuration("outputs", shape, chunks.size, x.device)
     BM, BH = config.pop("BM"), _heads_at_once(config.pop("BH"), shape, chunks.n)
@@ -436,14 +450,16 @@ def scan_back(
     enter = None if initial is None else initial.contiguous()
     d_initial = torch.empty(0 if initial is None else initial.shape, dtype=torch.float32, device=x.device)
     d_final = None if d_final is None else d_final.contiguous()
-    states, d_states = _walk(
-        shape, at, x, B, enter, None, (d_y, C, d_final, None if initial is None else d_initial)
-    )
-    d_x = _sources(shape, at, d_y, B, C, D, d_states)
+    leave = None if initial is None else d_initial
+    if hopper is not None and hopper.fits(shape, at.chunks.size, d_y, x, B, C):
+        _, states = hopper.run(shape, at, x, B, None, None, doc_ids, enter, None, back=False, keep=True)
+        d_x, d_states = hopper.run(shape, at, d_y, C, B, D, doc_ids, d_final, leave, back=True, keep=True)
+    else:
+        states, d_states = _walk(shape, at, x, B, enter, None, (d_y, C, d_final, leave))
+        d_x = _sources(shape, at, d_y, B, C, D, d_states)
     d_gram, direct, spans, skips, selves = _pairs(shape, at, x, d_y, B, C)
-    share_B, fed, through = _through_states(shape, at, x, B, d_states, states)
-    share_C, read, _ = _through_states(shape, at, d_y, C, states, None)
-    d_B, d_C = _gather(shape, at, d_gram, B, C, share_B, share_C)
+    d_B, fed, through = _through_states(shape, at, x, B, C, d_gram, d_states, states)
+    d_C, read, _ = _through_states(shape, at, d_y, C, B, d_gram, states, None)
     chunks, BH = at.chunks, min(16, triton.next_power_of_2(shape.heads))
     d_dt = torch.empty(dt.shape, dtype=dt.dtype, device=dt.device)
     sums = torch.empty(2 if D is None else 3, chunks.n, shape.heads, dtype=torch.float32, device=x.device)
@@ -520,13 +536,14 @@ def _pairs(shape: Shape, at: Steps, x: Tensor, d_y: Tensor, B: Tensor, C: Tensor
     """Return the shares in the gradient of C B^T, and what `steps_backward` reads."""
     chunks, heads = at.chunks, shape.heads
     config = configuration("pairs", shape, chunks.size, x.device)
-    BM, BH = config.pop("BM"), _heads_at_once(config.pop("BH"), shape, chunks.n)
+    BM, BH = config.pop("BM"), _heads_of_a_run(shape, chunks)
     runs = triton.cdiv(shape.per_group, BH)
 
     def new(*sizes: int) -> Tensor:
         return torch.empty(sizes, dtype=torch.float32, device=x.device)
 
-    d_gram = new(chunks.n, shape.groups, runs, chunks.size, chunks.size)
+    size = (chunks.n, shape.groups, runs, chunks.size, chunks.size)
+    d_gram = torch.empty(size, dtype=torch.float32 if shape.exact else x.dtype, device=x.device)
     direct, spans, skips = (new(chunks.n, heads, chunks.size) for _ in range(3))
     selves = new(chunks.n, shape.groups, chunks.size)
     pairs[(chunks.n * shape.groups * runs,)](
@@ -556,71 +573,69 @@ def _pairs(shape: Shape, at: Steps, x: Tensor, d_y: Tensor, B: Tensor, C: Tensor
 
 
 def _through_states(
-    shape: Shape, at: Steps, source: Tensor, other: Tensor, states: Tensor, others: Tensor | None
+    shape: Shape,
+    at: Steps,
+    source: Tensor,
+    other: Tensor,
+    partner: Tensor,
+    d_gram: Tensor,
+    states: Tensor,
+    others: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the shares in dB, or in dC when there are no others, and what `steps_backward` reads."""
+    """Return the gradient of `other`, B, or C when there are no others, and what `steps_backward` reads."""
     chunks = at.chunks
     config = configuration("through_states", shape, chunks.size, source.device)
     config.pop("BM")
-    BN, BH = config.pop("BN"), _heads_at_once(config.pop("BH"), shape, chunks.n)
-    runs, pieces = triton.cdiv(shape.per_group, BH), triton.cdiv(shape.N, BN)
-    share = torch.empty(
-        chunks.n, shape.groups, runs, chunks.size, shape.N, dtype=torch.float32, device=source.device
-    )
-    sums = torch.empty(chunks.n, shape.heads, pieces, chunks.size, dtype=torch.float32, device=source.device)
-    passed = torch.empty(chunks.n, shape.heads, pieces, dtype=torch.float32, device=source.device)
+    BN, BH = config.pop("BN"), _heads_of_a_run(shape, chunks)
+    runs, pieces = d_gram.shape[2], triton.cdiv(shape.N, BN)
+
+    def new(*sizes: int) -> Tensor:
+        return torch.empty(sizes, dtype=torch.float32, device=source.device)
+
+    gradient = torch.empty(other.shape, dtype=other.dtype, device=other.device)
+    shares = new(chunks.n, shape.groups, runs, chunks.size, shape.N) if runs > 1 else gradient
+    sums = new(chunks.n, shape.heads, pieces, chunks.size)
+    passed = new(chunks.n, shape.heads, pieces)
     through_states[(chunks.n * shape.groups * runs * pieces,)](
         source,
         other,
+        partner,
+        d_gram,
         at.steps,
         at.logs if others is None else at.rests,
         states,
         others,
-        share,
+        shares,
         sums,
         passed,
         chunks.table,
         source.stride(1),
         other.stride(1),
+        partner.stride(1),
         *_sizes(shape, chunks),
         BN=BN,
         BH=BH,
         READER=others is None,
+        WHOLE=runs == 1,
         **_constants(shape, chunks),
         **config,
     )
-    return share, sums, passed
-
-
-def _gather(
-    shape: Shape, at: Steps, d_gram: Tensor, B: Tensor, C: Tensor, share_B: Tensor, share_C: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients of B and C from their shares."""
-    chunks = at.chunks
-    config = configuration("gather", shape, chunks.size, B.device)
-    config.pop("BM"), config.pop("BP")
-    d_B, d_C = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (B, C))
-    gather[(chunks.n * shape.groups * triton.cdiv(shape.N, config["BN"]), 2)](
-        d_gram,
-        B,
-        C,
-        share_B,
-        share_C,
-        d_B,
-        d_C,
-        chunks.table,
-        B.stride(1),
-        C.stride(1),
-        shape.length,
-        chunks.per_row,
-        shape.groups,
-        shape.N,
-        d_gram.shape[2],
-        share_B.shape[2],
-        **_constants(shape, chunks),
-        **config,
-    )
-    return d_B, d_C
+    if runs > 1:
+        BN = min(shape.BN, 64)
+        gather[(chunks.n * shape.groups * triton.cdiv(shape.N, BN),)](
+            shares,
+            gradient,
+            chunks.table,
+            shape.length,
+            chunks.per_row,
+            shape.groups,
+            shape.N,
+            runs,
+            Q=chunks.size,
+            BN=BN,
+            PACKED=chunks.packed,
+        )
+    return gradient, sums, passed
 
 
 def _sum_chunks(values: Tensor) -> Tensor:

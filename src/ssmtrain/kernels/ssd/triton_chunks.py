@@ -39,7 +39,7 @@ class Chunks(NamedTuple):
     table: Tensor
     """(n, 2) int64: first token and number of tokens of each chunk; empty when rows are documents."""
     docs: Tensor
-    """(n_docs + 1, 2) int64: first token and first chunk of each document; empty when rows are documents."""
+    """(n_docs + 1, 3) int64: first token, chunk and block of 64 of each document; empty when rows are documents."""
 
     @property
     def packed(self) -> bool:
@@ -59,11 +59,10 @@ def cut(batch: int, length: int, size: int, doc_ids: Tensor | None, n_docs: int,
         return Chunks(batch, batch * -(-length // size), size, length, nothing, nothing)
     n = batch * length // size + n_docs
     table = torch.empty(n, 2, dtype=torch.int64, device=like.device)
-    docs = torch.empty(n_docs + 1, 2, dtype=torch.int64, device=like.device)
+    docs = torch.empty(n_docs + 1, 3, dtype=torch.int64, device=like.device)
     tokens = batch * length
     _find_documents[(triton.cdiv(tokens, 1024),)](doc_ids.contiguous(), docs, tokens, n_docs, BLOCK=1024)
-    _count_chunks[(1,)](docs, n_docs, Q=size, BLOCK=1024)
-    _place_chunks[(n_docs + 1,)](docs, table, n, n_docs, Q=size, BLOCK=128, num_warps=1)
+    _place_chunks[(n_docs + 1,)](docs, table, n, n_docs, Q=size, K=64, DOCS=1024, BLOCK=128)
     return Chunks(n_docs, n, size, length, table, docs)
 
 
@@ -74,44 +73,43 @@ def _find_documents(doc_ids, docs, tokens, n_docs, BLOCK: tl.constexpr):
     live = at < tokens
     here = tl.load(doc_ids + at, mask=live, other=0)
     before = tl.load(doc_ids + at - 1, mask=live & (at > 0), other=-1)
-    tl.store(docs + 2 * here.to(tl.int64), at, mask=live & (here != before))
+    tl.store(docs + 3 * here.to(tl.int64), at, mask=live & (here != before))
     end = tl.where(tl.program_id(0) == 0, tokens, -1)
-    tl.store(docs + 2 * n_docs, tokens.to(tl.int64), mask=end >= 0)
+    tl.store(docs + 3 * n_docs, tokens.to(tl.int64), mask=end >= 0)
 
 
 @triton.jit
-def _count_chunks(docs, n_docs, Q: tl.constexpr, BLOCK: tl.constexpr):
-    """Write each document's first chunk: the running count of chunks before it."""
-    before = tl.zeros((), tl.int64)
-    for start in range(0, n_docs, BLOCK):
-        d = start + tl.arange(0, BLOCK)
-        live = d < n_docs
-        first = tl.load(docs + 2 * d, mask=live, other=0)
-        after = tl.load(docs + 2 * d + 2, mask=live, other=0)
-        count = (after - first + Q - 1) // Q
-        tl.store(docs + 2 * d + 1, before + tl.cumsum(count, 0) - count, mask=live)
-        before += tl.sum(count, 0)
-    tl.store(docs + 2 * n_docs + 1, before)
+def _place_chunks(
+    docs, table, n, n_docs, Q: tl.constexpr, K: tl.constexpr, DOCS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Write a document's first chunk and block of K, and first token and size of its chunks.
 
-
-@triton.jit
-def _place_chunks(docs, table, n, n_docs, Q: tl.constexpr, BLOCK: tl.constexpr):
-    """Write first token and size of a document's chunks; past the last document, empty ones."""
+    Past the last document, empty chunks. Each program counts the chunks before its document by itself: DOCS
+    documents at a time, that costs less than the launch of another kernel.
+    """
     d = tl.program_id(0)
-    first = tl.load(docs + 2 * d)
-    chunk = tl.load(docs + 2 * d + 1)
+    chunk = tl.zeros((), tl.int64)
+    block = tl.zeros((), tl.int64)
+    for start in range(0, d, DOCS):
+        i = start + tl.arange(0, DOCS)
+        before = tl.load(docs + 3 * i, mask=i < d, other=0)
+        size = tl.load(docs + 3 * i + 3, mask=i < d, other=0) - before
+        chunk += tl.sum((size + Q - 1) // Q, 0)
+        block += tl.sum((size + K - 1) // K, 0)
+    tl.store(docs + 3 * d + 1, chunk)
+    tl.store(docs + 3 * d + 2, block)
+    first = tl.load(docs + 3 * d)
     if d < n_docs:
-        after = tl.load(docs + 2 * d + 2)
-        last = tl.load(docs + 2 * d + 3)
+        after = tl.load(docs + 3 * d + 3)
+        count = ((after - first + Q - 1) // Q).to(tl.int32)
     else:
         after = first
-        last = tl.zeros((), tl.int64) + n
-    for start in range(0, (last - chunk).to(tl.int32), BLOCK):
+        count = (n - chunk).to(tl.int32)
+    for start in range(0, count, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        live = i < last - chunk
         token = tl.minimum(first + i.to(tl.int64) * Q, after)
-        tl.store(table + 2 * (chunk + i), token, mask=live)
-        tl.store(table + 2 * (chunk + i) + 1, tl.minimum(after - token, Q), mask=live)
+        tl.store(table + 2 * (chunk + i), token, mask=i < count)
+        tl.store(table + 2 * (chunk + i) + 1, tl.minimum(after - token, Q), mask=i < count)
 
 
 @triton.jit

@@ -165,7 +165,7 @@ def pairs(
 ):
     """Go back through the pairs of tokens of one chunk, for up to BH heads of one group.
 
-    Writes the share in dgram (chunks, G, runs, Q sources, Q readers), and what `steps_backward` reads: direct
+    Writes the share in dgram (chunks, G, runs, Q sources, Q readers), as an operand of `through_states`, and what `steps_backward` reads: direct
     and spans (chunks, H, Q), which leave out a token's pair with itself, and the two factors of that, skips
     (chunks, H, Q), x . dy, and selves (chunks, G, Q), C . B.
     """
@@ -264,27 +264,30 @@ def pairs(
         log, step, to = next_log, next_step, next_to
     share = dgram + ((c.to(tl.int64) * (H // per_group) + group) * runs + run) * Q * Q
     share += i[:, None] * Q + i[None, :]
-    tl.store(share, tl.where(later, bracket, 0.0))
+    tl.store(share, tl.where(later, bracket, 0.0).to(OPERAND))
     if TWO:
-        tl.store(share + BM, beyond)
-        tl.store(share + BM * Q, tl.zeros((BM, BM), tl.float32))
-        tl.store(share + BM * Q + BM, tl.where(later, bracket_2, 0.0))
+        tl.store(share + BM, beyond.to(OPERAND))
+        tl.store(share + BM * Q, tl.zeros((BM, BM), OPERAND))
+        tl.store(share + BM * Q + BM, tl.where(later, bracket_2, 0.0).to(OPERAND))
 
 
 @triton.jit
 def through_states(
     source,
     other,
+    partner,
+    dgram,
     steps,
     decays,
     states,
     others,
-    share,
+    out,
     products,
     passed,
     table,
     s_source,
     s_other,
+    s_partner,
     length,
     per_row,
     H,
@@ -296,16 +299,18 @@ def through_states(
     BN: tl.constexpr,
     BH: tl.constexpr,
     READER: tl.constexpr,
+    WHOLE: tl.constexpr,
     PACKED: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Sum over up to BH heads, of one chunk and BN of its columns, the gradient that comes by states.
+    """Sum over up to BH heads, of one chunk and BN of its columns, the gradient of C or B: out.
 
-    As a READER's: dC_t = sum of exp(l_t) S^T dy_t, and products (chunks, H, pieces, Q), its product with
-    C. As a source's: dB_s = sum of dt_s r_s dS^T x_s, its inner product with B, without dt_s, and passed
-    (chunks, H, pieces), the inner product of dS with others, the states that enter. decays are logs or rests;
-    share is (chunks, G, runs, Q, N).
+    As a READER's: dC_t = sum over heads of exp(l_t) S^T dy_t, and products (chunks, H, pieces, Q), its product
+    with C. As a source's: dB_s = sum of dt_s r_s dS^T x_s, its inner product with B, without dt_s, and passed
+    (chunks, H, pieces), the inner product of dS with others, the states that enter. decays are logs or rests.
+    Both begin with what the pairs of the same heads, dgram, make of their partners, B or C. out is the
+    gradient itself (tokens, G, N) when the run of heads is the WHOLE group, else shares (chunks, G, runs, Q, N).
     """
     runs = tl.cdiv(per_group, BH)
     pieces = tl.cdiv(N, BN)
@@ -317,8 +322,13 @@ def through_states(
     n = piece * BN + tl.arange(0, BN)
     p = tl.arange(0, BP)
     live = (t < size)[:, None]
+    share = (c.to(tl.int64) * (H // per_group) + group) * runs + run
+    bracket = tl.load(dgram + share * Q * Q + (t[:, None] * Q + t[None, :]))  # (sources, readers)
+    if READER:
+        bracket = tl.trans(bracket)
+    mate = block_of(partner + first * s_partner + group * N, t, s_partner, n, t < size, N, OPERAND)
+    acc = tl.dot(bracket, mate, input_precision=PRECISION)
     mate = block_of(other + first * s_other + group * N, t, s_other, n, t < size, N, OPERAND)
-    acc = tl.zeros((Q, BN), tl.float32)
     source += first * s_source
     part = t[:, None] * s_source + p[None, :]
     for h in range(begin, end):
@@ -340,35 +350,28 @@ def through_states(
             weight *= tl.load(steps + head * Q + t)
         g *= weight[:, None]
         acc = tl.dot(g.to(OPERAND), state, acc, input_precision=PRECISION)
-    at = ((c.to(tl.int64) * (H // per_group) + group) * runs + run) * Q
-    tl.store(share + (at + t)[:, None] * N + n[None, :], acc, mask=(n < N)[None, :])
+    if WHOLE:
+        at = out + (first + t)[:, None] * (H // per_group * N) + group * N + n[None, :]
+        tl.store(at, acc.to(out.dtype.element_ty), mask=live & (n < N)[None, :])
+    else:
+        tl.store(out + (share * Q + t)[:, None] * N + n[None, :], acc, mask=(n < N)[None, :])
 
 
 @triton.jit
 def gather(
-    dgram,
-    B,
-    C,
-    share_B,
-    share_C,
-    dB,
-    dC,
+    shares,
+    out,
     table,
-    s_B,
-    s_C,
     length,
     per_row,
     groups,
     N,
-    pair_runs,
     runs,
     Q: tl.constexpr,
     BN: tl.constexpr,
     PACKED: tl.constexpr,
-    OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    """Add the shares of all runs of heads: write dB, and by the programs with second index 1 dC."""
+    """Add the shares (chunks, G, runs, Q, N) of all runs of heads, in order, to the gradient (tokens, G, N)."""
     pid = tl.program_id(0)
     pieces = tl.cdiv(N, BN)
     n = (pid % pieces) * BN + tl.arange(0, BN)
@@ -379,20 +382,9 @@ def gather(
         return
     t = tl.arange(0, Q)
     chunk = c.to(tl.int64) * groups + group
-    bracket = tl.zeros((Q, Q), tl.float32)  # (sources, readers)
-    for r in range(pair_runs):
-        bracket += tl.load(dgram + (chunk * pair_runs + r) * Q * Q + t[:, None] * Q + t[None, :])
-    if tl.program_id(1) == 0:
-        share, out = share_B, dB
-        other = block_of(C + first * s_C + group * N, t, s_C, n, t < size, N, OPERAND)
-    else:
-        share, out = share_C, dC
-        bracket = tl.trans(bracket)
-        other = block_of(B + first * s_B + group * N, t, s_B, n, t < size, N, OPERAND)
     acc = tl.zeros((Q, BN), tl.float32)
     for r in range(runs):
         at = (chunk * runs + r) * Q
-        acc += tl.load(share + (at + t)[:, None] * N + n[None, :], mask=(n < N)[None, :], other=0.0)
-    acc = tl.dot(bracket.to(OPERAND), other, acc, input_precision=PRECISION)
+        acc += tl.load(shares + (at + t)[:, None] * N + n[None, :], mask=(n < N)[None, :], other=0.0)
     to = out + (first + t)[:, None] * (groups * N) + group * N + n[None, :]
     tl.store(to, acc.to(out.dtype.element_ty), mask=(t < size)[:, None] & (n < N)[None, :])

@@ -72,9 +72,9 @@ def walk(
     p = (piece // pieces_n) * BP + tl.arange(0, BP)
     n = (piece % pieces_n) * BN + tl.arange(0, BN)
     if PACKED:
-        first = tl.load(docs + 2 * d)
-        chunk = tl.load(docs + 2 * d + 1)
-        size = (tl.load(docs + 2 * d + 2) - first).to(tl.int32)
+        first = tl.load(docs + 3 * d)
+        chunk = tl.load(docs + 3 * d + 1)
+        size = (tl.load(docs + 3 * d + 3) - first).to(tl.int32)
     else:
         first = d.to(tl.int64) * length
         chunk = d.to(tl.int64) * per_row
