@@ -1,17 +1,19 @@
 """One pass over a sequence on Hopper: a head's state stays in registers while its outputs are written.
 
 The kernels over chunks write a state per chunk to memory and read it back. Here one program carries the state
-of one head through up to W tokens, K at a time, and takes the outputs as it goes: x is read once and y written
-once. What makes that fast is order that Triton's compiler does not find by itself, so it is written in Gluon,
-Triton's dialect with explicit layouts: the loads of the next block are under way during all of this one, and
-the products of a block run on the matrix units while the decays of its pairs are taken.
+of one head through up to W tokens, K at a time, and takes the outputs as it goes: x is read once and y
+written once. What makes that fast is an order that Triton's compiler does not find by itself, so it is
+written in Gluon, Triton's dialect with explicit layouts: the loads of the next block are under way during all
+of this one, and the products of a block run on the matrix units while the decays of its pairs are taken.
 
-With a and b the two decays of a token, rows and columns, a block of K tokens with the state S before it gives
+With a the log decay up to a token, b the same less the log of its step size, a block of K tokens and the
+state S before it give
 
-    out = exp2(a - begin) C S^T + tril(C B^T * exp2(a_t - b_s)) x,    S <- exp2(end - begin) S + (exp2(end - b) x)^T B
+    out = exp2(a - begin) C S^T + tril(C B^T * exp2(a_t - b_s)) x
+    S <- exp2(end - begin) S + (exp2(end - b) x)^T B
 
-where b holds the step size as well (`late`). The gradient of x is the same pass from the end, with dy for x, B
-and C swapped, a = -late and b = -log. docs/kernels/ssd.md has the derivation.
+The gradient of x is the same pass from the end, with dy for x, B and C swapped, and -b for a, -a for b.
+docs/kernels/ssd.md has the derivation.
 
 A document longer than W is cut into pieces of W tokens from its own start, so that where it lies in the batch
 does not change its bits; `leave` and `enter` carry the state from piece to piece.
@@ -35,6 +37,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ssmtrain.kernels import tuned
+from ssmtrain.kernels.ahead import aligned, launch
 
 if TYPE_CHECKING:
     from ssmtrain.kernels.ssd.triton import Shape, Steps
@@ -93,7 +96,7 @@ def copy_tile(to, base, stride: gl.constexpr, i, j, size):
 
 @gluon.jit
 def copy_edges(to, log, has_before, END: gl.constexpr, K: gl.constexpr, line: gl.constexpr):
-    """Begin to copy a block's first of `to`, the log decay before it in its chunk, or 0; second, that at its END."""
+    """Begin to copy the log decay before a block in its chunk, or 0, and as second that at its END."""
     q = gl.arange(0, K, line)
     before = (q == 0) & has_before
     if END:
@@ -146,11 +149,12 @@ def one_pass(
 ):
     """Carry one head's state through the pieces that start in one window of W tokens.
 
-    Forward, source is x, keys B and readers C; BACK, dy, C and B, from the last token to the first. OUT writes out (tokens, H, P); KEEP writes states (chunks, H, P, N), those that
-    enter each chunk in the direction of the walk. A document begins with `initial` and ends with `final`
-    (n_docs, H, P, N); one that began in another window, with enter (windows, H, P, N). LEAVE instead takes
-    only the piece that goes on in the next window, from a state of zero, and writes `leave` (windows, H, P, N),
-    and to decays (windows, H) the decay of what entered, 0 where nothing did.
+    Forward, source is x, keys B and readers C; BACK, dy, C and B, from the last token to the first. OUT
+    writes out (tokens, H, P); KEEP writes states (chunks, H, P, N), those that enter each chunk in the
+    direction of the walk. A document begins with `initial` and ends with `final` (n_docs, H, P, N); one that
+    began in another window, with `enter` (windows, H, P, N). LEAVE instead takes only the piece that goes on
+    in the next window, from a state of zero, and writes `leave` (windows, H, P, N), and to decays (windows,
+    H) the decay of what entered, 0 where nothing did.
     """
     GROUPS: gl.constexpr = WARPS // 4
     by_state: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, GROUPS], [16, N // GROUPS, 16])
@@ -188,7 +192,7 @@ def one_pass(
             entered = begin_block > block
         end_block = gl.where(goes_on, end_block, begin_block)
     elif BACK:
-        # The document of the last block: the one that the next window's first piece continues, or the one before.
+        # The last block's document: the one that the next window's first piece continues, or the one before.
         _, _, block = document(docs, d_end, length, per_row, K, PACKED)
         d = gl.where(end_block > block, d_end, d_end - 1)
     count = end_block - begin_block
@@ -196,8 +200,8 @@ def one_pass(
         return
     first, chunk, block = document(docs, d, length, per_row, K, PACKED)
     after, _, _ = document(docs, d + 1, length, per_row, K, PACKED)
-    # The block: its number in its document, its first token, its size and its chunk. Few of these live through
-    # the loop, since blocks and chunks lie without gaps, as documents do.
+    # The block: its number in its document, first token, size and chunk. Documents, chunks and blocks lie
+    # without gaps, so that no more than this lives through the loop, where registers are short.
     j = (end_block - 1 if BACK else begin_block) - block
     token = first + j.to(gl.int64) * K
     rest = (after - token).to(gl.int32)  # of the document
@@ -360,15 +364,15 @@ def one_pass(
             acc = warpgroup_mma_wait(1, deps=[acc])
             acc = warpgroup_mma(mix, X, acc * scale[:, None], is_async=True)
             S, weighted = warpgroup_mma_wait(1, deps=[moved, weighted])
-            # Other warps' products have read `held` by now, and their stores `outs`: the compiler cannot know.
+            # Past this, the products of all warps have read `held`, which the compiler does not ask.
             barrier()
         else:
             S, weighted = warpgroup_mma_wait(0, deps=[warpgroup_mma(weighted, Y, S, is_async=True), weighted])
         if HAS_FINAL:
             if closes:
                 gl.store(final + (this.to(gl.int64) * H + h) * (P * N) + part, S)
-        # Zero where a document ends, by a mask: a branch would move the accumulator to other registers and back,
-        # a product would leave NaN.
+        # Zero where a document ends, by a mask of bits: a branch would move the accumulator to other
+        # registers and back, and a product with 0 would leave NaN.
         S = (S.to(gl.int32, bitcast=True) & stays).to(gl.float32, bitcast=True)
         if HAS_INITIAL:
             if closes & more:
@@ -403,13 +407,15 @@ def join(enter, leave, decays, windows, H, size, BACK: tl.constexpr, BLOCK: tl.c
     e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     carried = tl.zeros((BLOCK,), tl.float32)
     for s in range(windows - 1):
-        w = windows - 1 - s if BACK else s
+        w = tl.full((), s, tl.int64)
+        if BACK:
+            w = windows - 1 - w
         to = w - 1 if BACK else w + 1
         decay = tl.load(decays + w * H + h)
-        left = tl.load(leave + (w.to(tl.int64) * H + h) * size + e, mask=e < size, other=0.0)
+        left = tl.load(leave + (w * H + h) * size + e, mask=e < size, other=0.0)
         # What entered a window whose decay is 0 may never have been written.
         carried = left + tl.where(decay > 0, decay * carried, 0.0)
-        tl.store(enter + (to.to(tl.int64) * H + h) * size + e, carried, mask=e < size)
+        tl.store(enter + (to * H + h) * size + e, carried, mask=e < size)
 
 
 def window_length(heads: int) -> int:
@@ -427,7 +433,7 @@ def fits(shape: Shape, chunk: int, *tensors: Tensor) -> bool:
         and shape.P == 64
         and shape.N in (64, 128, 256)
         and chunk % BLOCK == 0
-        and all(t.data_ptr() % 16 == 0 and t.stride(1) % 8 == 0 for t in tensors)
+        and all(aligned(t) and t.stride(1) % 8 == 0 for t in tensors)
         and tuned.architecture(tensors[0].device) == "sm_90"
     )
 
@@ -462,9 +468,11 @@ def run(
     enter, leave = (source.new_empty(*lead, size, dtype=torch.float32) for _ in range(2))
     decays = source.new_empty(lead, dtype=torch.float32)
 
-    def launch(readers: Tensor | None, final: Tensor | None, keep: bool, leaves: bool) -> None:
+    def go(readers: Tensor | None, final: Tensor | None, keep: bool, leaves: bool) -> None:
         warps = 8 if shape.N > 128 and readers is not None else 4
-        one_pass[(windows * shape.heads,)](
+        launch(
+            one_pass,
+            (windows * shape.heads,),
             source,
             keys,
             source if readers is None else readers,
@@ -510,9 +518,18 @@ def run(
         )
 
     if split:
-        launch(None, None, keep=False, leaves=True)
-        join[(triton.cdiv(size, 1024), shape.heads)](
-            enter, leave, decays, windows, shape.heads, size, BACK=back, BLOCK=1024
+        go(None, None, keep=False, leaves=True)
+        launch(
+            join,
+            (triton.cdiv(size, 1024), shape.heads),
+            enter,
+            leave,
+            decays,
+            windows,
+            shape.heads,
+            size,
+            BACK=back,
+            BLOCK=1024,
         )
-    launch(readers, final, keep, leaves=False)
+    go(readers, final, keep, leaves=False)
     return out, states

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssmtrain.kernels import tuned
+from ssmtrain.kernels.ahead import compiled_first, launch
 from ssmtrain.kernels.ssd import reference
 from ssmtrain.kernels.ssd.triton_chunks import Chunks, cut, steps_backward, steps_forward, sum_chunks
 from ssmtrain.kernels.ssd.triton_grads import gather, pairs, sources, through_states
@@ -28,7 +29,7 @@ from ssmtrain.kernels.ssd.triton_step import ssd_step as ssd_step
 try:  # Gluon is experimental: where this Triton has no such pass, the kernels over chunks do all.
     from ssmtrain.kernels.ssd import hopper
 except ImportError:
-    hopper = None
+    hopper = None  # type: ignore[assignment]
 
 LARGEST = {"P": 128, "N": 256}
 """Head and state sizes that fit a multiprocessor; beyond them the reference runs."""
@@ -279,7 +280,9 @@ def _steps(
     steps = torch.empty(chunks.n, shape.heads, Q, dtype=torch.float32, device=dt.device)
     logs, late, rests = (torch.empty_like(steps) for _ in range(3))
     BH = min(16, triton.next_power_of_2(shape.heads))
-    steps_forward[(chunks.n, triton.cdiv(shape.heads, BH))](
+    launch(
+        steps_forward,
+        (chunks.n, triton.cdiv(shape.heads, BH)),
         dt,
         A,
         bias,
@@ -335,7 +338,9 @@ def _walk(
     d_states = states if back is None else torch.empty_like(states)
     d_y, C, d_final, d_initial = (x, B, None, initial) if back is None else back
     walks = chunks.n_docs * shape.heads * triton.cdiv(shape.P, BP) * triton.cdiv(shape.N, BN)
-    walk[(walks, 1 if back is None else 2)](
+    launch(
+        walk,
+        (walks, 1 if back is None else 2),
         x,
         B,
         d_y,
@@ -397,7 +402,9 @@ def scan(
     config = configuration("outputs", shape, chunks.size, x.device)
     BM, BH = config.pop("BM"), _heads_at_once(config.pop("BH"), shape, chunks.n)
     runs = triton.cdiv(shape.per_group, BH)
-    outputs[(chunks.n * shape.groups * runs * (chunks.size // BM) * triton.cdiv(shape.P, config["BP"]),)](
+    launch(
+        outputs,
+        (chunks.n * shape.groups * runs * (chunks.size // BM) * triton.cdiv(shape.P, config["BP"]),),
         x,
         B,
         C,
@@ -463,7 +470,9 @@ def scan_back(
     chunks, BH = at.chunks, min(16, triton.next_power_of_2(shape.heads))
     d_dt = torch.empty(dt.shape, dtype=dt.dtype, device=dt.device)
     sums = torch.empty(2 if D is None else 3, chunks.n, shape.heads, dtype=torch.float32, device=x.device)
-    steps_backward[(chunks.n, triton.cdiv(shape.heads, BH))](
+    launch(
+        steps_backward,
+        (chunks.n, triton.cdiv(shape.heads, BH)),
         dt,
         A,
         dt_bias,
@@ -508,7 +517,9 @@ def _sources(
     BM, BH = config.pop("BM"), _heads_at_once(config.pop("BH"), shape, chunks.n)
     runs = triton.cdiv(shape.per_group, BH)
     d_x = torch.empty(d_y.shape, dtype=d_y.dtype, device=d_y.device)
-    sources[(chunks.n * shape.groups * runs * (chunks.size // BM) * triton.cdiv(shape.P, config["BP"]),)](
+    launch(
+        sources,
+        (chunks.n * shape.groups * runs * (chunks.size // BM) * triton.cdiv(shape.P, config["BP"]),),
         d_y,
         B,
         C,
@@ -546,7 +557,9 @@ def _pairs(shape: Shape, at: Steps, x: Tensor, d_y: Tensor, B: Tensor, C: Tensor
     d_gram = torch.empty(size, dtype=torch.float32 if shape.exact else x.dtype, device=x.device)
     direct, spans, skips = (new(chunks.n, heads, chunks.size) for _ in range(3))
     selves = new(chunks.n, shape.groups, chunks.size)
-    pairs[(chunks.n * shape.groups * runs,)](
+    launch(
+        pairs,
+        (chunks.n * shape.groups * runs,),
         x,
         d_y,
         B,
@@ -596,7 +609,9 @@ def _through_states(
     shares = new(chunks.n, shape.groups, runs, chunks.size, shape.N) if runs > 1 else gradient
     sums = new(chunks.n, shape.heads, pieces, chunks.size)
     passed = new(chunks.n, shape.heads, pieces)
-    through_states[(chunks.n * shape.groups * runs * pieces,)](
+    launch(
+        through_states,
+        (chunks.n * shape.groups * runs * pieces,),
         source,
         other,
         partner,
@@ -622,7 +637,9 @@ def _through_states(
     )
     if runs > 1:
         BN = min(shape.BN, 64)
-        gather[(chunks.n * shape.groups * triton.cdiv(shape.N, BN),)](
+        launch(
+            gather,
+            (chunks.n * shape.groups * triton.cdiv(shape.N, BN),),
             shares,
             gradient,
             chunks.table,
@@ -642,7 +659,7 @@ def _sum_chunks(values: Tensor) -> Tensor:
     """Sum values (kinds, n, columns) over n in a fixed order."""
     kinds, n, columns = values.shape
     out = torch.empty(kinds, columns, dtype=torch.float32, device=values.device)
-    sum_chunks[(triton.cdiv(columns, 8), kinds)](values, out, n, columns, ROWS=256, COLS=8)
+    launch(sum_chunks, (triton.cdiv(columns, 8), kinds), values, out, n, columns, ROWS=256, COLS=8)
     return out
 
 
@@ -651,11 +668,14 @@ _INPUTS = (
     " Tensor? doc_ids, int n_docs, int chunk, bool softplus, float low, float high"
 )
 _scan = torch.library.custom_op(
-    "ssmtrain::ssd", scan, mutates_args=(), schema=f"({_INPUTS}, bool want_final) -> (Tensor, Tensor)"
+    "ssmtrain::ssd",
+    compiled_first(scan),
+    mutates_args=(),
+    schema=f"({_INPUTS}, bool want_final) -> (Tensor, Tensor)",
 )
 _scan_back = torch.library.custom_op(
     "ssmtrain::ssd_back",
-    scan_back,
+    compiled_first(scan_back),
     mutates_args=(),
     schema=f"(Tensor d_y, Tensor? d_final, {_INPUTS})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",

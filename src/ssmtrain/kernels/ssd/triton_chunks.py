@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ssmtrain.kernels.ahead import launch
+
 LOG2E = tl.constexpr(1.4426950408889634)
 FLOOR = tl.constexpr(-70.0)
 """The log decay at which a decay is as good as 0: sums of log decays stay small, hence exact."""
@@ -39,7 +41,7 @@ class Chunks(NamedTuple):
     table: Tensor
     """(n, 2) int64: first token and number of tokens of each chunk; empty when rows are documents."""
     docs: Tensor
-    """(n_docs + 1, 3) int64: first token, chunk and block of 64 of each document; empty when rows are documents."""
+    """(n_docs + 1, 3) int64: a document's first token, chunk, block of 64; empty when rows are documents."""
 
     @property
     def packed(self) -> bool:
@@ -61,8 +63,10 @@ def cut(batch: int, length: int, size: int, doc_ids: Tensor | None, n_docs: int,
     table = torch.empty(n, 2, dtype=torch.int64, device=like.device)
     docs = torch.empty(n_docs + 1, 3, dtype=torch.int64, device=like.device)
     tokens = batch * length
-    _find_documents[(triton.cdiv(tokens, 1024),)](doc_ids.contiguous(), docs, tokens, n_docs, BLOCK=1024)
-    _place_chunks[(n_docs + 1,)](docs, table, n, n_docs, Q=size, K=64, DOCS=1024, BLOCK=128)
+    launch(
+        _find_documents, (triton.cdiv(tokens, 1024),), doc_ids.contiguous(), docs, tokens, n_docs, BLOCK=1024
+    )
+    launch(_place_chunks, (n_docs + 1,), docs, table, n, n_docs, Q=size, K=64, DOCS=1024, BLOCK=128)
     return Chunks(n_docs, n, size, length, table, docs)
 
 
@@ -128,7 +132,7 @@ def place(c, table, length, per_row, Q: tl.constexpr, PACKED: tl.constexpr):
 
 @triton.jit
 def share_of(pid, parts, H, per_group, BH: tl.constexpr):
-    """Return what is program pid's of `parts` programs for each run of up to BH heads of each group and chunk.
+    """Return what is program pid's, of `parts` for each run of up to BH heads of each group and chunk.
 
     That is: part, run, group, first head and one past the last, chunk. Parts of a run are neighbours, and so
     are runs of a chunk: what they read twice is in the cache.

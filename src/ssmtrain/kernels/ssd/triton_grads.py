@@ -165,9 +165,9 @@ def pairs(
 ):
     """Go back through the pairs of tokens of one chunk, for up to BH heads of one group.
 
-    Writes the share in dgram (chunks, G, runs, Q sources, Q readers), as an operand of `through_states`, and what `steps_backward` reads: direct
-    and spans (chunks, H, Q), which leave out a token's pair with itself, and the two factors of that, skips
-    (chunks, H, Q), x . dy, and selves (chunks, G, Q), C . B.
+    Writes the share in dgram (chunks, G, runs, Q sources, Q readers), as an operand of `through_states`, and
+    what `steps_backward` reads: direct and spans (chunks, H, Q), which leave out a token's pair with itself,
+    and the two factors of that, skips (chunks, H, Q), x . dy, and selves (chunks, G, Q), C . B.
     """
     TWO: tl.constexpr = Q == 2 * BM
     runs = tl.cdiv(per_group, BH)
@@ -306,11 +306,12 @@ def through_states(
 ):
     """Sum over up to BH heads, of one chunk and BN of its columns, the gradient of C or B: out.
 
-    As a READER's: dC_t = sum over heads of exp(l_t) S^T dy_t, and products (chunks, H, pieces, Q), its product
-    with C. As a source's: dB_s = sum of dt_s r_s dS^T x_s, its inner product with B, without dt_s, and passed
-    (chunks, H, pieces), the inner product of dS with others, the states that enter. decays are logs or rests.
-    Both begin with what the pairs of the same heads, dgram, make of their partners, B or C. out is the
-    gradient itself (tokens, G, N) when the run of heads is the WHOLE group, else shares (chunks, G, runs, Q, N).
+    As a READER's: dC_t = sum over heads of exp(l_t) S^T dy_t, and products (chunks, H, pieces, Q), its
+    product with C. As a source's: dB_s = sum of dt_s r_s dS^T x_s, its product with B, without dt_s, and
+    passed (chunks, H, pieces), the inner product of dS with others, the states that enter. decays are logs or
+    rests. Both begin with what the pairs of the same heads, dgram, make of their partners, B or C. out is the
+    gradient itself (tokens, G, N) when the run of heads is the WHOLE group, else shares (chunks, G, runs, Q,
+    N).
     """
     runs = tl.cdiv(per_group, BH)
     pieces = tl.cdiv(N, BN)
@@ -371,7 +372,7 @@ def gather(
     BN: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    """Add the shares (chunks, G, runs, Q, N) of all runs of heads, in order, to the gradient (tokens, G, N)."""
+    """Add the shares (chunks, G, runs, Q, N) of all runs of heads, in order: out (tokens, G, N)."""
     pid = tl.program_id(0)
     pieces = tl.cdiv(N, BN)
     n = (pid % pieces) * BN + tl.arange(0, BN)
