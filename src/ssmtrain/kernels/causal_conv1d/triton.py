@@ -3,8 +3,9 @@
 The op reads an input, does a dozen operations on it and writes an output, so it should run at the speed of
 memory. Loading a (tokens, channels) tile K times with shifts, the usual Triton form, takes each input from
 memory once but loads and converts it K times. Here a program owns BLOCK_C neighbouring channels, 16 bytes a
-thread and load, and walks TOKENS tokens in groups of UNROLL: a group's loads are issued before the first is
-needed, the K - 1 inputs before it are in registers still, and nothing passes through shared memory.
+thread and load, and walks TOKENS tokens in groups of UNROLL: a group's loads are issued before the group
+before it is worked on, the K - 1 inputs before it are in registers still, and nothing passes through shared
+memory.
 
 Backward walks the same way. At token t it computes the pre-activation again and its gradient, and adds that
 to the gradients of the inputs t - K + 1, ..., t, of which the oldest is then complete and is written. A
@@ -179,8 +180,10 @@ def _forward(
     if bias is not None:
         shift = tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)
     window = _window(x, step, ids, row, first, L, initial, C, c, inside, EDGES, K)
-    for t in range(first, min(first + TOKENS, L), UNROLL):
-        rows = _rows(x, step, t, L, c, inside, UNROLL)
+    last = min(first + TOKENS, L)
+    rows = _rows(x, step, first, last, c, inside, UNROLL)
+    for t in range(first, last, UNROLL):
+        ahead = _rows(x, step, t + UNROLL, last, c, inside, UNROLL)
         plain: tl.constexpr = True
         if EDGES:
             plain = _one_document(ids, row, t - 1, t + UNROLL, L)
@@ -191,19 +194,20 @@ def _forward(
                 _output(at, now, window, taps, shift, inside & (t + i < L), SILU, K)
                 window = (now,) + window[: K - 2]
         else:
-            for s in range(t, min(t + UNROLL, L)):
+            for s in range(t, min(t + UNROLL, last)):
                 document = _document(ids, row, s, L)
                 starts = document != _document(ids, row, s - 1, L)
                 window = _restart(window, starts, document, initial, C, c, inside, K)
                 now = _rows(x, step, s, L, c, inside, 1)[0].to(tl.float32)
                 _output(y + s * C + c, now, window, taps, shift, inside, SILU, K)
                 if final is not None:
-                    last = inside & (document != _document(ids, row, s + 1, L))
+                    ends = inside & (document != _document(ids, row, s + 1, L))
                     at = final + (document * K + K - 1) * C + c
-                    tl.store(at, now, mask=last)
+                    tl.store(at, now, mask=ends)
                     for lag in tl.static_range(1, K):
-                        tl.store(at - lag * C, window[lag - 1], mask=last)
+                        tl.store(at - lag * C, window[lag - 1], mask=ends)
                 window = (now,) + window[: K - 2]
+        rows = ahead
 
 
 @triton.jit
@@ -243,13 +247,11 @@ def _deliver(value, token, began, document, when, sinks, bounds, C, c, K: tl.con
 
 @triton.jit
 def _group(
-    x, dy, steps, t, carry, taps, shift, ids, row, initial, dfinal, sinks, bounds, L, C, c, inside,
+    x, dy, steps, rows, grads, t, carry, taps, shift, ids, row, initial, dfinal, sinks, bounds, L, C, c, inside,
     EDGES: tl.constexpr, COUNT: tl.constexpr, SILU: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """Walk backward's COUNT tokens from t on; returns carry: window, pending, sums, and where began."""
     window, pending, sums, began = carry
-    rows = _rows(x, steps[0], t, L, c, inside, COUNT)
-    grads = _rows(dy, steps[1], t, L, c, inside, COUNT)
     plain: tl.constexpr = True
     if EDGES:
         plain = _one_document(ids, row, t - (K - 1), t + COUNT, L)
@@ -331,16 +333,23 @@ def _backward(
     bounds = (first, last)
     # A document begun in an earlier run: before every token that this run can still reach.
     began = first - K
+    rows = _rows(x, steps[0], first, last, c, inside, UNROLL)
+    grads = _rows(dy, steps[1], first, last, c, inside, UNROLL)
     for t in range(first, last, UNROLL):
+        next_rows = _rows(x, steps[0], t + UNROLL, last, c, inside, UNROLL)
+        next_grads = _rows(dy, steps[1], t + UNROLL, last, c, inside, UNROLL)
         window, pending, sums, began = _group(
-            x, dy, steps, t, (window, pending, sums, began), taps, shift, ids, row, initial, dfinal, sinks,
+            x, dy, steps, rows, grads, t, (window, pending, sums, began), taps, shift, ids, row, initial, dfinal, sinks,
             bounds, L, C, c, inside, EDGES, UNROLL, SILU, K,
         )  # fmt: skip
+        rows, grads = next_rows, next_grads
     for lag in tl.static_range(K + 1):
         tl.store(partial + (run * (K + 1) + lag) * C + c, sums[lag], mask=inside)
     after = first + tl.cdiv(last - first, UNROLL) * UNROLL
+    rows = _rows(x, steps[0], after, L, c, inside, K - 1)
+    grads = _rows(dy, steps[1], after, L, c, inside, K - 1)
     _group(
-        x, dy, steps, after, (window, pending, sums, began), taps, shift, ids, row, initial, dfinal, sinks,
+        x, dy, steps, rows, grads, after, (window, pending, sums, began), taps, shift, ids, row, initial, dfinal, sinks,
         bounds, L, C, c, inside, EDGES, K - 1, SILU, K,
     )  # fmt: skip
 

@@ -307,7 +307,7 @@ def one_pass(
                 here -= 1
             j -= 1
         else:
-            token += K
+            token += size
             rest -= K
             j += 1
             if j % PER == 0:
