@@ -88,20 +88,58 @@ def _document(ids, row, t, L):
 
 
 @triton.jit
-def _one_document(ids, row, oldest, after, L):
-    """Whether two tokens are of the same document, and so all between."""
-    document = _document(ids, row, after, L)
-    return (document >= 0) & (document == _document(ids, row, oldest, L))
+def _ends(ids, row, oldest, after, L, EDGES: tl.constexpr):
+    """The documents of two tokens: where they are the same, all between are of it too."""
+    if EDGES:
+        ends = (_document(ids, row, oldest, L), _document(ids, row, after, L))
+    else:
+        ends = (row, row)
+    return ends
 
 
 @triton.jit
-def _rows(source, step, t, L, c, inside, COUNT: tl.constexpr):
+def _source(base, step, units, ALIGN: tl.constexpr, BLOCK_C: tl.constexpr, PAIRS: tl.constexpr):
+    """What `_rows` reads: pointer, step from token to token, this program's places, and which exist.
+
+    Neighbouring channels of 16 bits, PAIRS of that type, are read as one integer: kept apart, each would take
+    a register of its own while it waits to be worked on, and be waited for to be put there.
+    """
+    block = tl.program_id(0) % tl.cdiv(units * ALIGN, BLOCK_C)
+    if PAIRS is not None:
+        c = block * (BLOCK_C // 2) + tl.arange(0, BLOCK_C // 2)
+        inside = c < units * (ALIGN // 2)
+        source = (base.to(tl.pointer_type(tl.int32)), step.to(tl.int64) * (ALIGN // 2), c, inside)
+    else:
+        c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+        source = (base, step.to(tl.int64) * ALIGN, c, c < units * ALIGN)
+    return source
+
+
+@triton.jit
+def _rows(source, t, L, COUNT: tl.constexpr):
     """COUNT tokens from t on, as they are stored; zeros outside the row."""
+    base, step, c, inside = source
     rows = ()
     for i in tl.static_range(COUNT):
         live = inside & (t + i >= 0) & (t + i < L)
-        rows = rows + (tl.load(source + (t + i) * step + c, mask=live, other=0.0),)
+        rows = rows + (tl.load(base + (t + i) * step + c, mask=live, other=0),)
     return rows
+
+
+@triton.jit
+def _floats(values, PAIRS: tl.constexpr):
+    """What `_rows` read, in fp32."""
+    if PAIRS is None:
+        floats = values.to(tl.float32)
+    elif tl.bfloat16 == PAIRS:
+        even = (values << 16).to(tl.float32, bitcast=True)
+        odd = (values & -65536).to(tl.float32, bitcast=True)
+        floats = tl.interleave(even, odd)
+    else:
+        even = (values & 65535).to(tl.int16).to(PAIRS, bitcast=True)
+        odd = (values >> 16).to(tl.int16).to(PAIRS, bitcast=True)
+        floats = tl.interleave(even.to(tl.float32), odd.to(tl.float32))
+    return floats
 
 
 @triton.jit
@@ -119,19 +157,21 @@ def _restart(window, starts, document, initial, C, c, inside, K: tl.constexpr):
 
 
 @triton.jit
-def _window(x, step, ids, row, first, L, initial, C, c, inside, EDGES: tl.constexpr, K: tl.constexpr):
+def _window(
+    x, ids, row, first, L, initial, C, c, inside, EDGES: tl.constexpr, PAIRS: tl.constexpr, K: tl.constexpr
+):  # fmt: skip
     """The K - 1 inputs before token `first`, newest first."""
-    history = _rows(x, step, first - (K - 1), L, c, inside, K - 1)
+    history = _rows(x, first - (K - 1), L, K - 1)
     window = ()
     for lag in tl.static_range(1, K):
-        window = window + (history[K - 1 - lag].to(tl.float32),)
+        window = window + (_floats(history[K - 1 - lag], PAIRS),)
     if EDGES:
         for i in tl.static_range(K - 1):
             t = first - (K - 1) + i
             document = _document(ids, row, t, L)
             starts = document != _document(ids, row, t - 1, L)
             window = _restart(window, starts, document, initial, C, c, inside, K)
-            window = (history[i].to(tl.float32),) + window[: K - 2]
+            window = (_floats(history[i], PAIRS),) + window[: K - 2]
     return window
 
 
@@ -163,7 +203,7 @@ def _forward(
     y,  # (B, L, C)
     final,  # (n_docs, K, C) or None
     L, units, x_row, x_step,
-    SILU: tl.constexpr, K: tl.constexpr, ALIGN: tl.constexpr,
+    SILU: tl.constexpr, K: tl.constexpr, ALIGN: tl.constexpr, PAIRS: tl.constexpr,
     BLOCK_C: tl.constexpr, TOKENS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Convolve one run of tokens."""
@@ -172,24 +212,25 @@ def _forward(
     c, inside, row, first, _ = _place(L, units, ALIGN, BLOCK_C, TOKENS)
     # 64 bits: offsets pass 2^31 in a long batch. A multiple of ALIGN tells Triton that loads can be wide.
     C = units.to(tl.int64) * ALIGN
-    x += row * x_row * ALIGN
-    step = x_step.to(tl.int64) * ALIGN
+    x = _source(x + row * x_row * ALIGN, x_step, units, ALIGN, BLOCK_C, PAIRS)
     y += row * L * C
     taps = _taps(weight, c, inside, K)
     shift = 0.0
     if bias is not None:
         shift = tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)
-    window = _window(x, step, ids, row, first, L, initial, C, c, inside, EDGES, K)
+    window = _window(x, ids, row, first, L, initial, C, c, inside, EDGES, PAIRS, K)
     last = min(first + TOKENS, L)
-    rows = _rows(x, step, first, last, c, inside, UNROLL)
+    rows = _rows(x, first, last, UNROLL)
+    ends = _ends(ids, row, first - 1, first + UNROLL, L, EDGES)
     for t in range(first, last, UNROLL):
-        ahead = _rows(x, step, t + UNROLL, last, c, inside, UNROLL)
+        next_rows = _rows(x, t + UNROLL, last, UNROLL)
+        next_ends = _ends(ids, row, t + UNROLL - 1, t + 2 * UNROLL, L, EDGES)
         plain: tl.constexpr = True
         if EDGES:
-            plain = _one_document(ids, row, t - 1, t + UNROLL, L)
+            plain = (ends[0] >= 0) & (ends[0] == ends[1])
         if plain:
             for i in tl.static_range(UNROLL):
-                now = rows[i].to(tl.float32)
+                now = _floats(rows[i], PAIRS)
                 at = y + (t + i) * C + c
                 _output(at, now, window, taps, shift, inside & (t + i < L), SILU, K)
                 window = (now,) + window[: K - 2]
@@ -198,16 +239,16 @@ def _forward(
                 document = _document(ids, row, s, L)
                 starts = document != _document(ids, row, s - 1, L)
                 window = _restart(window, starts, document, initial, C, c, inside, K)
-                now = _rows(x, step, s, L, c, inside, 1)[0].to(tl.float32)
+                now = _floats(_rows(x, s, L, 1)[0], PAIRS)
                 _output(y + s * C + c, now, window, taps, shift, inside, SILU, K)
                 if final is not None:
-                    ends = inside & (document != _document(ids, row, s + 1, L))
+                    closes = inside & (document != _document(ids, row, s + 1, L))
                     at = final + (document * K + K - 1) * C + c
-                    tl.store(at, now, mask=ends)
+                    tl.store(at, now, mask=closes)
                     for lag in tl.static_range(1, K):
-                        tl.store(at - lag * C, window[lag - 1], mask=ends)
+                        tl.store(at - lag * C, window[lag - 1], mask=closes)
                 window = (now,) + window[: K - 2]
-        rows = ahead
+        rows, ends = next_rows, next_ends
 
 
 @triton.jit
@@ -247,17 +288,18 @@ def _deliver(value, token, began, document, when, sinks, bounds, C, c, K: tl.con
 
 @triton.jit
 def _group(
-    x, dy, steps, rows, grads, t, carry, taps, shift, ids, row, initial, dfinal, sinks, bounds, L, C, c, inside,
-    EDGES: tl.constexpr, COUNT: tl.constexpr, SILU: tl.constexpr, K: tl.constexpr,
+    x, dy, rows, grads, ends, t, carry, taps, shift, ids, row, initial, dfinal, sinks, bounds, L, C, c,
+    inside, EDGES: tl.constexpr, PAIRS: tl.constexpr, COUNT: tl.constexpr, SILU: tl.constexpr, K:
+    tl.constexpr,
 ):  # fmt: skip
     """Walk backward's COUNT tokens from t on; returns carry: window, pending, sums, and where began."""
     window, pending, sums, began = carry
     plain: tl.constexpr = True
     if EDGES:
-        plain = _one_document(ids, row, t - (K - 1), t + COUNT, L)
+        plain = (ends[0] >= 0) & (ends[0] == ends[1])
     if plain:
         for i in tl.static_range(COUNT):
-            now, grad = rows[i].to(tl.float32), grads[i].to(tl.float32)
+            now, grad = _floats(rows[i], PAIRS), _floats(grads[i], PAIRS)
             done, window, pending, sums = _advance(now, grad, window, pending, sums, taps, shift, SILU, K)
             token = t + i - (K - 1)
             live = inside & (token >= bounds[0]) & (token < bounds[1])
@@ -266,25 +308,25 @@ def _group(
         for s in range(t, t + COUNT):
             document = _document(ids, row, s, L)
             starts = document != _document(ids, row, s - 1, L)
-            ends = (document >= 0) & (document != _document(ids, row, s + 1, L))
+            closes = (document >= 0) & (document != _document(ids, row, s + 1, L))
             began = tl.where(starts, s, began)
             window = _restart(window, starts, document, initial, C, c, inside, K)
             cleared = ()
             for j in tl.static_range(K - 1):
                 cleared = cleared + (tl.where(starts, 0.0, pending[j]),)
-            now = _rows(x, steps[0], s, L, c, inside, 1)[0].to(tl.float32)
-            grad = _rows(dy, steps[1], s, L, c, inside, 1)[0].to(tl.float32)
+            now = _floats(_rows(x, s, L, 1)[0], PAIRS)
+            grad = _floats(_rows(dy, s, L, 1)[0], PAIRS)
             done, window, pending, sums = _advance(now, grad, window, cleared, sums, taps, shift, SILU, K)
             if dfinal is not None:
                 at = dfinal + document * K * C + c
-                done += tl.load(at, mask=inside & ends, other=0.0).to(tl.float32)
+                done += tl.load(at, mask=inside & closes, other=0.0).to(tl.float32)
                 kept = ()
                 for j in tl.static_range(K - 1):
-                    more = tl.load(at + (K - 1 - j) * C, mask=inside & ends, other=0.0)
+                    more = tl.load(at + (K - 1 - j) * C, mask=inside & closes, other=0.0)
                     kept = kept + (pending[j] + more.to(tl.float32),)
                 pending = kept
             _deliver(done, s - (K - 1), began, document, inside & (document >= 0), sinks, bounds, C, c, K)
-            if ends:
+            if closes:
                 for j in tl.static_range(K - 1):
                     _deliver(pending[j], s - j, began, document, inside, sinks, bounds, C, c, K)
             if sinks[1] is not None:  # noqa: SIM102 (known when compiling, the other is not)
@@ -308,7 +350,7 @@ def _backward(
     dinitial,  # (n_docs, K, C) or None
     partial,  # (runs, K + 1, C): gradients of the taps by lag, then of the bias
     L, units, x_row, x_step, dy_row, dy_step,
-    SILU: tl.constexpr, K: tl.constexpr, ALIGN: tl.constexpr,
+    SILU: tl.constexpr, K: tl.constexpr, ALIGN: tl.constexpr, PAIRS: tl.constexpr,
     BLOCK_C: tl.constexpr, TOKENS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one run of tokens, and its share of the parameters'."""
@@ -316,16 +358,15 @@ def _backward(
     EDGES: tl.constexpr = ids is not None or initial is not None or dfinal is not None
     c, inside, row, first, run = _place(L, units, ALIGN, BLOCK_C, TOKENS)
     C = units.to(tl.int64) * ALIGN
-    x += row * x_row * ALIGN
-    dy += row * dy_row * ALIGN
-    steps = (x_step.to(tl.int64) * ALIGN, dy_step.to(tl.int64) * ALIGN)
+    x = _source(x + row * x_row * ALIGN, x_step, units, ALIGN, BLOCK_C, PAIRS)
+    dy = _source(dy + row * dy_row * ALIGN, dy_step, units, ALIGN, BLOCK_C, PAIRS)
     sinks = (dx + row * L * C, dinitial)
     taps = _taps(weight, c, inside, K)
     shift = 0.0
     if bias is not None:
         shift = tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)
     zero = tl.zeros((BLOCK_C,), tl.float32)
-    window = _window(x, steps[0], ids, row, first, L, initial, C, c, inside, EDGES, K)
+    window = _window(x, ids, row, first, L, initial, C, c, inside, EDGES, PAIRS, K)
     pending, sums = (), (zero, zero)
     for _ in tl.static_range(K - 1):
         pending, sums = pending + (zero,), sums + (zero,)
@@ -333,24 +374,24 @@ def _backward(
     bounds = (first, last)
     # A document begun in an earlier run: before every token that this run can still reach.
     began = first - K
-    rows = _rows(x, steps[0], first, last, c, inside, UNROLL)
-    grads = _rows(dy, steps[1], first, last, c, inside, UNROLL)
+    rows, grads = _rows(x, first, last, UNROLL), _rows(dy, first, last, UNROLL)
+    ends = _ends(ids, row, first - (K - 1), first + UNROLL, L, EDGES)
     for t in range(first, last, UNROLL):
-        next_rows = _rows(x, steps[0], t + UNROLL, last, c, inside, UNROLL)
-        next_grads = _rows(dy, steps[1], t + UNROLL, last, c, inside, UNROLL)
+        next_rows, next_grads = _rows(x, t + UNROLL, last, UNROLL), _rows(dy, t + UNROLL, last, UNROLL)
+        next_ends = _ends(ids, row, t + UNROLL - (K - 1), t + 2 * UNROLL, L, EDGES)
         window, pending, sums, began = _group(
-            x, dy, steps, rows, grads, t, (window, pending, sums, began), taps, shift, ids, row, initial, dfinal, sinks,
-            bounds, L, C, c, inside, EDGES, UNROLL, SILU, K,
+            x, dy, rows, grads, ends, t, (window, pending, sums, began), taps, shift, ids, row, initial,
+            dfinal, sinks, bounds, L, C, c, inside, EDGES, PAIRS, UNROLL, SILU, K,
         )  # fmt: skip
-        rows, grads = next_rows, next_grads
+        rows, grads, ends = next_rows, next_grads, next_ends
     for lag in tl.static_range(K + 1):
         tl.store(partial + (run * (K + 1) + lag) * C + c, sums[lag], mask=inside)
     after = first + tl.cdiv(last - first, UNROLL) * UNROLL
-    rows = _rows(x, steps[0], after, L, c, inside, K - 1)
-    grads = _rows(dy, steps[1], after, L, c, inside, K - 1)
+    rows, grads = _rows(x, after, L, K - 1), _rows(dy, after, L, K - 1)
+    ends = _ends(ids, row, after - (K - 1), after + K - 1, L, EDGES)
     _group(
-        x, dy, steps, rows, grads, after, (window, pending, sums, began), taps, shift, ids, row, initial, dfinal, sinks,
-        bounds, L, C, c, inside, EDGES, K - 1, SILU, K,
+        x, dy, rows, grads, ends, after, (window, pending, sums, began), taps, shift, ids, row, initial,
+        dfinal, sinks, bounds, L, C, c, inside, EDGES, PAIRS, K - 1, SILU, K,
     )  # fmt: skip
 
 
@@ -444,16 +485,23 @@ def causal_conv1d_step(
     return _conv_step(state, x, weight, bias, activation == "silu")
 
 
-def _config(kernel: str, x: Tensor, taps: int, ids: Tensor | None, *states: Tensor | None) -> tuned.Config:
+def _config(
+    kernel: str, x: Tensor, taps: int, pairs: tl.dtype | None, ids: Tensor | None, *states: Tensor | None
+) -> tuned.Config:
     """Launch configuration for x (B, L, C): of its shape, never of how many multiprocessors there are."""
     batch, length, channels = x.shape
     backward = kernel == "causal_conv1d_backward"
-    block = max(32, min(512 // x.element_size(), triton.next_power_of_2(channels)))
-    # Longer runs leave fewer sums to add.
-    fallback = {"BLOCK_C": block, "TOKENS": 128 if backward else 64, "UNROLL": 4}
-    # What the common path needs; left alone, ptxas takes every register there is for a few more loads ahead.
     edges = 2 if any(state is not None for state in states) else int(ids is not None)
-    registers = ((168, 200, 232) if backward else (96, 128, 128))[edges]
+    size = (256 if backward else 512) // x.element_size()
+    # Longer runs leave fewer sums to add, and fewer inputs that two programs read.
+    fallback = {
+        "BLOCK_C": max(32, min(size, triton.next_power_of_2(channels))),
+        "TOKENS": 128 if backward else 32,
+    }
+    # Two groups live in registers at a time: of four tokens where there is more to keep.
+    fallback["UNROLL"] = 4 if (backward and edges) or (pairs is None and x.element_size() == 2) else 8
+    # What the common path needs; left alone, ptxas takes every register there is for a few more loads ahead.
+    registers = (168, 128, 168)[edges] if backward else 168
     fallback |= {"num_warps": 1, "num_stages": 1, "maxnreg": registers}
     dtype = str(x.dtype).removeprefix("torch.")
     key = f"C={channels},K={taps},dtype={dtype}" + ("", ",documents", ",states")[edges]
@@ -486,6 +534,13 @@ def _aligned(channels: int, *rows: Tensor) -> tuple[int, list[int]]:
     return align, [size // align for size in sizes]
 
 
+def _pairs(align: int, *rows: Tensor) -> tl.dtype | None:
+    """Return the type of neighbouring channels that can be read as one integer, in all tensors, or None."""
+    if align % 2 or any(t.data_ptr() % 4 for t in rows):
+        return None
+    return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(rows[0].dtype)
+
+
 def _empty(like: Tensor | None, x: Tensor) -> Tensor:
     """Memory for a gradient; an op has to return a tensor where there is none too."""
     if like is None:
@@ -504,10 +559,13 @@ def _conv(x, weight, bias, doc_ids, initial, n_docs, silu, keep_final):
     y, final = _outputs(x, weight, n_docs, keep_final)
     channels, taps = weight.shape
     x = _rowwise(x)
-    config = _config("causal_conv1d_forward", x, taps, doc_ids, initial, final if keep_final else None)
     align, sizes = _aligned(channels, x)
-    arrays = (x, *_dense(weight, bias, doc_ids, initial), y, final if keep_final else None)
-    _forward[_grid(x, config)](*arrays, x.shape[1], *sizes, SILU=silu, K=taps, ALIGN=align, **config)
+    states = (initial, final if keep_final else None)
+    pairs = _pairs(align, x)
+    config = _config("causal_conv1d_forward", x, taps, pairs, doc_ids, *states)
+    arrays = (x, *_dense(weight, bias, doc_ids, initial), y, states[1])
+    constants = {"SILU": silu, "K": taps, "ALIGN": align, "PAIRS": pairs, **config}
+    _forward[_grid(x, config)](*arrays, x.shape[1], *sizes, **constants)
     return y, final
 
 
@@ -533,13 +591,15 @@ def _conv_back(grad_y, grad_final, x, weight, bias, doc_ids, initial, silu):
     channels, taps = weight.shape
     dx, dweight, dbias, dinitial = (_empty(t, x) for t in (x, weight, bias, initial))
     x, grad_y = _rowwise(x), _rowwise(grad_y)
-    config = _config("causal_conv1d_backward", x, taps, doc_ids, initial, grad_final)
     align, sizes = _aligned(channels, x, grad_y)
+    pairs = _pairs(align, x, grad_y)
+    config = _config("causal_conv1d_backward", x, taps, pairs, doc_ids, initial, grad_final)
     runs = x.shape[0] * -(-x.shape[1] // config["TOKENS"])
     partial = torch.empty((runs, taps + 1, channels), dtype=torch.float32, device=x.device)
     inputs = (x, grad_y, *_dense(weight, bias, doc_ids, initial, grad_final))
     arrays = (*inputs, dx, None if initial is None else dinitial, partial)
-    _backward[_grid(x, config)](*arrays, x.shape[1], *sizes, SILU=silu, K=taps, ALIGN=align, **config)
+    constants = {"SILU": silu, "K": taps, "ALIGN": align, "PAIRS": pairs, **config}
+    _backward[_grid(x, config)](*arrays, x.shape[1], *sizes, **constants)
     _reduce[(-(-channels // 32), taps + (bias is not None))](
         partial, dweight, None if bias is None else dbias, runs, channels, K=taps, RUNS=32, BLOCK_C=32
     )
