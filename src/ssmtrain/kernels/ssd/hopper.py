@@ -467,6 +467,7 @@ def run(
     lead = (windows, shape.heads) if split else (0,)
     enter, leave = (source.new_empty(*lead, size, dtype=torch.float32) for _ in range(2))
     decays = source.new_empty(lead, dtype=torch.float32)
+    ids = None if doc_ids is None else doc_ids.contiguous()
 
     def go(readers: Tensor | None, final: Tensor | None, keep: bool, leaves: bool) -> None:
         warps = 8 if shape.N > 128 and readers is not None else 4
@@ -486,7 +487,7 @@ def run(
             decays,
             initial,
             final,
-            doc_ids,
+            ids,
             chunks.docs,
             tokens,
             chunks.n_docs,

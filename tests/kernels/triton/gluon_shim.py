@@ -1,0 +1,176 @@
+"""Gluon kernels on the CPU: torch stands in for `gl`, and one program runs after the other.
+
+Triton's interpreter does not know Gluon. A kernel's source is Python, so here it runs as such, with the few
+functions of `gl` that ours use made of torch: scalars are tensors without dimensions, pointers a tensor and
+offsets, shared memory a tensor of NaN until it is written. Copies and products take place where they are
+begun, which shows what a kernel computes, where it reads and what it writes, but no missing wait or barrier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+
+class Value(Tensor):
+    """A tensor with `to` as Triton has it, and never changed in place."""
+
+    def __iadd__(self, other: Any) -> Any:
+        return self + other
+
+    def __isub__(self, other: Any) -> Any:
+        return self - other
+
+    def to(self, dtype: torch.dtype, bitcast: bool = False) -> Any:
+        """Convert, or see the same bits as another type."""
+        return self.view(dtype) if bitcast else super().to(dtype)
+
+
+def value(data: Any) -> Any:
+    """A tensor, or a number as one."""
+    return torch.as_tensor(data).as_subclass(Value)
+
+
+class Pointer:
+    """Where elements of a tensor's memory lie."""
+
+    def __init__(self, memory: Tensor, at: Any = 0) -> None:
+        self.memory, self.at = memory, at
+
+    def __add__(self, offset: Any) -> Pointer:
+        return Pointer(self.memory, self.at + offset)
+
+    def __sub__(self, offset: Any) -> Pointer:
+        return Pointer(self.memory, self.at - offset)
+
+    def elements(self, mask: Any) -> tuple[Tensor, Tensor]:
+        """Offsets and mask in full; what is not masked must exist."""
+        at = torch.as_tensor(self.at).long()
+        at, mask = torch.broadcast_tensors(at, torch.as_tensor(True if mask is None else mask))
+        seen = at[mask]
+        assert seen.numel() == 0 or 0 <= seen.min() <= seen.max() < self.memory.numel(), "out of bounds"
+        return at, mask
+
+
+class Shared:
+    """Shared memory, or a part of it."""
+
+    def __init__(self, data: Tensor) -> None:
+        self.data = data
+
+    def index(self, at: Any) -> Shared:
+        """One of several buffers."""
+        return Shared(self.data[int(at)])
+
+    def slice(self, start: int, length: int) -> Shared:
+        """Some of the elements."""
+        return Shared(self.data[start : start + length])
+
+    def permute(self, order: tuple[int, ...]) -> Shared:
+        """The same with other strides."""
+        return Shared(self.data.permute(order))
+
+    def load(self, layout: object) -> Tensor:
+        """What is there now."""
+        return value(self.data.clone())
+
+    def store(self, data: Tensor) -> None:
+        """Replace what is there."""
+        assert data.shape == self.data.shape
+        self.data.copy_(data)
+
+
+def _memory(pointer: Pointer) -> Tensor:
+    """The elements of a tensor's memory from its first on, as a line."""
+    tensor = pointer.memory
+    length = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.as_strided((length if tensor.numel() else 0,), (1,))
+
+
+def _load(pointer: Pointer, mask: Any = None, other: Any = 0) -> Any:
+    at, live = pointer.elements(mask)
+    return value(torch.where(live, pointer.memory[torch.where(live, at, 0)], other))
+
+
+def _store(pointer: Pointer, data: Any, mask: Any = None) -> None:
+    at, live = pointer.elements(mask)
+    data = torch.as_tensor(data).expand(at.shape)
+    pointer.memory[at[live]] = data[live].as_subclass(Tensor).to(pointer.memory.dtype)
+
+
+def _copy(to: Shared, pointer: Pointer, mask: Any = None) -> None:
+    to.store(_load(pointer, mask) if pointer.memory.numel() else torch.zeros_like(to.data))
+
+
+def _product(a: Any, b: Shared, acc: Tensor, use_acc: bool = True, is_async: bool = False) -> Tensor:
+    left = a.data if isinstance(a, Shared) else a
+    assert left.dtype == b.data.dtype == torch.bfloat16
+    product = left.float() @ b.data.float()
+    return value(acc + product if use_acc else product)
+
+
+def _wait(outstanding: int, deps: list[Any]) -> Any:
+    return deps[0] if len(deps) == 1 else tuple(deps)
+
+
+def _arange(start: int, end: int, layout: object) -> Any:
+    return value(torch.arange(start, end, dtype=torch.int32))
+
+
+def _language(program: tuple[int, ...]) -> SimpleNamespace:
+    layouts = ("NVMMADistributedLayout", "DotOperandLayout", "BlockedLayout", "NVMMASharedLayout")
+    return SimpleNamespace(
+        **{name: lambda *args: None for name in (*layouts, "SwizzledSharedLayout", "SliceLayout")},
+        **{name: getattr(torch, name) for name in ("float32", "bfloat16", "int32", "int64", "exp2")},
+        constexpr=None,
+        program_id=lambda axis: value(torch.tensor(program[axis], dtype=torch.int32)),
+        arange=_arange,
+        zeros=lambda shape, dtype, layout: value(torch.zeros(shape, dtype=dtype)),
+        full=lambda shape, number, dtype, layout: value(torch.full(shape, number, dtype=dtype)),
+        to_tensor=value,
+        where=lambda condition, a, b: value(torch.where(torch.as_tensor(condition), a, b)),
+        minimum=lambda a, b: value(torch.minimum(torch.as_tensor(a), torch.as_tensor(b))),
+        convert_layout=lambda data, layout: data,
+        allocate_shared_memory=lambda dtype, shape, layout: Shared(torch.full(shape, torch.nan, dtype=dtype)),
+        load=_load,
+        store=_store,
+    )
+
+
+@contextmanager
+def on_cpu(module: ModuleType, *kernels: str) -> Iterator[None]:
+    """Make the module's `launch` run these Gluon kernels here, and their helpers with them."""
+    jits = {
+        name: item.fn for name, item in vars(module).items() if hasattr(item, "is_gluon") and item.is_gluon()
+    }
+    names = {
+        **{name: fn for name, fn in jits.items() if name not in kernels},
+        "async_copy": SimpleNamespace(
+            async_copy_global_to_shared=_copy, commit_group=lambda: None, wait_group=lambda n: None
+        ),
+        "fence_async_shared": lambda: None,
+        "barrier": lambda: None,
+        "warpgroup_mma": _product,
+        "warpgroup_mma_wait": _wait,
+    }
+    real = module.launch
+    mine = [getattr(module, name) for name in kernels]
+
+    def launch(kernel: Any, grid: tuple[int, ...], *args: object, **constants: Any) -> None:
+        if not any(kernel is one for one in mine):
+            return real(kernel, grid, *args, **constants)
+        constants = {k: v for k, v in constants.items() if k not in ("num_warps", "maxnreg")}
+        pointers = [Pointer(_memory(Pointer(a))) if isinstance(a, Tensor) else a for a in args]
+        for at in range(grid[0]):
+            with mock.patch.multiple(module, gl=_language((at,)), **names):
+                kernel.fn(*pointers, **constants)
+        return None
+
+    with mock.patch.object(module, "launch", launch):
+        yield
