@@ -203,10 +203,12 @@ def to_compile(quick: bool = False) -> Iterator[Case]:
         return
     wide = {"documents": 512, "state": True}
     yield ssd_case(1, 32768, 80, 64, 128)
-    yield ssd_case(8, 4096, 80, 64, 64)
     yield ssd_case(8, 4096, 128, 64, 256)
     yield ssd_case(8, 4096, 128, 64, 128, 8)
-    yield ssd_case(8, 4096, 80, 64, 128, **wide)
+    for N in (64, 128, 256):  # rows longer than a window of hopper.py
+        yield ssd_case(4, 8192, 80, 64, N)
+        yield ssd_case(4, 8192, 80, 64, N, documents=512)
+        yield ssd_case(4, 8192, 80, 64, N, **wide)
     yield ssd_case(2, 1000, 24, 64, 128, gate=True, D_channels=True, state=True)
     yield ssd_case(2, 1000, 6, 20, 24, 3, plain=True)
     yield ssd_case(2, 1024, 16, 128, 128, dtype=torch.float32)

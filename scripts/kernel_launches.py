@@ -28,6 +28,7 @@ from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction, MockTensor, create_function_from_signature
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -144,7 +145,8 @@ def specialised(launch: Launch, arch: str) -> tuple[ASTSource, dict[str, Any], G
     options, signature, constants, attributes = kernel._pack_args(
         made, kwargs, bound, specialization, options
     )
-    return ASTSource(kernel, signature, constants, attributes), options.__dict__, target
+    language = GluonASTSource if kernel.is_gluon() else ASTSource
+    return language(kernel, signature, constants, attributes), options.__dict__, target
 
 
 class _Pointer(MockTensor):

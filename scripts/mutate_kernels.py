@@ -1,12 +1,13 @@
 """Break the Triton kernels on purpose, one line at a time, and see that a test notices.
 
-    python scripts/mutate_kernels.py                  # all mutations, in the interpreter, no GPU
+    python scripts/mutate_kernels.py                  # all mutations
     python scripts/mutate_kernels.py --only conv      # those whose name has the word
     python scripts/mutate_kernels.py --list
 
 Each mutation replaces a text that occurs in its file, in a copy of the tree, and runs the tests that should
 see it, which passed before: killed when they fail now, survived when they pass. The exit code is 1 when one
-survives or its text is gone from the file (the kernel has changed: write the mutation anew).
+survives or its text is gone from the file (the kernel has changed: write the mutation anew). Tests run in the
+interpreter and need no GPU, but those of hopper.py need a Hopper GPU: without one its mutations are left out.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = "src/ssmtrain/kernels"
 OFFSETS = "tests/kernels/triton/test_offsets.py"
@@ -41,6 +44,8 @@ class Mutation:
     tests: tuple[str, ...]
     occurrence: int = 0
     """Which of the text's occurrences."""
+    gpu: bool = False
+    """Whether the tests need a Hopper GPU."""
 
 
 def conv(name: str, old: str, new: str, occurrence: int = 0, tests: str = "") -> Mutation:
@@ -64,6 +69,14 @@ def ssd(name: str, part: str, old: str, new: str, occurrence: int = 0, tests: st
     )
 
 
+def hopper(name: str, old: str, new: str, occurrence: int = 0, tests: str = "every_length") -> Mutation:
+    """A mutation of ssd/hopper.py; `tests` is a word of their names, or a file and a word."""
+    found = tests if " " in tests else f"tests/kernels/triton/test_hopper.py -k {tests}"
+    return Mutation(
+        f"hopper: {name}", f"{KERNELS}/ssd/hopper.py", old, new, tuple(found.split()), occurrence, gpu=True
+    )
+
+
 WIDE_CONV, WIDE_NORM, WIDE_SSD = (f"{OFFSETS} -k {op}" for op in ("conv1d", "norm", "ssd"))
 WIDE_STEPS = f"{OFFSETS} -k steps"
 
@@ -77,17 +90,20 @@ CONV = [
         "an initial state is not read", "(tl.where(starts, before, window[lag - 1]),)", "(window[lag - 1],)"
     ),
     conv("gradients reach the document before", "(tl.where(starts, 0.0, pending[j]),)", "(pending[j],)"),
+    conv("forward: no look at the document before", "t + UNROLL - 1, t + 2", "t + UNROLL, t + 2"),
+    conv("forward: no look at the token after", "t + UNROLL - 1, t + 2 *", "t + UNROLL - 1, t + 1 *"),
+    conv("forward: no look before the run", "first - 1, first + UNROLL", "first, first + UNROLL"),
+    conv("backward: no look at the oldest in reach", "t + UNROLL - (K - 1), t + 2", "t + UNROLL, t + 2"),
+    conv("backward: no look before the run", "first - (K - 1), first + UNROLL", "first, first + UNROLL"),
+    conv("backward: no look after the run", "after - (K - 1), after + K - 1", "after - (K - 1), after"),
+    conv("forward: the first group again", "rows, ends = next_rows, next_ends", "ends = next_ends"),
     conv(
-        "forward: no look at the document before",
-        "ids, row, t - 1, t + UNROLL, L)",
-        "ids, row, t, t + UNROLL, L)",
+        "backward: the first gradients again",
+        "rows, grads, ends = next_rows, next_grads,",
+        "rows, ends = next_rows,",
     ),
-    conv("forward: no look at the token after", "ids, row, t - 1, t + UNROLL, L)", "ids, row, t - 1, t, L)"),
-    conv(
-        "backward: no look at the oldest in reach",
-        "ids, row, t - (K - 1), t + COUNT, L)",
-        "ids, row, t, t + COUNT, L)",
-    ),
+    conv("neighbours change places", "tl.interleave(even, odd)", "tl.interleave(odd, even)"),
+    conv("neighbours of fp16 lose a sign", "(values & 65535)", "(values & 32767)"),
     conv(
         "the next run's first tokens write too",
         "(token >= bounds[0]) & (token < bounds[1])",
@@ -101,9 +117,7 @@ CONV = [
     conv("32-bit rows", "(run // runs).to(tl.int64)", "(run // runs)", tests=f"{OFFSETS} -k many_rows"),
     conv("32-bit offsets of y", "C = units.to(tl.int64) * ALIGN", "C = units * ALIGN", tests=WIDE_CONV),
     conv("32-bit offsets of dx", "C = units.to(tl.int64) * ALIGN", "C = units * ALIGN", 1, WIDE_CONV),
-    conv("32-bit steps of x", "step = x_step.to(tl.int64) * ALIGN", "step = x_step * ALIGN", tests=WIDE_CONV),
-    conv("32-bit steps of x back", "steps = (x_step.to(tl.int64)", "steps = (x_step", tests=WIDE_CONV),
-    conv("32-bit steps of dy", "dy_step.to(tl.int64) * ALIGN", "dy_step * ALIGN", tests=WIDE_CONV),
+    conv("32-bit steps", "step.to(tl.int64) * ALIGN", "step * ALIGN", tests=WIDE_CONV),
     conv(
         "32-bit rows of a step",
         "(tl.program_id(0) // blocks).to(tl.int64)",
@@ -164,8 +178,12 @@ SSD_CHUNKS = [
         "tl.minimum(after - token, Q)",
         "after - after + Q",
     ),
-    ssd("chunks left over are not emptied", "_chunks", "last = tl.zeros((), tl.int64) + n", "last = chunk"),
-    ssd("documents past a block start anew", "_chunks", "before += tl.sum(count, 0)", "before += 0"),
+    ssd("chunks left over are not emptied", "_chunks", "(n - chunk).to(tl.int32)", "(n - n).to(tl.int32)"),
+    ssd("documents before are not counted", "_chunks", "range(0, d, DOCS)", "range(0, 0, DOCS)"),
+    ssd("documents past a block start anew", "_chunks", "chunk += tl.sum(", "chunk = tl.sum("),
+    ssd("blocks of documents past a block start anew", "_chunks", "block += tl.sum(", "block = tl.sum("),
+    ssd("no part of a chunk is counted", "_chunks", "(size + Q - 1) // Q", "size // Q"),
+    ssd("no part of a block is counted", "_chunks", "(size + K - 1) // K", "size // K"),
     ssd("tokens past a chunk's end have a step", "_chunks", "tl.where(live, step, 0.0)", "step + 0.0"),
     ssd(
         "no floor of log decays",
@@ -232,10 +250,10 @@ SSD_STATES = [
     ssd(
         "every document starts at the first chunk",
         "_states",
-        "chunk = tl.load(docs + 2 * d + 1)",
+        "chunk = tl.load(docs + 3 * d + 1)",
         "chunk = tl.load(docs + 1)",
     ),
-    ssd("a document does not end", "_states", "(tl.load(docs + 2 * d + 2) - first)", "(length + 0 * first)"),
+    ssd("a document does not end", "_states", "(tl.load(docs + 3 * d + 3) - first)", "(length + 0 * first)"),
     ssd(
         "the state does not start at zero",
         "_states",
@@ -393,8 +411,8 @@ SSD_GRADS = [
     ssd(
         "through states: 32-bit shares",
         "_grads",
-        "at = ((c.to(tl.int64) * (H",
-        "at = ((c * (H",
+        "share = (c.to(tl.int64) * (H",
+        "share = (c * (H",
         tests=WIDE_SSD,
     ),
     ssd("through states: no step", "_grads", "weight *= tl.load(steps + head * Q + t)", "weight *= 1.0"),
@@ -411,15 +429,41 @@ SSD_GRADS = [
         "mask=(p < P)[None, :]",
     ),
     ssd(
+        "through states: sources for readers",
+        "_grads",
+        "bracket = tl.trans(bracket)",
+        "bracket = bracket",
+    ),
+    ssd(
+        "through states: no pairs",
+        "_grads",
+        "acc = tl.dot(bracket, mate,",
+        "acc = 0.0 * tl.dot(bracket, mate,",
+    ),
+    ssd("through states: its own partner", "_grads", "block_of(partner + first", "block_of(other + first"),
+    ssd("through states: partners past the end", "_grads", "s_partner, n, t < size", "s_partner, n, t < Q"),
+    ssd(
+        "through states: the first run's pairs",
+        "_grads",
+        "dgram + share * Q * Q",
+        "dgram + (share - run) * Q * Q",
+    ),
+    ssd("through states: the first run's share", "_grads", "out + (share * Q", "out + ((share - run) * Q"),
+    ssd("through states: the first group's gradient", "_grads", "* N) + group * N", "* N) + 0 * N"),
+    ssd(
+        "through states: tokens past the end are written",
+        "_grads",
+        "mask=live & (n < N)[None, :]",
+        "mask=(n < N)[None, :]",
+    ),
+    ssd(
         "gather: 32-bit shares",
         "_grads",
         "chunk = c.to(tl.int64) * groups",
         "chunk = c * groups",
         tests=WIDE_SSD,
     ),
-    ssd("gather: sources for readers", "_grads", "bracket = tl.trans(bracket)", "bracket = bracket"),
     ssd("gather: one run of heads", "_grads", "for r in range(runs):", "for r in range(1):"),
-    ssd("gather: one run of heads' pairs", "_grads", "for r in range(pair_runs):", "for r in range(1):"),
     ssd(
         "gather: tokens past the end are written",
         "_grads",
@@ -449,6 +493,8 @@ SSD_HOST = [
         "d_final = None",
     ),
     ssd("an x of fp16 in bf16", "", "self.dtype != torch.bfloat16", "self.dtype == torch.float32"),
+    ssd("shares where a run is a whole group", "", "WHOLE=runs == 1", "WHOLE=False"),
+    ssd("a share for the gradient", "", "WHOLE=runs == 1", "WHOLE=True"),
     ssd(
         "step: 32-bit rows",
         "_step",
@@ -481,7 +527,72 @@ SSD_HOST = [
 
 SSD = SSD_CHUNKS + SSD_STATES + SSD_OUTPUTS + SSD_GRADS + SSD_HOST
 
-MUTATIONS = CONV + NORM + SSD
+WIDE_HOPPER = f"{PROPERTIES} -k past_two_to_the_31"
+
+HOPPER = [
+    hopper("32-bit offsets of x", "source + token * s", "source + token.to(gl.int32) * s", 1, WIDE_HOPPER),
+    hopper("32-bit offsets of y", "out + past * s", "out + past.to(gl.int32) * s", tests=WIDE_HOPPER),
+    hopper(
+        "32-bit offsets of states",
+        "states + (here.to(gl.int64) * H + h)",
+        "states + (here * H + h)",
+        tests=WIDE_HOPPER,
+    ),
+    hopper("later tokens count", "row[:, None] >= column[None, :]", "row[:, None] >= 0 * column[None, :]"),
+    hopper(
+        "earlier tokens count back", "column[None, :] >= row[:, None]", "column[None, :] >= 0 * row[:, None]"
+    ),
+    hopper("the state does not decay", "S = S * gl.exp2(decay)[:, None]", "S = S * 1.0"),
+    hopper("outputs read a state that does not decay", "acc * scale[:, None]", "acc * 1.0"),
+    hopper(
+        "the weight back is the way forth's", "if BACK:\n            weight", "if False:\n            weight"
+    ),
+    hopper("the way back has no step", "(late if BACK else logs) + at", "logs + at", 1),
+    hopper("no D", "acc += skip * own", "acc += 0.0 * skip * own"),
+    hopper("D of the first head", "gl.load(D + h)", "gl.load(D)"),
+    hopper("keys of the first group", "keys += (h // per_group) * N", "keys += 0 * N"),
+    hopper("a chunk's first block decays from the head before", "(q == 0) & has_before", "q == 0"),
+    hopper("the block that keeps back", "(j % PER == PER - 1) | starts if BACK else j % PER", "j % PER"),
+    hopper("a document's last chunk keeps nothing", "(j % PER == PER - 1) | starts", "j % PER == PER - 1"),
+    hopper("the next document's tokens are read", "mask=(i < size)", "mask=(i < 64)", tests="not_finite"),
+    hopper(
+        "a state goes on into the next document",
+        "(gl.int32, bitcast=True) & stays",
+        "(gl.int32, bitcast=True)",
+        tests="optional",
+    ),
+    hopper(
+        "initial states of the document before",
+        "initial + (d.to(",
+        "initial + (this.to(",
+        1,
+        "test_documents",
+    ),
+    hopper("final states of the next document", "final + (this.to(", "final + (d.to(", tests="optional"),
+    hopper("a window's last piece is not its own", "+ W - 1) // W", ") // W", tests="short_windows"),
+    hopper("pieces of no tokens", "* W < after", "* W <= after", tests="optional"),
+    hopper(
+        "what enters is not read", "S = gl.load(enter +", "S = 0.0 * gl.load(enter +", tests="short_windows"
+    ),
+    hopper("only the last block's decay leaves", "total += decay", "total = decay", tests="short_windows"),
+    hopper(
+        "something enters each document",
+        "gl.where(entered, gl.exp2(total), 0.0)",
+        "gl.exp2(total)",
+        tests="short_windows",
+    ),
+    hopper("what entered does not decay", "decay * carried", "carried", tests="short_windows"),
+    hopper(
+        "what entered does not leave",
+        "left + tl.where(decay > 0",
+        "left + tl.where(decay > 2",
+        tests="short_windows",
+    ),
+    hopper("any address", "aligned(t) and t.stride(1) % 8 == 0", "t.stride(1) % 8 == 0", tests="views"),
+    hopper("any stride", "aligned(t) and t.stride(1) % 8 == 0", "aligned(t)", tests="views"),
+]
+
+MUTATIONS = CONV + NORM + SSD + HOPPER
 
 
 def mutated(source: str, mutation: Mutation) -> str | None:
@@ -493,10 +604,12 @@ def mutated(source: str, mutation: Mutation) -> str | None:
     return mutation.old.join(parts[:at]) + mutation.new + mutation.old.join(parts[at:])
 
 
-def pytest(tests: tuple[str, ...], tree: Path) -> subprocess.CompletedProcess[str]:
-    """Run tests in a tree, to the first failure."""
+def pytest(suite: tuple[tuple[str, ...], bool], tree: Path) -> subprocess.CompletedProcess[str]:
+    """Run tests, on a GPU or interpreted, in a tree, to the first failure."""
+    tests, gpu = suite
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", *tests]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment["TRITON_INTERPRET"] = "0" if gpu else "1"
     return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=900)
 
 
@@ -509,7 +622,7 @@ def verdict(mutation: Mutation, tree: Path) -> tuple[str, str]:
         return "GONE", f"the text is not in {mutation.file}"
     path.write_text(broken)
     try:
-        done = pytest(mutation.tests, tree)
+        done = pytest((mutation.tests, mutation.gpu), tree)
     finally:
         path.write_text(source)
     if done.returncode == 0:
@@ -530,6 +643,11 @@ def trees(folder: Path, count: int) -> list[Path]:
     return made
 
 
+def has_hopper() -> bool:
+    """Whether the device is what hopper.py is for."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
 def main() -> int:
     """Parse the command line, mutate, print."""
     parser = argparse.ArgumentParser(
@@ -539,10 +657,13 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="mutations at a time (default 2)")
     parser.add_argument("--list", action="store_true", help="print the mutations, try none")
     options = parser.parse_args()
-    chosen = [mutation for mutation in MUTATIONS if options.only in mutation.name]
+    found = [mutation for mutation in MUTATIONS if options.only in mutation.name]
     if options.list:
-        print(*(f"{mutation.name}: {' '.join(mutation.tests)}" for mutation in chosen), sep="\n")
+        print(*(f"{mutation.name}: {' '.join(mutation.tests)}" for mutation in found), sep="\n")
         return 0
+    chosen = [mutation for mutation in found if not mutation.gpu or has_hopper()]
+    if len(chosen) < len(found):
+        print(f"{len(found) - len(chosen)} mutations need a Hopper GPU and are left out")
     bad = 0
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
         free = trees(Path(folder), options.jobs)
@@ -554,18 +675,18 @@ def main() -> int:
             finally:
                 free.append(tree)
 
-        suites = sorted({mutation.tests for mutation in chosen})
-        for tests, done in zip(suites, pool.map(partial(borrowed, pytest), suites), strict=True):
+        suites = sorted({(mutation.tests, mutation.gpu) for mutation in chosen})
+        for (tests, _), done in zip(suites, pool.map(partial(borrowed, pytest), suites), strict=True):
             if done.returncode:
                 sys.exit(
                     f"{' '.join(tests)} must pass before anything is mutated:\n{done.stdout}{done.stderr}"
                 )
         attempt = partial(borrowed, verdict)
-        for mutation, (found, remark) in zip(chosen, pool.map(attempt, chosen), strict=True):
-            bad += found != "killed"
-            print(f"{found:8s} {mutation.name}: {remark}", flush=True)
+        for mutation, (fate, remark) in zip(chosen, pool.map(attempt, chosen), strict=True):
+            bad += fate != "killed"
+            print(f"{fate:8s} {mutation.name}: {remark}", flush=True)
     print(f"{len(chosen)} mutations, {len(chosen) - bad} killed")
-    return 1 if bad or not chosen else 0
+    return 1 if bad or not found else 0
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,15 +13,18 @@ import torch
 from torch import Tensor
 from triton.runtime import interpreter
 
-from kernels.cases import assert_all_close
+from kernels.cases import assert_all_close, distance, spans
 from kernels.oracle_ssd import ssd_oracle
+from kernels.triton import same_dtype
 from ssmtrain.kernels import tuned
+from ssmtrain.kernels.ssd import reference
 from ssmtrain.kernels.ssd import triton as ours
 
 Results = dict[str, Tensor]
 KEPT = {"A", "D", "dt_bias", "initial_state"}
 """What stays in fp32 when x has 16 bits."""
 ALL = ("D", "dt_bias", "initial_state")
+PER_TOKEN = ("x", "dt", "B", "C")
 
 
 def draw(
@@ -139,6 +144,35 @@ def check(
     assert_all_close(found, truth, tolerance)
 
 
+def strain(
+    cases: Iterable[Results], doc_ids: Tensor | None = None, n_docs: int = 1, **options
+) -> dict[str, float]:
+    """Our distance from float64 over all cases, as a part of what test_triton_ssd.py allows."""
+    squares: dict[str, Tensor] = {}
+    counts: Counter[str] = Counter()
+    for inputs in cases:
+        dtype = inputs["x"].dtype
+        run = partial(call, doc_ids=doc_ids, n_docs=n_docs, **options)
+        found, upcast, narrow = (
+            pulled(run(module), inputs, dtype) for module in (ours, reference, same_dtype)
+        )
+        truth = pulled(run(reference), doubled(inputs), dtype)
+        for name, exact in truth.items():
+            theirs = narrow[name] if narrow[name].dtype == torch.float32 else upcast[name]
+            assert found[name].dtype == theirs.dtype and found[name].isfinite().all(), name
+            norms = [(t.double() - exact).norm() ** 2 for t in (found[name], theirs)]
+            squares[name] = squares.get(name, 0) + torch.stack([*norms, exact.norm() ** 2])
+            counts[name] += exact.numel()
+    ceiling = 1e-5 if dtype == torch.float32 else 1e-2
+    strains = {}
+    for name, sums in squares.items():
+        error, their_error = (sums[:2] / sums[2]).sqrt().tolist()
+        # The error of a few sums is a matter of luck; and fp32 by three tf32 products rounds its own way.
+        allowed = 2 * their_error + 5e-7 if counts[name] >= 32 else ceiling
+        strains[name] = error / min(allowed, ceiling)
+    return strains
+
+
 def use(
     monkeypatch: pytest.MonkeyPatch, blocks: int, heads: int | None = None, **changes: dict[str, int]
 ) -> None:
@@ -165,6 +199,39 @@ def documents(*rows: list[int]) -> tuple[Tensor, int]:
         ids.append(numbers.repeat_interleave(torch.tensor(lengths)))
         count += len(lengths)
     return torch.stack(ids), count
+
+
+def part(inputs: Results, row: slice, time: slice) -> Results:
+    """The same inputs over some rows and tokens, no states."""
+    return {k: t[row, time] if k in PER_TOKEN else t for k, t in inputs.items() if k != "initial_state"}
+
+
+def apart(doc_ids: Tensor, **options):
+    """The op on each document alone, put together again."""
+    run = call(ours, **options)
+
+    def each(**tensors: Tensor) -> tuple[Tensor, Tensor]:
+        rows: list[list[Tensor]] = [[] for _ in range(doc_ids.shape[0])]
+        states = []
+        for document, (row, start, end) in enumerate(spans(doc_ids)):
+            here = part(tensors, slice(row, row + 1), slice(start, end))
+            if "initial_state" in tensors:
+                here["initial_state"] = tensors["initial_state"][document : document + 1]
+            y, state = run(**here)
+            rows[row].append(y)
+            states.append(state)
+        return torch.cat([torch.cat(ys, 1) for ys in rows]), torch.cat(states)
+
+    return each
+
+
+def assert_equal(found: Results, expected: Results, *sums: str) -> None:
+    """Assert the same bits, but for sums over tokens, which may be added up in another order."""
+    assert found.keys() == expected.keys()
+    wrong = [k for k in expected if k.split()[-1] not in sums and not torch.equal(found[k], expected[k])]
+    assert not wrong, wrong
+    for name in sums:
+        assert distance(found[f"grad {name}"], expected[f"grad {name}"]) < 2e-5, name
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""The source of the Hopper pass, run on the CPU with torch in Gluon's place: what it computes, not how fast."""
+"""The source of the Hopper pass on the CPU, torch in Gluon's place: what it computes, not how fast."""
 
 from __future__ import annotations
 

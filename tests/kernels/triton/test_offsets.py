@@ -95,7 +95,7 @@ def test_causal_conv1d(documents: bool) -> None:
     small = x.clone().requires_grad_()
     y, final = run(conv_reference.causal_conv1d, small, None if ids is None else ids[:, :last])
     expected = [y, *torch.autograd.grad(y, small, dy)]
-    # Once from where 32 bits are no word: neighbours are not read in pairs then, and offsets are twice as far.
+    # Once from where no 32-bit word begins: neighbours are not read in pairs then, offsets are twice as far.
     big = mostly_zero(1, length, channels, tail=x, dim=1, skip=int(documents))
     with shim.last_programs(2):
         y, large_final = run(causal_conv1d, big, ids)

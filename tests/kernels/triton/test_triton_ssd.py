@@ -8,8 +8,6 @@ and the states; all in fp32) torch is `same_dtype.ssd`, whose products take roun
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
 from functools import partial
 
 import pytest
@@ -17,9 +15,8 @@ import torch
 from torch import Tensor
 
 from kernels.cases import assert_all_close, cut_rows, distance, spans
-from kernels.triton import same_dtype
 from kernels.triton.shim import poisoned
-from kernels.triton.ssd_cases import ALL, Results, call, check, documents, doubled, draw, pulled, rounded, use
+from kernels.triton.ssd_cases import ALL, call, check, documents, doubled, draw, pulled, rounded, strain, use
 from kernels.triton.ssd_cases import quick_reduce as quick_reduce
 from ssmtrain.kernels.ssd import reference, triton_chunks
 from ssmtrain.kernels.ssd import triton as ours
@@ -224,35 +221,6 @@ def test_expanded_gradients(device: torch.device) -> None:
     summed, x.grad = x.grad, None
     torch.autograd.backward(call(ours)(**inputs), [torch.ones_like(y), torch.ones_like(final)])
     assert torch.equal(summed, x.grad)
-
-
-def strain(
-    cases: Iterable[Results], doc_ids: Tensor | None = None, n_docs: int = 1, **options
-) -> dict[str, float]:
-    """Our distance from float64 over all cases, as a part of what is allowed: see the module's docstring."""
-    squares: dict[str, Tensor] = {}
-    counts: Counter[str] = Counter()
-    for inputs in cases:
-        dtype = inputs["x"].dtype
-        run = partial(call, doc_ids=doc_ids, n_docs=n_docs, **options)
-        found, upcast, narrow = (
-            pulled(run(module), inputs, dtype) for module in (ours, reference, same_dtype)
-        )
-        truth = pulled(run(reference), doubled(inputs), dtype)
-        for name, exact in truth.items():
-            theirs = narrow[name] if narrow[name].dtype == FP32 else upcast[name]
-            assert found[name].dtype == theirs.dtype and found[name].isfinite().all(), name
-            norms = [(t.double() - exact).norm() ** 2 for t in (found[name], theirs)]
-            squares[name] = squares.get(name, 0) + torch.stack([*norms, exact.norm() ** 2])
-            counts[name] += exact.numel()
-    ceiling = 1e-5 if dtype == FP32 else 1e-2
-    strains = {}
-    for name, sums in squares.items():
-        error, their_error = (sums[:2] / sums[2]).sqrt().tolist()
-        # The error of a few sums is a matter of luck; and fp32 by three tf32 products rounds its own way.
-        allowed = 2 * their_error + 5e-7 if counts[name] >= 32 else ceiling
-        strains[name] = error / min(allowed, ceiling)
-    return strains
 
 
 @pytest.mark.parametrize("dtype,packed", [(BF16, False), (BF16, True), (FP16, True)], ids=str)

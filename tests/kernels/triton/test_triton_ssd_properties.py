@@ -12,9 +12,24 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from triton.runtime import interpreter
 
-from kernels.cases import assert_all_close, cut_rows, distance, spans
+from kernels.cases import assert_all_close, cut_rows, distance
 from kernels.triton.shim import poisoned
-from kernels.triton.ssd_cases import ALL, Results, call, check, documents, doubled, draw, pulled, rounded, use
+from kernels.triton.ssd_cases import (
+    ALL,
+    PER_TOKEN,
+    Results,
+    apart,
+    assert_equal,
+    call,
+    check,
+    documents,
+    doubled,
+    draw,
+    part,
+    pulled,
+    rounded,
+    use,
+)
 from kernels.triton.ssd_cases import quick_reduce as quick_reduce
 from ssmtrain.kernels import tuned
 from ssmtrain.kernels.ssd import reference, triton_chunks, triton_step
@@ -23,7 +38,6 @@ from ssmtrain.kernels.ssd import triton as ours
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero")  # a GPU says nothing about log2(0)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CUDA = torch.device("cuda")
-PER_TOKEN = ("x", "dt", "B", "C")
 REAL = {"batch": 2, "heads": 16, "groups": 2, "P": 64, "N": 128}
 
 
@@ -31,39 +45,6 @@ REAL = {"batch": 2, "heads": 16, "groups": 2, "P": 64, "N": 128}
 def unwritten_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     """An element that a kernel forgets to write shows."""
     poisoned(monkeypatch, ours, triton_chunks, triton_step)
-
-
-def part(inputs: Results, row: slice, time: slice) -> Results:
-    """The same inputs over some rows and tokens, no states."""
-    return {k: t[row, time] if k in PER_TOKEN else t for k, t in inputs.items() if k != "initial_state"}
-
-
-def apart(doc_ids: Tensor, **options):
-    """The op on each document alone, put together again."""
-    run = call(ours, **options)
-
-    def each(**tensors: Tensor) -> tuple[Tensor, Tensor]:
-        rows: list[list[Tensor]] = [[] for _ in range(doc_ids.shape[0])]
-        states = []
-        for document, (row, start, end) in enumerate(spans(doc_ids)):
-            here = part(tensors, slice(row, row + 1), slice(start, end))
-            if "initial_state" in tensors:
-                here["initial_state"] = tensors["initial_state"][document : document + 1]
-            y, state = run(**here)
-            rows[row].append(y)
-            states.append(state)
-        return torch.cat([torch.cat(ys, 1) for ys in rows]), torch.cat(states)
-
-    return each
-
-
-def assert_equal(found: Results, expected: Results, *sums: str) -> None:
-    """Assert the same bits, but for sums over tokens, which may be added up in another order."""
-    assert found.keys() == expected.keys()
-    wrong = [k for k in expected if k.split()[-1] not in sums and not torch.equal(found[k], expected[k])]
-    assert not wrong, wrong
-    for name in sums:
-        assert distance(found[f"grad {name}"], expected[f"grad {name}"]) < 2e-5, name
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
@@ -400,13 +381,17 @@ def test_a_million_tokens() -> None:
     assert all(t.isfinite().all() for t in whole.values())
     with torch.no_grad():
         y, final = split(1 << 19, None)(**inputs)
-    assert torch.equal(final, whole["output 1"]) and torch.equal(y, whole["output 0"])
+    # On Hopper a state that is carried and one that is joined differ by fp32's rounding.
+    assert distance(final, whole["output 1"]) < 1e-5 and distance(y, whole["output 0"]) < 1e-3
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("packed", [False, True], ids=["rows", "documents"])
 def test_offsets_past_two_to_the_31(packed: bool) -> None:
-    """The end of a row of 2^31 elements of x, and of states, is what the op makes of the end alone."""
+    """The end of a row of 2^31 elements of x, and of states, is what the op makes of the end alone.
+
+    A document's has the same bits; a row's but for the rounding of the state at the cut.
+    """
     heads, tail = 128, 1024 + 77
     length = (1 << 18) + tail
     inputs = on_gpu(length, heads, BF16)
@@ -424,9 +409,9 @@ def test_offsets_past_two_to_the_31(packed: bool) -> None:
     leaves = {name: t.detach().requires_grad_() for name, t in end.items()}
     y, final = call(ours)(**leaves)
     torch.autograd.backward([y, final], [d_y, d_final.float()])
-    assert torch.equal(found["output 0"][:, -tail:], y)
-    assert torch.equal(found["output 1"][-1:], final)
-    for name in PER_TOKEN:
-        grad, alone = found[f"grad {name}"][:, -tail:], leaves[name].grad
+    ends = {f"grad {name}": (found[f"grad {name}"][:, -tail:], leaves[name].grad) for name in PER_TOKEN}
+    ends |= {"y": (found["output 0"][:, -tail:], y), "final": (found["output 1"][-1:], final)}
+    for name, (mine, alone) in ends.items():
         # Over the heads of a group, gradients of B and C are added in runs as long as the sizes allow.
-        assert torch.equal(grad, alone) if name in ("x", "dt") else distance(grad, alone) < 5e-3, name
+        same = packed and name not in ("grad B", "grad C")
+        assert torch.equal(mine, alone) if same else distance(mine, alone) < 5e-3, name

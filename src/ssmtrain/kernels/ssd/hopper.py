@@ -42,6 +42,9 @@ from ssmtrain.kernels.ahead import aligned, launch
 if TYPE_CHECKING:
     from ssmtrain.kernels.ssd.triton import Shape, Steps
 
+if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
+    raise ImportError("Gluon as it is used here came with Triton 3.6")
+
 BLOCK = 64
 """Tokens of a block, K: the rows of one matrix product of a warp group."""
 

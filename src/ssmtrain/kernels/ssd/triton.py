@@ -28,7 +28,7 @@ from ssmtrain.kernels.ssd.triton_step import ssd_step as ssd_step
 
 try:  # Gluon is experimental: where this Triton has no such pass, the kernels over chunks do all.
     from ssmtrain.kernels.ssd import hopper
-except ImportError:
+except (ImportError, AttributeError):
     hopper = None  # type: ignore[assignment]
 
 LARGEST = {"P": 128, "N": 256}
