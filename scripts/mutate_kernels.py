@@ -69,12 +69,11 @@ def ssd(name: str, part: str, old: str, new: str, occurrence: int = 0, tests: st
     )
 
 
-def hopper(name: str, old: str, new: str, occurrence: int = 0, tests: str = "every_length") -> Mutation:
-    """A mutation of ssd/hopper.py; `tests` is a word of their names, or a file and a word."""
-    found = tests if " " in tests else f"tests/kernels/triton/test_hopper.py -k {tests}"
-    return Mutation(
-        f"hopper: {name}", f"{KERNELS}/ssd/hopper.py", old, new, tuple(found.split()), occurrence, gpu=True
-    )
+def hopper(name: str, old: str, new: str, occurrence: int = 0, gpu: str = "") -> Mutation:
+    """A mutation of ssd/hopper.py; `gpu` has the tests of one that shows on a GPU alone."""
+    found = gpu or "tests/kernels/triton/test_hopper_on_cpu.py"
+    file = f"{KERNELS}/ssd/hopper.py"
+    return Mutation(f"hopper: {name}", file, old, new, tuple(found.split()), occurrence, bool(gpu))
 
 
 WIDE_CONV, WIDE_NORM, WIDE_SSD = (f"{OFFSETS} -k {op}" for op in ("conv1d", "norm", "ssd"))
@@ -527,16 +526,16 @@ SSD_HOST = [
 
 SSD = SSD_CHUNKS + SSD_STATES + SSD_OUTPUTS + SSD_GRADS + SSD_HOST
 
-WIDE_HOPPER = f"{PROPERTIES} -k past_two_to_the_31"
+HOPPER_FAR = f"{PROPERTIES} -k past_two_to_the_31"
 
 HOPPER = [
-    hopper("32-bit offsets of x", "source + token * s", "source + token.to(gl.int32) * s", 1, WIDE_HOPPER),
-    hopper("32-bit offsets of y", "out + past * s", "out + past.to(gl.int32) * s", tests=WIDE_HOPPER),
+    hopper("32-bit offsets of x", "source + token * s", "source + token.to(gl.int32) * s", 1, HOPPER_FAR),
+    hopper("32-bit offsets of y", "out + past * s", "out + past.to(gl.int32) * s", gpu=HOPPER_FAR),
     hopper(
         "32-bit offsets of states",
         "states + (here.to(gl.int64) * H + h)",
         "states + (here * H + h)",
-        tests=WIDE_HOPPER,
+        gpu=HOPPER_FAR,
     ),
     hopper("later tokens count", "row[:, None] >= column[None, :]", "row[:, None] >= 0 * column[None, :]"),
     hopper(
@@ -554,42 +553,35 @@ HOPPER = [
     hopper("a chunk's first block decays from the head before", "(q == 0) & has_before", "q == 0"),
     hopper("the block that keeps back", "(j % PER == PER - 1) | starts if BACK else j % PER", "j % PER"),
     hopper("a document's last chunk keeps nothing", "(j % PER == PER - 1) | starts", "j % PER == PER - 1"),
-    hopper("the next document's tokens are read", "mask=(i < size)", "mask=(i < 64)", tests="not_finite"),
+    hopper("the next document's tokens are read", "mask=(i < size)", "mask=(i < 64)"),
     hopper(
         "a state goes on into the next document",
         "(gl.int32, bitcast=True) & stays",
         "(gl.int32, bitcast=True)",
-        tests="optional",
     ),
     hopper(
         "initial states of the document before",
         "initial + (d.to(",
         "initial + (this.to(",
         1,
-        "test_documents",
     ),
-    hopper("final states of the next document", "final + (this.to(", "final + (d.to(", tests="optional"),
-    hopper("a window's last piece is not its own", "+ W - 1) // W", ") // W", tests="short_windows"),
-    hopper("pieces of no tokens", "* W < after", "* W <= after", tests="optional"),
-    hopper(
-        "what enters is not read", "S = gl.load(enter +", "S = 0.0 * gl.load(enter +", tests="short_windows"
-    ),
-    hopper("only the last block's decay leaves", "total += decay", "total = decay", tests="short_windows"),
+    hopper("final states of the next document", "final + (this.to(", "final + (d.to("),
+    hopper("pieces of no tokens", "* W < after", "* W <= after"),
+    hopper("what enters is not read", "S = gl.load(enter +", "S = 0.0 * gl.load(enter +"),
+    hopper("only the last block's decay leaves", "total += decay", "total = decay"),
     hopper(
         "something enters each document",
         "gl.where(entered, gl.exp2(total), 0.0)",
         "gl.exp2(total)",
-        tests="short_windows",
     ),
-    hopper("what entered does not decay", "decay * carried", "carried", tests="short_windows"),
+    hopper("what entered does not decay", "decay * carried", "carried"),
     hopper(
         "what entered does not leave",
         "left + tl.where(decay > 0",
         "left + tl.where(decay > 2",
-        tests="short_windows",
     ),
-    hopper("any address", "aligned(t) and t.stride(1) % 8 == 0", "t.stride(1) % 8 == 0", tests="views"),
-    hopper("any stride", "aligned(t) and t.stride(1) % 8 == 0", "aligned(t)", tests="views"),
+    hopper("any address", "aligned(t) and t.stride(1) % 8 == 0", "t.stride(1) % 8 == 0"),
+    hopper("any stride", "aligned(t) and t.stride(1) % 8 == 0", "aligned(t)"),
 ]
 
 MUTATIONS = CONV + NORM + SSD + HOPPER

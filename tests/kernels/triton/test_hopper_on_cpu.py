@@ -30,7 +30,7 @@ BF16, CPU = torch.bfloat16, torch.device("cpu")
         (64, 128, 128, None),
         (128, 64, 1024, [[1, 63, 64, 65, 7], [200]]),
         (64, 128, 128, [[3, 128, 69], [199, 1]]),
-        (64, 64, 128, [[1, 199], [64, 136]]),
+        (64, 64, 128, [[1, 299], [64, 236]]),
     ],
     ids=str,
 )
@@ -42,7 +42,9 @@ def test_passes(
     monkeypatch.setattr(hopper, "window_length", lambda heads: window)
     monkeypatch.setattr(tuned, "architecture", lambda device: "sm_90")
     doc_ids, n_docs = documents(*rows) if rows else (None, 2)
-    inputs = rounded(draw(200, n_docs, batch=2, heads=2, groups=2, P=64, N=N), CPU, BF16)
+    length = 200 if doc_ids is None else doc_ids.shape[1]
+    inputs = rounded(draw(length, n_docs, batch=2, heads=2, groups=2, P=64, N=N), CPU, BF16)
+    inputs["A"] *= torch.tensor([1.0, 0.01])  # of the second head, what entered a window leaves it too
     truth = pulled(call(reference, doc_ids, n_docs), doubled(inputs), BF16)
     d_y, d_final = cotangents(truth)
     x, dt, A, B, C, D, bias, initial = (
@@ -61,7 +63,7 @@ def test_passes(
     walked = ours._walk(shape, at, x, B, initial, None, (d_y, C, d_final, d_initial))
     used = slice(None) if doc_ids is None else at.chunks.table[:, 1] > 0
     for mine, theirs in zip((states, d_states), walked, strict=True):
-        assert distance(mine[used].float(), theirs[used].float()) < 2e-3
+        assert distance(mine[used].float(), theirs[used].float()) < 3e-3
 
 
 def cotangents(outputs: Results, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,3 +71,21 @@ def cotangents(outputs: Results, seed: int = 1) -> tuple[torch.Tensor, torch.Ten
     generator = torch.Generator().manual_seed(seed)
     y, final = (torch.randn(outputs[f"output {i}"].shape, generator=generator) for i in range(2))
     return y.to(BF16), final.to(BF16).float()
+
+
+def test_documents_without_initial_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuned, "architecture", lambda device: "sm_90")
+    doc_ids, n_docs = documents([3, 70], [73])
+    inputs = rounded(draw(73, n_docs, (), batch=2, heads=1, P=64, N=64), CPU, BF16)
+    with on_cpu(hopper, "one_pass"):
+        found = call(ours, doc_ids, n_docs)(**inputs)
+    for mine, exact in zip(found, call(reference, doc_ids, n_docs)(**doubled(inputs)), strict=True):
+        assert distance(mine, exact) < 4e-3
+
+
+def test_tensors_that_cannot_be_copied_16_bytes_at_once_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuned, "architecture", lambda device: "sm_90")
+    shape = ours.Shape(1, 4, 1, 64, 1, 64, BF16)
+    for at, width, fits in ((0, 64, True), (8, 80, True), (1, 72, False), (0, 67, False)):
+        x = torch.empty(1, 4, width, dtype=BF16)[..., at : at + 64].unflatten(2, (1, 64))
+        assert hopper.fits(shape, 128, x) == fits
