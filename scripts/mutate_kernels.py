@@ -7,7 +7,7 @@
 Each mutation replaces a text that occurs in its file, in a copy of the tree, and runs the tests that should
 see it, which passed before: killed when they fail now, survived when they pass. The exit code is 1 when one
 survives or its text is gone from the file (the kernel has changed: write the mutation anew). Tests run in the
-interpreter and need no GPU, but those of hopper.py need a Hopper GPU: without one its mutations are left out.
+interpreter, on the CPU; what shows on a Hopper GPU alone is left out elsewhere.
 """
 
 from __future__ import annotations

@@ -72,9 +72,9 @@ def lots(
         yield rounded(draw(length, n_docs, optional, seed=seed, **SIZES | sizes), device, BF16)
 
 
-def lasting(*args, **sizes: int) -> Results:
+def lasting(length: int, n_docs: int, device: torch.device, **sizes: int) -> Results:
     """Inputs whose decays are so slow that all that enters a window counts."""
-    inputs = next(lots(*args, **sizes))
+    inputs = next(lots(length, n_docs, device, **sizes))
     return inputs | {"A": 1e-3 * inputs["A"]}
 
 
