@@ -6,8 +6,9 @@
 
 The ops are called on fake tensors with the configurations that the fallbacks and tuned.json choose, and what
 they launch is compiled. The exit code is 1 when a kernel does not compile, wants more shared memory than a
-block may have, more registers than a multiprocessor has, or spills more than --spill bytes a thread; and when
-no case here reaches an entry of tuned.json. A second run is quick: Triton caches.
+block may have, more registers than a multiprocessor has, or spills more than --spill bytes a thread; when a
+copy overwrites what a product in flight reads (kernel_hazards.py); and when no case here reaches an entry of
+tuned.json. A second run is quick: Triton caches.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import triton
 
 # isort: on
 from kernel_cases import to_compile
+from kernel_hazards import hazards
 from kernel_launches import Launch
 from ssmtrain.kernels import tuned
 
@@ -56,6 +58,7 @@ class Row:
     shared: int
     """Bytes a block."""
     error: str
+    """Why it did not compile, or what is wrong with what came out."""
 
     def wrong(self, spill: int) -> str:
         """What is wrong with it, or nothing."""
@@ -92,7 +95,8 @@ def row(launch: Launch, arch: str, case: str) -> Row:
     except Exception as error:
         text = f"{type(error).__name__}: {error}".splitlines()[0]
         return Row(launch.name, arch, case, config, warps, 0, 0, 0, text)
-    return Row(launch.name, arch, case, config, warps, registers, spilled, made.metadata.shared, "")
+    found = next(hazards(made.asm["ttgir"]), "") if "ttgir" in made.asm else ""
+    return Row(launch.name, arch, case, config, warps, registers, spilled, made.metadata.shared, found)
 
 
 def check(arch: str, quick: bool, only: list[str]) -> tuple[list[Row], list[str]]:

@@ -196,6 +196,7 @@ def norm_case(
 
 def to_compile(quick: bool = False) -> Iterator[Case]:
     """Cases that between them reach every kernel, on the shapes of published models and on odd ones."""
+    yield from smallest()
     yield ssd_case(8, 4096, 80, 64, 128)
     yield conv_case(8, 4096, 5376, parent=10576)
     yield norm_case(8, 4096, 5120, parent=10576)
@@ -213,6 +214,8 @@ def to_compile(quick: bool = False) -> Iterator[Case]:
     yield ssd_case(2, 1000, 6, 20, 24, 3, plain=True)
     yield ssd_case(2, 1024, 16, 128, 128, dtype=torch.float32)
     yield ssd_case(2, 1024, 32, 32, 16, dtype=torch.float16)
+    for P, N in ((16, 16), (32, 128), (80, 64), (128, 256)):
+        yield ssd_case(2, 1024, 32, P, N, documents=100)
     yield ssd_step_case(64, 80, 64, 128)
     yield conv_case(8, 4096, 5376, parent=10576, **wide)
     yield conv_case(2, 1000, 777, 3, bias=False, activation=None)
@@ -223,6 +226,19 @@ def to_compile(quick: bool = False) -> Iterator[Case]:
     yield norm_case(2, 1000, 768, dtype=torch.float32)
     yield norm_case(2, 1000, 20480)
     yield norm_case(1, 7, 120)
+
+
+def smallest() -> Iterator[Case]:
+    """Cases whose every size is one where it can be: Triton compiles a number that is 1 in as a constant."""
+    for dtype in (BF16, torch.float32):
+        yield ssd_case(1, 1, 1, 16, 16, dtype=dtype, state=True)
+        yield ssd_case(1, 1, 1, 1, 1, dtype=dtype, documents=1)
+        yield conv_case(1, 1, 1, dtype=dtype, documents=1)
+        yield conv_case(1, 1, 8, dtype=dtype, state=True)
+        yield norm_case(1, 1, 1, dtype=dtype)
+    yield ssd_case(1, 1, 1, 64, 64, state=True)
+    yield ssd_step_case(1, 1, 1, 1)
+    yield conv_step_case(1, 1)
 
 
 def to_tune() -> Iterator[Case]:

@@ -168,7 +168,8 @@ def strain(
     for name, sums in squares.items():
         error, their_error = (sums[:2] / sums[2]).sqrt().tolist()
         # The error of a few sums is a matter of luck; and fp32 by three tf32 products rounds its own way.
-        allowed = 2 * their_error + 5e-7 if counts[name] >= 32 else ceiling
+        luck = 1 + 2 / counts[name] ** 0.5
+        allowed = 2 * luck * their_error + 5e-7 if counts[name] >= 32 else ceiling
         strains[name] = error / min(allowed, ceiling)
     return strains
 

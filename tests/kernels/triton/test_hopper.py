@@ -68,7 +68,7 @@ def lots(
     length: int, n_docs: int, device: torch.device, optional: tuple[str, ...] = ALL, **sizes: int
 ) -> Iterator[Results]:
     """Inputs in bf16 to take errors over: fewer where they are large."""
-    for seed in range(4 if length > 999 else 6):
+    for seed in range(4 if length > 999 else 6 if length > 9 else 24):
         yield rounded(draw(length, n_docs, optional, seed=seed, **SIZES | sizes), device, BF16)
 
 

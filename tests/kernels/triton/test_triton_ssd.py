@@ -253,7 +253,7 @@ def test_every_length_and_dtype_on_a_gpu(length: int, variant: str, dtype: torch
     sizes = {"batch": 2, "heads": 16, "groups": 2, "P": 64, "N": 128}
     cases = (
         rounded(draw(length, n_docs, optional, seed=seed, **sizes), CUDA, dtype)
-        for seed in range(2 if length > 999 else 4)
+        for seed in range(2 if length > 999 else 4 if length > 9 else 24)
     )
     strains = strain(cases, doc_ids, n_docs)
     assert max(strains.values()) <= 1, strains
@@ -309,7 +309,10 @@ def test_no_bias(dtype: torch.dtype) -> None:
 
     The error's projection on the truth, relative to the truth, has a mean of zero over draws, to four
     standard errors, or to a fiftieth of the error: squares of errors, which do not cancel, are far below.
+    Matrix units cut the low bits of fp32 sums off where they add (Fasi, Higham, Mikaitis and Pranesh,
+    "Numerical behavior of NVIDIA tensor cores", 2021), for which four times fp32's epsilon is left.
     """
+    least = 4 * torch.finfo(torch.float32).eps
     shares: dict[str, list[float]] = {}
     sizes = {"batch": 2, "heads": 8, "P": 64, "N": 64}
     errors: dict[str, float] = {}
@@ -324,6 +327,6 @@ def test_no_bias(dtype: torch.dtype) -> None:
     biased = {}
     for name, values in shares.items():
         mean, deviation = torch.tensor(values).mean().item(), torch.tensor(values).std().item()
-        if abs(mean) > max(4 * deviation / len(values) ** 0.5, errors[name] / 50):
+        if abs(mean) > max(4 * deviation / len(values) ** 0.5, errors[name] / 50, least):
             biased[name] = (mean, deviation, errors[name])
     assert not biased, biased

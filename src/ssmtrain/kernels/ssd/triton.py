@@ -184,7 +184,9 @@ def configuration(kernel: str, shape: Shape, Q: int, device: torch.device) -> di
     config = {"BP": shape.BP, "BN": shape.BN, "BM": Q, **fallback}
     found = tuned.lookup(f"ssd_{kernel}", device, shape.key, config)
     config = dict(found)
-    config["BP"], config["BN"] = min(config["BP"], shape.BP), min(config["BN"], shape.BN)
+    if kernel != "through_states":
+        config["BP"] = min(config["BP"], shape.BP)
+    config["BN"] = min(config["BN"], shape.BN)
     config["BM"] = min(max(config["BM"], Q // 2), Q)  # one block of readers, or two
     return config
 
@@ -216,14 +218,18 @@ def _candidates(kernel: str, shape: Shape, Q: int) -> list[tuple[int, dict[str, 
             add(2 * tiles + own + half * bp, 2, BM=half, BP=bp, BH=20, HOLD=0)
             add(max(tiles + half * bp, own) + own, 1, BM=half, BP=bp, BH=20, HOLD=0)
     elif kernel == "pairs":
-        for stages in (3, 2, 1):
-            size = max(stages * 4 * half * BP, 3 * half * BN) + 2048
-            add(size, stages, BM=half, num_warps=8)
+        # The parts of three TF32 products take many registers: those of two blocks of tokens do not fit.
+        for bm, own in ((Q, 2 * Q), (half, 3 * half)) if shape.exact else ((half, 3 * half),):
+            for stages in (3, 2, 1):
+                add(max(stages * 2 * Q * BP, own * BN) + 2048, stages, BM=bm, num_warps=8)
     else:  # through_states
+        # Over fewer channels Triton takes (P, P) products in registers, and then copies the next state over
+        # one that another product still reads (scripts/kernel_hazards.py).
+        BP = BP if shape.exact else max(64, BP)
         for bn, stages in ((128, 3), (128, 2), (64, 2), (32, 2), (32, 1), (16, 1)):
             bn = min(BN, bn)
             size = stages * (2 * BP * bn + Q * BP) + Q * BP + Q * Q
-            add(size + Q * bn, stages, BN=bn, num_warps=8)
+            add(size + Q * bn, stages, BP=BP, BN=bn, num_warps=8)
     return choices
 
 

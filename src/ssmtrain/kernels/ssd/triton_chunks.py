@@ -221,7 +221,7 @@ def steps_forward(
     tl.store(rests + at, last[None, :] - log, mask=(h < H)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_chunks"])
 def steps_backward(
     dt,
     A,
