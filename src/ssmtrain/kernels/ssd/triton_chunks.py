@@ -26,6 +26,8 @@ from ssmtrain.kernels.ahead import launch
 LOG2E = tl.constexpr(1.4426950408889634)
 FLOOR = tl.constexpr(-70.0)
 """The log decay at which a decay is as good as 0: sums of log decays stay small, hence exact."""
+ANY_SIZE = ["length", "per_row"]
+"""Arguments whose values Triton shall not compile in: for rows of one token it may round another way."""
 
 
 class Chunks(NamedTuple):
@@ -178,7 +180,7 @@ def step_size(raw, low, high, SOFTPLUS: tl.constexpr):
     return tl.minimum(tl.maximum(step, low), high), tl.where(inside, slope, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_SIZE)
 def steps_forward(
     dt,
     A,
@@ -221,7 +223,7 @@ def steps_forward(
     tl.store(rests + at, last[None, :] - log, mask=(h < H)[None, :])
 
 
-@triton.jit(do_not_specialize=["n_chunks"])
+@triton.jit(do_not_specialize=[*ANY_SIZE, "n_chunks"])
 def steps_backward(
     dt,
     A,

@@ -15,11 +15,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ssmtrain.kernels.ssd.triton_chunks import place, share_of
+from ssmtrain.kernels.ssd.triton_chunks import ANY_SIZE, place, share_of
 from ssmtrain.kernels.ssd.triton_outputs import block_of, in_registers
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_SIZE)
 def sources(
     dy,
     B,
@@ -130,7 +130,7 @@ def add_4(a, b, c, d, e, f, g, h):
     return a + e, b + f, c + g, d + h
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_SIZE)
 def pairs(
     x,
     dy,
@@ -271,7 +271,7 @@ def pairs(
         tl.store(share + BM * Q + BM, tl.where(later, bracket_2, 0.0).to(OPERAND))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_SIZE)
 def through_states(
     source,
     other,
@@ -358,7 +358,7 @@ def through_states(
         tl.store(out + (share * Q + t)[:, None] * N + n[None, :], acc, mask=(n < N)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_SIZE)
 def gather(
     shares,
     out,

@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ssmtrain.kernels.ssd.triton_chunks import place, share_of
+from ssmtrain.kernels.ssd.triton_chunks import ANY_SIZE, place, share_of
 
 
 @triton.jit
@@ -36,7 +36,7 @@ def block_of(base, i, stride, columns, live, COLUMNS, TO: tl.constexpr):
     return tl.load(base + (i[:, None] * stride + columns[None, :]), mask=mask, other=0.0).to(TO)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_SIZE)
 def outputs(
     x,
     B,

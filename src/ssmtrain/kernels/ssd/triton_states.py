@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ssmtrain.kernels.ssd.triton_chunks import ANY_SIZE
+
 
 @triton.jit
 def edges(logs, chunk, h, block, H, Q: tl.constexpr, BK: tl.constexpr, live):
@@ -19,7 +21,7 @@ def edges(logs, chunk, h, block, H, Q: tl.constexpr, BK: tl.constexpr, live):
     return begin, tl.load(at + BK - 1, mask=live, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_SIZE)
 def walk(
     x,
     B,
