@@ -40,6 +40,8 @@ REGISTERS = 65536
 """Of a multiprocessor; a block has to fit."""
 SPILLS = {"ssd.hopper.one_pass": 32}
 """Bytes a thread may spill of kernels for which --spill is too much: this one's accumulators must stay."""
+SPILLS_FP32 = 12 << 10
+"""Of kernels that take fp32 as three TF32 products: their parts do not fit, which is slower and as right."""
 ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100"]
 
 
@@ -69,6 +71,8 @@ class Row:
         if self.registers * self.warps * 32 > REGISTERS:
             return "more registers than there are"
         limit = min(spill, SPILLS.get(self.kernel, spill))
+        if "PRECISION=tf32x3" in self.config and spill >= 0:
+            limit = SPILLS_FP32
         return f"spills {self.spilled} bytes" if self.spilled > limit else ""
 
 

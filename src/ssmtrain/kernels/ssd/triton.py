@@ -160,7 +160,7 @@ def chunk_length(shape: Shape, asked: int, device: torch.device) -> int:
     shared memory, which Hopper and Blackwell have.
     """
     if shape.exact:
-        best = 64 if shape.BP <= 64 else 32
+        best = 64 if shape.BP <= 64 else 16
     else:
         best = 128 if tuned.architecture(device) in ("sm_90", "sm_100") else 64
     if not asked:
@@ -209,7 +209,8 @@ def _candidates(kernel: str, shape: Shape, Q: int) -> list[tuple[int, dict[str, 
             bn = min(BN, bn)
             add(stages * bk * (bp + bn) + bk * bp + bp * bn, stages, BK=bk, BP=bp, BN=bn, num_warps=8)
     elif kernel in ("outputs", "sources"):
-        for bp in dict.fromkeys((BP, min(BP, 64), min(BP, 32))):
+        # A state of more than 128 by 128 does not fit in registers beside the rest.
+        for bp in dict.fromkeys((min(BP, 2**14 // BN), min(BP, 64), min(BP, 32))):
             tiles, own = bp * BN + 2 * half * bp, half * BN
             if not shape.exact and BN <= 128:
                 add(3 * tiles + half * bp, 3, BM=half, BP=bp, BH=20, HOLD=1)
@@ -226,8 +227,10 @@ def _candidates(kernel: str, shape: Shape, Q: int) -> list[tuple[int, dict[str, 
         # Over fewer channels Triton takes (P, P) products in registers, and then copies the next state over
         # one that another product still reads (scripts/kernel_hazards.py).
         BP = BP if shape.exact else max(64, BP)
+        # Products of 64 tokens hold both operands in registers: of 128 channels a few columns fit.
+        most = 32 if Q <= 64 and BP > 64 else 128
         for bn, stages in ((128, 3), (128, 2), (64, 2), (32, 2), (32, 1), (16, 1)):
-            bn = min(BN, bn)
+            bn = min(BN, bn, most)
             size = stages * (2 * BP * bn + Q * BP) + Q * BP + Q * Q
             add(size + Q * bn, stages, BP=BP, BN=bn, num_warps=8)
     return choices
