@@ -63,13 +63,19 @@ def cut(batch: int, length: int, size: int, doc_ids: Tensor | None, n_docs: int,
         return Chunks(batch, batch * -(-length // size), size, length, nothing, nothing)
     n = batch * length // size + n_docs
     table = torch.empty(n, 2, dtype=torch.int64, device=like.device)
-    docs = torch.empty(n_docs + 1, 3, dtype=torch.int64, device=like.device)
-    tokens = batch * length
+    docs = first_tokens(doc_ids, n_docs)
+    launch(_place_chunks, (n_docs + 1,), docs, table, n, n_docs, Q=size, K=64, DOCS=1024, BLOCK=128)
+    return Chunks(n_docs, n, size, length, table, docs)
+
+
+def first_tokens(doc_ids: Tensor, n_docs: int) -> Tensor:
+    """Return (n_docs + 1, 3) int64 with documents' first tokens, and the number of all, in column 0."""
+    docs = torch.empty(n_docs + 1, 3, dtype=torch.int64, device=doc_ids.device)
+    tokens = doc_ids.numel()
     launch(
         _find_documents, (triton.cdiv(tokens, 1024),), doc_ids.contiguous(), docs, tokens, n_docs, BLOCK=1024
     )
-    launch(_place_chunks, (n_docs + 1,), docs, table, n, n_docs, Q=size, K=64, DOCS=1024, BLOCK=128)
-    return Chunks(n_docs, n, size, length, table, docs)
+    return docs
 
 
 @triton.jit

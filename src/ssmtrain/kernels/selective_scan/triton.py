@@ -1,0 +1,349 @@
+"""The selective scan on a GPU: what `triton_forward` and `triton_backward` launch, and the custom ops around it.
+
+Nothing is saved for the backward pass but the inputs and a state each `EVERY` tokens, one part in a hundred of
+what the layer keeps anyway.
+"""
+
+from __future__ import annotations
+
+import logging
+from math import inf
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ssmtrain.kernels import tuned
+from ssmtrain.kernels.ahead import compiled_first, launch
+from ssmtrain.kernels.selective_scan import reference
+from ssmtrain.kernels.selective_scan.triton_backward import add_shares, backward, starts
+from ssmtrain.kernels.selective_scan.triton_forward import ends, forward, join
+from ssmtrain.kernels.selective_scan.triton_step import selective_scan_step as selective_scan_step
+from ssmtrain.kernels.ssd.triton_chunks import first_tokens, sum_chunks
+
+LARGEST = 256
+"""State size up to which the kernels run; beyond it the reference does."""
+
+log = logging.getLogger(__name__)
+
+
+def selective_scan(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    dt_limit: tuple[float, float],
+    doc_ids: Tensor | None,
+    n_docs: int | None,
+    initial_state: Tensor | None,
+    return_final_state: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Compute `kernels.selective_scan` (same arguments); float64 and N above 256 by the reference."""
+    if u.dtype == torch.float64 or A.shape[1] > LARGEST:
+        log.warning("selective_scan: the reference runs for %s, N %d", u.dtype, A.shape[1])
+        return reference.selective_scan(
+            u,
+            dt,
+            A,
+            B,
+            C,
+            D=D,
+            z=z,
+            dt_bias=dt_bias,
+            dt_softplus=dt_softplus,
+            dt_limit=dt_limit,
+            doc_ids=doc_ids,
+            n_docs=n_docs,
+            initial_state=initial_state,
+            return_final_state=return_final_state,
+        )
+    tensors = [u, dt, A, B, C, D, z, dt_bias, initial_state]
+    learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    y, final, *_ = _scan(
+        *tensors, doc_ids, n_docs or u.shape[0], dt_softplus, *dt_limit, return_final_state, learns
+    )
+    return y, final if return_final_state else None
+
+
+class Plan(NamedTuple):
+    """Sizes of a call and what follows from them, never from how many multiprocessors there are."""
+
+    batch: int
+    length: int
+    channels: int
+    N: int
+    W: int
+    """Tokens of a window."""
+    every: int
+    """Tokens from one state that is kept to the next."""
+    config: tuned.Config
+
+    @property
+    def tokens(self) -> int:
+        """Of the batch."""
+        return self.batch * self.length
+
+    @property
+    def windows(self) -> int:
+        """Of the batch."""
+        return triton.cdiv(self.tokens, self.W)
+
+    @property
+    def blocks(self) -> int:
+        """Programs of a window."""
+        return triton.cdiv(self.channels, self.config["BE"])
+
+    @property
+    def cuts(self) -> bool:
+        """Whether a document can be longer than a window."""
+        return self.length > self.W
+
+    @property
+    def marked(self) -> bool:
+        """Whether states are kept between a piece's first token and its last."""
+        return min(self.length, self.W) > self.every
+
+    @property
+    def grid(self) -> tuple[int]:
+        """One program for each window and block of channels."""
+        return (self.windows * self.blocks,)
+
+    def constants(self, *names: str) -> dict[str, int]:
+        """The compile-time constants of a kernel that takes these of the configuration."""
+        common = ("BE", "BN", "num_warps", "num_stages")
+        return {"W": self.W} | {name: self.config[name] for name in (*common, *names)}
+
+
+def window_length(channels: int) -> int:
+    """Return W: windows of fewer tokens where channels are few, so that multiprocessors are not idle."""
+    return max(512, min(4096, triton.next_power_of_2(channels)))
+
+
+def plan(u: Tensor, A: Tensor, kernel: str) -> Plan:
+    """Decide how a call is cut."""
+    batch, length, channels = u.shape
+    N = A.shape[1]
+    BN = triton.next_power_of_2(N)
+    # Sixteen states a thread, in one warp where eight channels are not too few for it.
+    BE = max(8, min(32, 512 // BN))
+    fallback = {"BE": BE, "BN": BN, "UNROLL": 4, "SPAN": 4 if BE * BN <= 512 else 2}
+    fallback |= {"num_warps": max(1, BE * BN // 512), "num_stages": 1}
+    dtype = str(u.dtype).removeprefix("torch.")
+    config = tuned.lookup(f"selective_scan_{kernel}", u.device, f"N={BN},dtype={dtype}", fallback)
+    return Plan(batch, length, channels, N, window_length(channels), EVERY, config)
+
+
+EVERY = 256
+"""Tokens from one state that is kept to the next."""
+
+
+def scan(u, dt, A, B, C, D, z, dt_bias, initial, doc_ids, n_docs, softplus, low, high, want_final, learns):
+    """Return y (B, L, E), final states (n_docs, E, N) and, if it learns, the states that backward begins with:
+    those that enter windows and those each `EVERY` tokens, (.., N, E), empty where there are none."""
+    cut = plan(u, A, "forward")
+    u, dt, B, C, z = (_rows(t) for t in (u, dt, B, C, z))
+    A, D, dt_bias, initial, doc_ids = (_dense(t) for t in (A, D, dt_bias, initial, doc_ids))
+    docs = None if doc_ids is None else first_tokens(doc_ids, n_docs)
+    y, final, enter, marks = _outputs(u, A, n_docs, want_final, learns)
+    sizes = (cut.length, cut.tokens)
+    shape = (cut.channels, cut.N)
+    if cut.cuts:
+        left, steps = torch.empty_like(enter), enter.new_empty(cut.windows, cut.channels)
+        launch(
+            ends,
+            cut.grid,
+            *(u, dt, A, B, dt_bias, doc_ids, docs, initial, left, steps),
+            *(u.stride(1), dt.stride(1), B.stride(1)),
+            *(*sizes, *shape, low, high),
+            SOFTPLUS=softplus,
+            **cut.constants("UNROLL"),
+        )
+        _join(cut, A, doc_ids, docs, left, steps, enter, back=False)
+    launch(
+        forward,
+        cut.grid,
+        *(u, dt, A, B, C, D, z, dt_bias, doc_ids, docs, initial),
+        *(_some(enter), y, _some(marks), _some(final)),
+        *(t.stride(1) for t in (u, dt, B, C)),
+        *(0 if z is None else z.stride(1), *sizes, *shape, low, high),
+        EVERY=cut.every,
+        SOFTPLUS=softplus,
+        **cut.constants("UNROLL"),
+    )
+    return y, final, enter if learns else enter.new_empty(0), marks
+
+
+def scan_back(
+    d_y, d_final, enter, marks, u, dt, A, B, C, D, z, dt_bias, initial, doc_ids, n_docs, softplus, low, high
+):
+    """Return the gradients of u, dt, A, B, C, D, z, dt_bias and initial, empty for what is None."""
+    cut = plan(u, A, "backward")
+    grads = _gradients(u, dt, A, B, C, D, z, dt_bias, initial)
+    d_u, d_dt, d_A, d_B, d_C, d_D, d_z, d_bias, d_initial = grads
+    d_y, u, dt, B, C, z = (_rows(t) for t in (d_y, u, dt, B, C, z))
+    A, D, dt_bias, initial, doc_ids, d_final = (_dense(t) for t in (A, D, dt_bias, initial, doc_ids, d_final))
+    docs = None if doc_ids is None else first_tokens(doc_ids, n_docs)
+    sizes = (cut.length, cut.tokens)
+    shape = (cut.channels, cut.N)
+    s_z = 0 if z is None else z.stride(1)
+    leave = None
+
+    def new(*sizes: int) -> Tensor:
+        return torch.empty(sizes, dtype=torch.float32, device=u.device)
+
+    if cut.cuts:
+        leave, left = new(cut.windows, cut.N, cut.channels), new(cut.windows, cut.N, cut.channels)
+        steps = new(cut.windows, cut.channels)
+        launch(
+            starts,
+            cut.grid,
+            *(d_y, dt, A, C, z, dt_bias, doc_ids, docs, d_final, left, steps),
+            *(d_y.stride(1), dt.stride(1), C.stride(1), s_z),
+            *(*sizes, *shape, low, high),
+            SOFTPLUS=softplus,
+            **cut.constants("UNROLL"),
+        )
+        _join(cut, A, doc_ids, docs, left, steps, leave, back=True)
+    tile = cut.config["BE"] * cut.config["BN"]
+    shares = new(cut.blocks, cut.tokens, 2, cut.N)
+    of_A, sums = new(1, cut.windows, cut.channels * cut.N), new(2, cut.windows, cut.channels)
+    launch(
+        backward,
+        cut.grid,
+        *(d_y, u, dt, A, B, C, D, z, dt_bias, doc_ids, docs, initial),
+        *(_some(enter), _some(marks), leave, d_final),
+        new(cut.grid[0], cut.every // cut.config["SPAN"], tile),
+        *(d_u, d_dt, _some(d_z), shares, of_A, sums, _some(d_initial)),
+        *(t.stride(1) for t in (d_y, u, dt, B, C)),
+        *(s_z, *sizes, cut.windows, *shape, low, high),
+        EVERY=cut.every,
+        SOFTPLUS=softplus,
+        **cut.constants("SPAN"),
+    )
+    columns = 2 * cut.N * cut.tokens
+    grid = (triton.cdiv(columns, 1024),)
+    launch(add_shares, grid, shares, d_B, d_C, cut.tokens, cut.blocks, cut.N, BLOCK=1024)
+    d_A.copy_(_added(of_A).view(A.shape))
+    of_D, of_bias = _added(sums)
+    if D is not None:
+        d_D.copy_(of_D)
+    if dt_bias is not None:
+        d_bias.copy_(of_bias)
+    return grads
+
+
+def _join(cut: Plan, A, doc_ids, docs, left, steps, passed, back: bool) -> None:
+    launch(
+        join,
+        (cut.blocks,),
+        *(A, doc_ids, docs, left, steps, passed),
+        *(cut.length, cut.tokens, cut.windows, cut.channels, cut.N),
+        BACK=back,
+        **cut.constants(),
+    )
+
+
+def _added(values: Tensor) -> Tensor:
+    """Sum values (kinds, windows, columns) over windows in order."""
+    kinds, n, columns = values.shape
+    out = torch.empty(kinds, columns, dtype=torch.float32, device=values.device)
+    launch(sum_chunks, (triton.cdiv(columns, 32), kinds), values, out, n, columns, ROWS=32, COLS=32)
+    return out
+
+
+def _rows(t: Tensor | None) -> Tensor | None:
+    """Return t (B, L, ..), copied only if its channels are not neighbours, or its rows not one string."""
+    if t is None or (t.stride(2) == 1 and (t.shape[0] == 1 or t.stride(0) == t.shape[1] * t.stride(1))):
+        return t
+    return t.contiguous()
+
+
+def _dense(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+def _some(t: Tensor) -> Tensor | None:
+    """Return None for an empty tensor: an op has to return one where there is nothing too."""
+    return t if t.numel() else None
+
+
+def _outputs(u: Tensor, A: Tensor, n_docs: int, want_final: bool, learns: bool) -> tuple[Tensor, ...]:
+    cut = plan(u, A, "forward")
+    states = (cut.N, cut.channels)
+    return (
+        torch.empty(u.shape, dtype=u.dtype, device=u.device),
+        u.new_empty((n_docs, *A.shape) if want_final else 0, dtype=torch.float32),
+        u.new_empty((cut.windows, *states) if cut.cuts else 0, dtype=torch.float32),
+        u.new_empty(
+            (cut.tokens // cut.every + 1, *states) if learns and cut.marked else 0, dtype=torch.float32
+        ),
+    )
+
+
+def _gradients(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+    like = next(t for t in tensors if t is not None)
+    return tuple(
+        like.new_empty(0) if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device)
+        for t in tensors
+    )
+
+
+_INPUTS = (
+    "Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? initial,"
+    " Tensor? doc_ids, int n_docs, bool softplus, float low, float high"
+)
+_scan = torch.library.custom_op(
+    "ssmtrain::selective_scan",
+    compiled_first(scan),
+    mutates_args=(),
+    schema=f"({_INPUTS}, bool want_final, bool learns) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+_scan_back = torch.library.custom_op(
+    "ssmtrain::selective_scan_back",
+    compiled_first(scan_back),
+    mutates_args=(),
+    schema=f"(Tensor d_y, Tensor? d_final, Tensor enter, Tensor marks, {_INPUTS})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@_scan.register_fake
+def _(u, dt, A, B, C, D, z, dt_bias, initial, doc_ids, n_docs, softplus, low, high, want_final, learns):
+    """Shapes of `scan`."""
+    y, final, enter, marks = _outputs(u, A, n_docs, want_final, learns)
+    return y, final, enter if learns else enter.new_empty(0), marks
+
+
+@_scan_back.register_fake
+def _(d_y, d_final, enter, marks, u, dt, A, B, C, D, z, dt_bias, initial, *rest):
+    """Shapes of `scan_back`."""
+    return _gradients(u, dt, A, B, C, D, z, dt_bias, initial)
+
+
+def _keep(ctx, inputs, output) -> None:
+    _, _, enter, marks = output
+    ctx.save_for_backward(enter, marks, *inputs[:10])
+    ctx.rest, ctx.want_final = inputs[10:14], inputs[14]
+    ctx.mark_non_differentiable(enter, marks)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, d_y, d_final, *_):
+    enter, marks, *saved = ctx.saved_tensors  # once: activation recompute does not unpack them twice
+    u = saved[0]
+    if d_y is None:
+        d_y = torch.zeros_like(u, memory_format=torch.contiguous_format)
+    d_final = d_final if ctx.want_final else None
+    grads = _scan_back(d_y, d_final, enter, marks, *saved, *ctx.rest)
+    found = [None if t is None else grad for t, grad in zip(saved[:9], grads, strict=True)]
+    return (*found, *[None] * 7)
+
+
+_scan.register_autograd(_differentiate, setup_context=_keep)
