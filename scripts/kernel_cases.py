@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ssmtrain.kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
 from ssmtrain.kernels.gated_norm import gated_norm
+from ssmtrain.kernels.selective_scan import selective_scan, selective_scan_step
 from ssmtrain.kernels.ssd import ssd, ssd_step
 
 Inputs = dict[str, Tensor | None]
@@ -192,6 +193,48 @@ def norm_case(
     flags = {"groups": n_groups, "no gate": not gate, "norm first": norm_before_gate, "sliced": bool(parent)}
     name = named(f"norm B{B} L{L} E{E}", dtype, flags)
     return Case(name, "gated_norm", make, call, shape={"B": B, "L": L, "E": E})
+
+
+def selective_case(
+    B: int,
+    L: int,
+    E: int,
+    N: int = 16,
+    *,
+    dtype: torch.dtype = BF16,
+    documents: int = 0,
+    state: bool = False,
+    gate: bool = True,
+) -> Case:
+    """z is half of a projection, B and C parts of another, as the Mamba layer has them."""
+    n_docs = B * -(-L // documents) if documents else B
+
+    def make(device: torch.device | str) -> Inputs:
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, device=device, dtype=dtype)
+
+        z, (_, b, c) = normal(B, L, 2 * E)[..., E:], normal(B, L, 160 + 2 * N).split([160, N, N], dim=-1)
+        inputs: Inputs = {
+            "u": normal(B, L, E),
+            "dt": normal(B, L, E).mul_(0.1),
+            "A": -torch.arange(1.0, N + 1, device=device).repeat(E, 1),
+            "B": b,
+            "C": c,
+            "D": torch.ones(E, device=device),
+            "z": z if gate else None,
+            "dt_bias": torch.empty(E, device=device).uniform_(-6.9, -2.3),
+            "initial_state": torch.randn(n_docs, E, N, device=device) if state else None,
+        }
+        return leaves(inputs) | {"doc_ids": doc_ids(B, L, documents, device)}
+
+    def call(inputs: Inputs) -> tuple[Tensor, ...]:
+        docs: dict[str, Any] = {} if inputs["doc_ids"] is None else {"n_docs": n_docs}
+        y, final = selective_scan(**inputs, **docs, return_final_state=state)  # type: ignore[arg-type]
+        return (y,) if final is None else (y, final)
+
+    flags = {"docs": documents, "state": state, "gate": gate}
+    name = named(f"scan B{B} L{L} E{E} N{N}", dtype, flags)
+    return Case(name, "selective_scan", make, call, shape={"B": B, "L": L, "E": E, "N": N})
 
 
 def to_compile(quick: bool = False) -> Iterator[Case]:

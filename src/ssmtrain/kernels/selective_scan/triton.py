@@ -64,12 +64,14 @@ def selective_scan(
             initial_state=initial_state,
             return_final_state=return_final_state,
         )
-    tensors = [u, dt, A, B, C, D, z, dt_bias, initial_state]
+    # The kernels hold states as (.., N, E), so that neighbouring channels are neighbours in memory.
+    initial = None if initial_state is None else initial_state.transpose(1, 2)
+    tensors = [u, dt, A.t(), B, C, D, z, dt_bias, initial]
     learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     y, final, *_ = _scan(
         *tensors, doc_ids, n_docs or u.shape[0], dt_softplus, *dt_limit, return_final_state, learns
     )
-    return y, final if return_final_state else None
+    return y, final.transpose(1, 2) if return_final_state else None
 
 
 class Plan(NamedTuple):
@@ -129,11 +131,11 @@ def window_length(channels: int) -> int:
 def plan(u: Tensor, A: Tensor, kernel: str) -> Plan:
     """Decide how a call is cut."""
     batch, length, channels = u.shape
-    N = A.shape[1]
+    N = A.shape[0]
     BN = triton.next_power_of_2(N)
     # Sixteen states a thread, in one warp where eight channels are not too few for it.
     BE = max(8, min(32, 512 // BN))
-    fallback = {"BE": BE, "BN": BN, "UNROLL": 4, "SPAN": 4 if BE * BN <= 512 else 2}
+    fallback = {"BE": BE, "BN": BN, "UNROLL": 4, "SPAN": 4}
     fallback |= {"num_warps": max(1, BE * BN // 512), "num_stages": 1}
     dtype = str(u.dtype).removeprefix("torch.")
     config = tuned.lookup(f"selective_scan_{kernel}", u.device, f"N={BN},dtype={dtype}", fallback)
@@ -145,23 +147,24 @@ EVERY = 256
 
 
 def scan(u, dt, A, B, C, D, z, dt_bias, initial, doc_ids, n_docs, softplus, low, high, want_final, learns):
-    """Return y (B, L, E), final states (n_docs, E, N) and, if it learns, the states that backward begins with:
+    """Return y (B, L, E), final states (n_docs, N, E) and, if it learns, the states that backward begins with:
     those that enter windows and those each `EVERY` tokens, (.., N, E), empty where there are none."""
     cut = plan(u, A, "forward")
-    u, dt, B, C, z = (_rows(t) for t in (u, dt, B, C, z))
+    u, dt, z = (_rows(t) for t in (u, dt, z))
+    B, C = _wide(B), _wide(C)
     A, D, dt_bias, initial, doc_ids = (_dense(t) for t in (A, D, dt_bias, initial, doc_ids))
     docs = None if doc_ids is None else first_tokens(doc_ids, n_docs)
     y, final, enter, marks = _outputs(u, A, n_docs, want_final, learns)
     sizes = (cut.length, cut.tokens)
-    shape = (cut.channels, cut.N)
+    shape = (cut.channels, cut.N, cut.channels)
     if cut.cuts:
         left, steps = torch.empty_like(enter), enter.new_empty(cut.windows, cut.channels)
         launch(
             ends,
             cut.grid,
             *(u, dt, A, B, dt_bias, doc_ids, docs, initial, left, steps),
-            *(u.stride(1), dt.stride(1), B.stride(1)),
             *(*sizes, *shape, low, high),
+            **strides(U=u, DT=dt, B=B),
             SOFTPLUS=softplus,
             **cut.constants("UNROLL"),
         )
@@ -171,8 +174,8 @@ def scan(u, dt, A, B, C, D, z, dt_bias, initial, doc_ids, n_docs, softplus, low,
         cut.grid,
         *(u, dt, A, B, C, D, z, dt_bias, doc_ids, docs, initial),
         *(_some(enter), y, _some(marks), _some(final)),
-        *(t.stride(1) for t in (u, dt, B, C)),
-        *(0 if z is None else z.stride(1), *sizes, *shape, low, high),
+        *(*sizes, *shape, low, high),
+        **strides(U=u, DT=dt, B=B, C=C, Z=z),
         EVERY=cut.every,
         SOFTPLUS=softplus,
         **cut.constants("UNROLL"),
@@ -187,12 +190,12 @@ def scan_back(
     cut = plan(u, A, "backward")
     grads = _gradients(u, dt, A, B, C, D, z, dt_bias, initial)
     d_u, d_dt, d_A, d_B, d_C, d_D, d_z, d_bias, d_initial = grads
-    d_y, u, dt, B, C, z = (_rows(t) for t in (d_y, u, dt, B, C, z))
+    d_y, u, dt, z = (_rows(t) for t in (d_y, u, dt, z))
+    B, C = _wide(B), _wide(C)
     A, D, dt_bias, initial, doc_ids, d_final = (_dense(t) for t in (A, D, dt_bias, initial, doc_ids, d_final))
     docs = None if doc_ids is None else first_tokens(doc_ids, n_docs)
     sizes = (cut.length, cut.tokens)
-    shape = (cut.channels, cut.N)
-    s_z = 0 if z is None else z.stride(1)
+    shape = (cut.channels, cut.N, cut.channels)
     leave = None
 
     def new(*sizes: int) -> Tensor:
@@ -205,8 +208,8 @@ def scan_back(
             starts,
             cut.grid,
             *(d_y, dt, A, C, z, dt_bias, doc_ids, docs, d_final, left, steps),
-            *(d_y.stride(1), dt.stride(1), C.stride(1), s_z),
             *(*sizes, *shape, low, high),
+            **strides(DY=d_y, DT=dt, C=C, Z=z),
             SOFTPLUS=softplus,
             **cut.constants("UNROLL"),
         )
@@ -221,8 +224,8 @@ def scan_back(
         *(_some(enter), _some(marks), leave, d_final),
         new(cut.grid[0], cut.every // cut.config["SPAN"], tile),
         *(d_u, d_dt, _some(d_z), shares, of_A, sums, _some(d_initial)),
-        *(t.stride(1) for t in (d_y, u, dt, B, C)),
-        *(s_z, *sizes, cut.windows, *shape, low, high),
+        *(*sizes, cut.windows, *shape, low, high),
+        **strides(DY=d_y, U=u, DT=dt, B=B, C=C, Z=z),
         EVERY=cut.every,
         SOFTPLUS=softplus,
         **cut.constants("SPAN"),
@@ -239,12 +242,17 @@ def scan_back(
     return grads
 
 
+def strides(**tensors: Tensor | None) -> dict[str, int]:
+    """From token to token, as compile-time constants, with which loads need no arithmetic: a model's own."""
+    return {f"S_{name}": 0 if t is None else t.stride(1) for name, t in tensors.items()}
+
+
 def _join(cut: Plan, A, doc_ids, docs, left, steps, passed, back: bool) -> None:
     launch(
         join,
         (cut.blocks,),
         *(A, doc_ids, docs, left, steps, passed),
-        *(cut.length, cut.tokens, cut.windows, cut.channels, cut.N),
+        *(cut.length, cut.tokens, cut.windows, cut.channels, cut.N, cut.channels),
         BACK=back,
         **cut.constants(),
     )
@@ -265,6 +273,11 @@ def _rows(t: Tensor | None) -> Tensor | None:
     return t.contiguous()
 
 
+def _wide(t: Tensor) -> Tensor:
+    """Return B or C in fp32: every channel reads it, and each would convert it again."""
+    return t.to(torch.float32).contiguous()
+
+
 def _dense(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
@@ -279,7 +292,7 @@ def _outputs(u: Tensor, A: Tensor, n_docs: int, want_final: bool, learns: bool) 
     states = (cut.N, cut.channels)
     return (
         torch.empty(u.shape, dtype=u.dtype, device=u.device),
-        u.new_empty((n_docs, *A.shape) if want_final else 0, dtype=torch.float32),
+        u.new_empty((n_docs, *states) if want_final else 0, dtype=torch.float32),
         u.new_empty((cut.windows, *states) if cut.cuts else 0, dtype=torch.float32),
         u.new_empty(
             (cut.tokens // cut.every + 1, *states) if learns and cut.marked else 0, dtype=torch.float32

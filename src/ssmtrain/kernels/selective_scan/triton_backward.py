@@ -25,11 +25,10 @@ from ssmtrain.kernels.selective_scan.triton_forward import (
     SIZES,
     advance,
     document,
-    given,
     keep,
     kept,
     parameters,
-    row,
+    rows,
     sigmoid,
     step_of,
     window,
@@ -38,15 +37,14 @@ from ssmtrain.kernels.ssd.triton_chunks import LOG2E
 
 
 @triton.jit
-def pulled(d_y, z, token, s_dy, s_z, e, live):
-    """Return the gradient of the scan's output before the gate, the gate, its sigmoid, and d_y (BE,)."""
-    grad = row(d_y, token, s_dy, e, live)
-    if z is None:
-        found = (grad, grad, grad, grad)
-    else:
-        gate = row(z, token, s_z, e, live)
+def pulled(grad, gate, GATED: tl.constexpr):
+    """Return the gradient of the scan's output before the gate, and the gate's sigmoid (BE,)."""
+    grad, gate = grad.to(tl.float32), gate.to(tl.float32)
+    if GATED:
         bend = sigmoid(gate)
-        found = (grad * gate * bend, gate, bend, grad)
+        found = (grad * gate * bend, bend)
+    else:
+        found = (grad, grad)
     return found
 
 
@@ -54,16 +52,17 @@ def pulled(d_y, z, token, s_dy, s_z, e, live):
 def backward(
     d_y, u, dt, A, B, C, D, z, bias, ids, docs, initial, enter, marks,
     leave,  # (windows, N, E): gradients of the state that leaves a window's last piece; or None
-    d_final,  # (n_docs, E, N) or None
+    d_final,  # (n_docs, N, E) or None
     scratch,  # (programs, EVERY // SPAN, BN, BE)
     d_u, d_dt, d_z,  # (B, L, E); d_z or None
     shares,  # (blocks, tokens, 2, N): of dB and dC
-    d_A,  # (windows, E, N)
+    d_A,  # (windows, N, E)
     sums,  # (2, windows, E): of dD and d_bias
-    d_initial,  # (n_docs, E, N) or None
-    s_dy, s_u, s_dt, s_B, s_C, s_z, length, tokens, n_windows, E, N, low, high,
-    W: tl.constexpr, EVERY: tl.constexpr, SPAN: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr,
-    SOFTPLUS: tl.constexpr,
+    d_initial,  # (n_docs, N, E) or None
+    length, tokens, n_windows, E, N, pitch, low, high,
+    S_DY: tl.constexpr, S_U: tl.constexpr, S_DT: tl.constexpr, S_B: tl.constexpr, S_C: tl.constexpr,
+    S_Z: tl.constexpr, W: tl.constexpr, EVERY: tl.constexpr, SPAN: tl.constexpr,
+    BE: tl.constexpr, BN: tl.constexpr, SOFTPLUS: tl.constexpr,
 ):  # fmt: skip
     """Go back through the pieces of one window for BE channels."""
     PACKED: tl.constexpr = ids is not None
@@ -71,7 +70,7 @@ def backward(
     w = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
     e, n = block * BE + tl.arange(0, BE), tl.arange(0, BN)
-    decays, skip, shift = parameters(A, D, bias, e, n, E, N)
+    decays, skip, shift = parameters(A, D, bias, e, n, E, N, pitch)
     tile = tl.arange(0, BN)[:, None] * BE + tl.arange(0, BE)[None, :]
     scratch += tl.program_id(0).to(tl.int64) * (EVERY // SPAN * BN * BE)
     shares += block.to(tl.int64) * tokens * (2 * N)
@@ -83,78 +82,85 @@ def backward(
         d, first, after = document(ids, docs, end - 1, length, PACKED)
         start = first + (end - 1 - first) // W * W
         size = (end - start).to(tl.int32)
-        g = given(d_final, d, e, n, E, N, end == after)
+        to_u, to_dt, to_dy = u + start * S_U + e, dt + start * S_DT + e, d_y + start * S_DY + e
+        to_B, to_C, to_shares = B + start * S_B + n, C + start * S_C + n, shares + start * (2 * N) + n
+        to_du, to_ddt = d_u + start * E + e, d_dt + start * E + e
+        if z is not None:
+            to_z, to_dz = z + start * S_Z + e, d_z + start * E + e
+        g = kept(d_final, d, e, n, E, N, pitch, end == after)
         if leave is not None:
-            g += kept(leave, w.to(tl.int64), e, n, E, N, end != after)
+            g += kept(leave, w.to(tl.int64), e, n, E, N, pitch, end != after)
         for back in range(tl.cdiv(size, EVERY)):
             base = (tl.cdiv(size, EVERY) - 1 - back) * EVERY
-            origin = given(initial, d, e, n, E, N, (start == first) & (base == 0))
+            origin = kept(initial, d, e, n, E, N, pitch, (start == first) & (base == 0))
             if enter is not None:
-                origin += kept(enter, w.to(tl.int64), e, n, E, N, (start != first) & (base == 0))
+                origin += kept(enter, w.to(tl.int64), e, n, E, N, pitch, (start != first) & (base == 0))
             if marks is not None:
-                origin += kept(marks, (start + base) // EVERY, e, n, E, N, base > 0)
+                origin += kept(marks, (start + base) // EVERY, e, n, E, N, pitch, base > 0)
             spans = tl.cdiv(tl.minimum(size - base, EVERY), SPAN)
             h = origin
             for s in range(spans - 1):
+                t = base + s * SPAN
+                xs, raws = rows(to_u, t, size, e < E, S_U, SPAN), rows(to_dt, t, size, e < E, S_DT, SPAN)
+                keys = rows(to_B, t, size, n < N, S_B, SPAN)
                 for i in tl.static_range(SPAN):
-                    token = start + base + s * SPAN + i
-                    step, _ = step_of(dt, token, s_dt, e, e < E, shift, low, high, SOFTPLUS)
-                    x = row(u, token, s_u, e, e < E)
-                    h, _ = advance(h, decays, step, step * x, row(B, token, s_B, n, n < N))
+                    step, _ = step_of(raws[i], True, shift, low, high, SOFTPLUS)
+                    h, _ = advance(h, decays, step, step * xs[i].to(tl.float32), keys[i])
                 tl.store(scratch + (s + 1) * BN * BE + tile, h)
             # What a thread reads below, another may have written above.
             tl.debug_barrier()
             for s in range(spans):
                 span = spans - 1 - s
+                t = base + span * SPAN
                 h = tl.load(scratch + span * BN * BE + tile, mask=(tile >= 0) & (span > 0), other=0.0)
                 h = tl.where(span > 0, h, origin)
-                before, rates, inputs = (), (), ()
+                xs, raws = rows(to_u, t, size, e < E, S_U, SPAN), rows(to_dt, t, size, e < E, S_DT, SPAN)
+                keys, reads = rows(to_B, t, size, n < N, S_B, SPAN), rows(to_C, t, size, n < N, S_C, SPAN)
+                grads = rows(to_dy, t, size, e < E, S_DY, SPAN)
+                gates = grads
+                if z is not None:
+                    gates = rows(to_z, t, size, e < E, S_Z, SPAN)
+                before, rates, steps, slopes = (), (), (), ()
                 for i in tl.static_range(SPAN):
-                    at = base + span * SPAN + i
-                    live = (e < E) & (at < size)
-                    step, slope = step_of(dt, start + at, s_dt, e, live, shift, low, high, SOFTPLUS)
-                    x = row(u, start + at, s_u, e, live)
-                    keys = row(B, start + at, s_B, n, (n < N) & (at < size))
-                    before, inputs = before + (h,), inputs + ((step, slope, x, keys),)
-                    h, decay = advance(h, decays, step, step * x, keys)
+                    step, slope = step_of(raws[i], t + i < size, shift, low, high, SOFTPLUS)
+                    before, steps, slopes = before + (h,), steps + (step,), slopes + (slope,)
+                    h, decay = advance(h, decays, step, step * xs[i].to(tl.float32), keys[i])
                     rates = rates + (decay,)
                 for j in tl.static_range(SPAN):
-                    at = base + span * SPAN + SPAN - 1 - j
-                    token = start + at
+                    at = t + SPAN - 1 - j
                     live = (e < E) & (at < size)
-                    step, slope, x, keys = inputs[SPAN - 1 - j]
-                    reads = row(C, token, s_C, n, (n < N) & (at < size))
-                    dy, gate, bend, grad = pulled(d_y, z, token, s_dy, s_z, e, live)
+                    step, x = steps[SPAN - 1 - j], xs[SPAN - 1 - j].to(tl.float32)
+                    dy, bend = pulled(grads[SPAN - 1 - j], gates[SPAN - 1 - j], z is not None)
+                    read = reads[SPAN - 1 - j].to(tl.float32)[:, None]
                     if z is not None:
-                        out = tl.sum(h * reads[:, None], 0) + skip * x
+                        gate, grad = gates[SPAN - 1 - j].to(tl.float32), grads[SPAN - 1 - j].to(tl.float32)
+                        out = tl.sum(h * read, 0) + skip * x
                         d_gate = grad * out * (bend + gate * bend * (1.0 - bend))
-                        tl.store(d_z + token * E + e, d_gate.to(d_z.dtype.element_ty), mask=live)
-                    g += reads[:, None] * dy[None, :]
+                        tl.store(to_dz + at * E, d_gate.to(d_z.dtype.element_ty), mask=live)
+                    g += read * dy[None, :]
                     of_C = tl.sum(h * dy[None, :], 1)
                     of_B = tl.sum(g * (step * x)[None, :], 1)
-                    to = shares + token * (2 * N) + n
-                    tl.store(to, of_B, mask=(n < N) & (at < size))
-                    tl.store(to + N, of_C, mask=(n < N) & (at < size))
-                    through = tl.sum(g * keys[:, None], 0)
+                    tl.store(to_shares + at * (2 * N), of_B, mask=(n < N) & (at < size))
+                    tl.store(to_shares + at * (2 * N) + N, of_C, mask=(n < N) & (at < size))
+                    through = tl.sum(g * keys[SPAN - 1 - j].to(tl.float32)[:, None], 0)
                     g *= rates[SPAN - 1 - j]
                     h = before[SPAN - 1 - j]
                     bent = g * h  # gradients of step * A
                     d_step = through * x + tl.sum(bent * decays, 0) * (1.0 / LOG2E)
                     sum_A += bent * step[None, :]
-                    d_raw = d_step * slope
-                    tl.store(d_dt + token * E + e, d_raw.to(d_dt.dtype.element_ty), mask=live)
+                    d_raw = d_step * slopes[SPAN - 1 - j]
+                    tl.store(to_ddt + at * E, d_raw.to(d_dt.dtype.element_ty), mask=live)
                     d_x = through * step + skip * dy
-                    tl.store(d_u + token * E + e, d_x.to(d_u.dtype.element_ty), mask=live)
+                    tl.store(to_du + at * E, d_x.to(d_u.dtype.element_ty), mask=live)
                     sum_D += dy * x
                     sum_bias += d_raw
             # And what is read there, another may write in the block before.
             tl.debug_barrier()
         if d_initial is not None:
-            inside = (n < N)[:, None] & (e < E)[None, :] & (start == first)
-            tl.store(d_initial + d * E * N + e[None, :] * N + n[:, None], g, mask=inside)
+            keep(d_initial, d, e, n, E, N, pitch, g, start == first)
         end = start
     at = w.to(tl.int64) * E + e
-    tl.store(d_A + at[None, :] * N + n[:, None], sum_A, mask=(n < N)[:, None] & (e < E)[None, :])
+    keep(d_A, w.to(tl.int64), e, n, E, N, pitch, sum_A, True)
     tl.store(sums + at, sum_D, mask=e < E)
     tl.store(sums + n_windows.to(tl.int64) * E + at, sum_bias, mask=e < E)
 
@@ -164,7 +170,8 @@ def starts(
     d_y, dt, A, C, z, bias, ids, docs, d_final,
     left,  # (windows, N, E)
     steps,  # (windows, E)
-    s_dy, s_dt, s_C, s_z, length, tokens, E, N, low, high,
+    length, tokens, E, N, pitch, low, high,
+    S_DY: tl.constexpr, S_DT: tl.constexpr, S_C: tl.constexpr, S_Z: tl.constexpr,
     W: tl.constexpr, UNROLL: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr, SOFTPLUS: tl.constexpr,
 ):  # fmt: skip
     """Go back through a window's first piece, where it goes on with a document, as if nothing came from later.
@@ -179,20 +186,26 @@ def starts(
     end = window(ids, docs, w + 1, length, tokens, W, PACKED)
     d, first, after = document(ids, docs, tl.minimum(begin, tokens - 1), length, PACKED)
     if (begin < end) & (begin != first):
-        decays, _, shift = parameters(A, None, bias, e, n, E, N)
+        decays, _, shift = parameters(A, None, bias, e, n, E, N, pitch)
         size = tl.minimum(after - begin, W).to(tl.int32)
-        g = given(d_final, d, e, n, E, N, begin + size == after)
+        g = kept(d_final, d, e, n, E, N, pitch, begin + size == after)
         total = tl.zeros((BE,), tl.float32)
-        for t in range(0, size, UNROLL):
-            for i in tl.static_range(UNROLL):
-                at = (tl.cdiv(size, UNROLL) * UNROLL - 1 - t) - i
-                live = (e < E) & (at < size)
-                step, _ = step_of(dt, begin + at, s_dt, e, live, shift, low, high, SOFTPLUS)
-                reads = row(C, begin + at, s_C, n, (n < N) & (at < size))
-                dy, _, _, _ = pulled(d_y, z, begin + at, s_dy, s_z, e, live)
-                g = (g + reads[:, None] * dy[None, :]) * tl.exp2(decays * step[None, :])
+        to_dt, to_dy, to_C = dt + begin * S_DT + e, d_y + begin * S_DY + e, C + begin * S_C + n
+        for back in range(0, size, UNROLL):
+            t = (tl.cdiv(size, UNROLL) - 1) * UNROLL - back
+            raws, reads = rows(to_dt, t, size, e < E, S_DT, UNROLL), rows(to_C, t, size, n < N, S_C, UNROLL)
+            grads = rows(to_dy, t, size, e < E, S_DY, UNROLL)
+            gates = grads
+            if z is not None:
+                gates = rows(z + begin * S_Z + e, t, size, e < E, S_Z, UNROLL)
+            for j in tl.static_range(UNROLL):
+                live = t + UNROLL - 1 - j < size
+                step, _ = step_of(raws[UNROLL - 1 - j], live, shift, low, high, SOFTPLUS)
+                dy, _ = pulled(grads[UNROLL - 1 - j], gates[UNROLL - 1 - j], z is not None)
+                g += reads[UNROLL - 1 - j].to(tl.float32)[:, None] * dy[None, :]
+                g *= tl.exp2(decays * step[None, :])
                 total += step
-        keep(left, w.to(tl.int64), e, n, E, N, g, True)
+        keep(left, w.to(tl.int64), e, n, E, N, pitch, g, True)
         tl.store(steps + w.to(tl.int64) * E + e, total, mask=e < E)
 
 

@@ -20,10 +20,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ssmtrain.kernels.ssd.triton_chunks import LOG2E, step_size
+from ssmtrain.kernels.ssd.triton_chunks import LOG2E
 
 SIZES = ["length", "tokens", "n_windows"]
 """Arguments whose values Triton shall not compile in: for rows of one token it may round another way."""
+LANES = ["pitch"]
+"""E again, for where states lie. Not known to be a multiple of anything, Triton loads one state a lane: channels
+lie on lanes, a channel's states in one. Where sums go over channels as well, four by four is better."""
 
 
 @triton.jit
@@ -55,75 +58,90 @@ def sigmoid(a):
 
 
 @triton.jit
-def row(base, token, stride, at, live):
-    """Return a token's values (BE,) or (BN,) in fp32, zeros where there is none."""
-    return tl.load(base + token * stride + at, mask=live, other=0.0).to(tl.float32)
+def rows(at, t, size, inside, STRIDE: tl.constexpr, COUNT: tl.constexpr):
+    """Return the rows of COUNT tokens from t on, as they are stored, zeros past the last: (BE,) or (BN,) each.
+
+    `at` points to a piece's first row. Loads stand together, before what they are for: the stores in between
+    keep the compiler from moving them.
+    """
+    at += t * STRIDE
+    found = ()
+    for i in tl.static_range(COUNT):
+        found = found + (tl.load(at + i * STRIDE, mask=inside & (t + i < size), other=0.0),)
+    return found
 
 
 @triton.jit
-def step_of(dt, token, stride, e, live, shift, low, high, SOFTPLUS: tl.constexpr):
-    """Return a token's step sizes (BE,), their derivative; a step of zero, which changes no state, if dead."""
-    step, slope = step_size(row(dt, token, stride, e, live) + shift, low, high, SOFTPLUS)
-    return tl.where(live, step, 0.0), tl.where(live, slope, 0.0)
+def step_of(raw, live, shift, low, high, SOFTPLUS: tl.constexpr):
+    """Return a token's step sizes (BE,), and their derivatives; if dead a step of 0, which changes no state."""
+    step = raw.to(tl.float32) + shift
+    slope = tl.full(step.shape, 1.0, tl.float32)
+    if SOFTPLUS:
+        # log(1 + u) is 2 atanh(u / (2 + u)), as in ssd's softplus, but without divisions.
+        u = tl.exp2(tl.abs(step) * -LOG2E)
+        s = u * tl.rsqrt((2.0 + u) * (2.0 + u))
+        r = s * s
+        p = 1.0 / 13 + r * (1.0 / 15)
+        p = 1.0 / 11 + r * p
+        p = 1.0 / 9 + r * p
+        p = 1.0 / 7 + r * p
+        p = 1.0 / 5 + r * p
+        p = 1.0 / 3 + r * p
+        slope = tl.where(step > 0, 1.0, u) * tl.rsqrt((1.0 + u) * (1.0 + u))
+        step = tl.maximum(step, 0.0) + 2.0 * s * (1.0 + r * p)
+    inside = live & (step >= low) & (step <= high)
+    return tl.where(live, tl.minimum(tl.maximum(step, low), high), 0.0), tl.where(inside, slope, 0.0)
 
 
 @triton.jit
 def advance(h, A, step, fed, keys):
     """Return the states (BN, BE) after a token, and their decays; A is in units of log 2, fed is step * u."""
     decay = tl.exp2(A * step[None, :])
-    return decay * h + fed[None, :] * keys[:, None], decay
+    return decay * h + fed[None, :] * keys.to(tl.float32)[:, None], decay
 
 
 @triton.jit
-def parameters(A, D, bias, e, n, E, N):
+def parameters(A, D, bias, e, n, E, N, pitch):
     """Return A (BN, BE) in units of log 2, D and the bias of dt (BE,), zeros where absent."""
-    inside = (n < N)[:, None] & (e < E)[None, :]
-    decays = tl.load(A + e[None, :] * N + n[:, None], mask=inside, other=0.0).to(tl.float32) * LOG2E
     skip, shift = tl.zeros_like(e).to(tl.float32), tl.zeros_like(e).to(tl.float32)
     if D is not None:
         skip = tl.load(D + e, mask=e < E, other=0.0).to(tl.float32)
     if bias is not None:
         shift = tl.load(bias + e, mask=e < E, other=0.0).to(tl.float32)
-    return decays, skip, shift
+    return kept(A, 0, e, n, E, N, pitch, True) * LOG2E, skip, shift
 
 
 @triton.jit
-def given(states, which, e, n, E, N, when):
-    """Return states (n_docs, E, N) of one document as (BN, BE), zeros where there are none."""
-    inside = (n < N)[:, None] & (e < E)[None, :]
+def kept(states, which, e, n, E, N, pitch, when):
+    """Return one of states (.., N, E) as (BN, BE), zeros where there is none."""
+    inside = (n < N)[:, None] & (e < E)[None, :] & when
     if states is None:
         found = tl.zeros(inside.shape, tl.float32)
     else:
-        at = states + which * E * N + e[None, :] * N + n[:, None]
-        found = tl.load(at, mask=inside & when, other=0.0).to(tl.float32)
+        at = states + which * pitch * N + n[:, None] * pitch + e[None, :]
+        found = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     return found
 
 
 @triton.jit
-def kept(states, which, e, n, E, N, when):
-    """Return states (.., N, E), as the kernels keep them for each other, as (BN, BE)."""
-    inside = (n < N)[:, None] & (e < E)[None, :] & when
-    return tl.load(states + which * E * N + n[:, None] * E + e[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
-def keep(states, which, e, n, E, N, value, when):
+def keep(states, which, e, n, E, N, pitch, value, when):
     """Write (BN, BE) among states (.., N, E)."""
     inside = (n < N)[:, None] & (e < E)[None, :] & when
-    tl.store(states + which * E * N + n[:, None] * E + e[None, :], value, mask=inside)
+    tl.store(states + which * pitch * N + n[:, None] * pitch + e[None, :], value, mask=inside)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES + LANES)
 def forward(
     u, dt, A, B, C, D, z, bias,
     ids,  # (B, L) or None
     docs,  # (n_docs + 1, 3): first tokens in column 0; or None
-    initial,  # (n_docs, E, N) or None
+    initial,  # (n_docs, N, E) or None
     enter,  # (windows, N, E), or None where no piece goes on with a document
     y,  # (B, L, E)
     marks,  # (tokens // EVERY + 1, N, E), states each EVERY tokens of a piece; or None
-    final,  # (n_docs, E, N) or None
-    s_u, s_dt, s_B, s_C, s_z, length, tokens, E, N, low, high,
+    final,  # (n_docs, N, E) or None
+    length, tokens, E, N, pitch, low, high,
+    S_U: tl.constexpr, S_DT: tl.constexpr, S_B: tl.constexpr, S_C: tl.constexpr, S_Z: tl.constexpr,
     W: tl.constexpr, EVERY: tl.constexpr, UNROLL: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr,
     SOFTPLUS: tl.constexpr,
 ):  # fmt: skip
@@ -132,44 +150,57 @@ def forward(
     blocks = tl.cdiv(E, BE)
     w = tl.program_id(0) // blocks
     e, n = tl.program_id(0) % blocks * BE + tl.arange(0, BE), tl.arange(0, BN)
-    decays, skip, shift = parameters(A, D, bias, e, n, E, N)
+    decays, skip, shift = parameters(A, D, bias, e, n, E, N, pitch)
     at = window(ids, docs, w, length, tokens, W, PACKED)
     end = window(ids, docs, w + 1, length, tokens, W, PACKED)
     while at < end:
         d, first, after = document(ids, docs, at, length, PACKED)
         size = tl.minimum(after - at, W).to(tl.int32)
-        h = given(initial, d, e, n, E, N, at == first)
+        h = kept(initial, d, e, n, E, N, pitch, at == first)
         if enter is not None:
-            h += kept(enter, w.to(tl.int64), e, n, E, N, at != first)
+            h += kept(enter, w.to(tl.int64), e, n, E, N, pitch, at != first)
+        to_u, to_dt, to_y = u + at * S_U + e, dt + at * S_DT + e, y + at * E + e
+        to_B, to_C = B + at * S_B + n, C + at * S_C + n
+        # A group of tokens is loaded while the one before is worked on; its B and C, which are in the cache
+        # and would take too many registers, when its turn comes.
+        xs, raws = rows(to_u, 0, size, e < E, S_U, UNROLL), rows(to_dt, 0, size, e < E, S_DT, UNROLL)
+        gates = xs
+        if z is not None:
+            to_z = z + at * S_Z + e
+            gates = rows(to_z, 0, size, e < E, S_Z, UNROLL)
         for t in range(0, size, UNROLL):
+            next_xs = rows(to_u, t + UNROLL, size, e < E, S_U, UNROLL)
+            next_raws = rows(to_dt, t + UNROLL, size, e < E, S_DT, UNROLL)
+            keys, reads = rows(to_B, t, size, n < N, S_B, UNROLL), rows(to_C, t, size, n < N, S_C, UNROLL)
+            next_gates = next_xs
+            if z is not None:
+                next_gates = rows(to_z, t + UNROLL, size, e < E, S_Z, UNROLL)
             if marks is not None:  # noqa: SIM102 (known when compiling, the other is not)
                 if (t > 0) & (t % EVERY == 0):
-                    keep(marks, (at + t) // EVERY, e, n, E, N, h, True)
+                    keep(marks, (at + t) // EVERY, e, n, E, N, pitch, h, True)
             for i in tl.static_range(UNROLL):
-                token = at + t + i
-                live = (e < E) & (t + i < size)
-                step, _ = step_of(dt, token, s_dt, e, live, shift, low, high, SOFTPLUS)
-                x = row(u, token, s_u, e, live)
-                keys = row(B, token, s_B, n, (n < N) & (t + i < size))
-                reads = row(C, token, s_C, n, (n < N) & (t + i < size))
-                h, _ = advance(h, decays, step, step * x, keys)
-                out = tl.sum(h * reads[:, None], 0) + skip * x
+                live = t + i < size
+                step, _ = step_of(raws[i], live, shift, low, high, SOFTPLUS)
+                x = xs[i].to(tl.float32)
+                h, _ = advance(h, decays, step, step * x, keys[i])
+                out = tl.sum(h * reads[i].to(tl.float32)[:, None], 0) + skip * x
                 if z is not None:
-                    gate = row(z, token, s_z, e, live)
+                    gate = gates[i].to(tl.float32)
                     out *= gate * sigmoid(gate)
-                tl.store(y + token * E + e, out.to(y.dtype.element_ty), mask=live)
+                tl.store(to_y + (t + i) * E, out.to(y.dtype.element_ty), mask=(e < E) & live)
+            xs, raws, gates = next_xs, next_raws, next_gates
         if final is not None:
-            inside = (n < N)[:, None] & (e < E)[None, :] & (at + size == after)
-            tl.store(final + d * E * N + e[None, :] * N + n[:, None], h, mask=inside)
+            keep(final, d, e, n, E, N, pitch, h, at + size == after)
         at += size
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES + LANES)
 def ends(
     u, dt, A, B, bias, ids, docs, initial,
     left,  # (windows, N, E)
     steps,  # (windows, E)
-    s_u, s_dt, s_B, length, tokens, E, N, low, high,
+    length, tokens, E, N, pitch, low, high,
+    S_U: tl.constexpr, S_DT: tl.constexpr, S_B: tl.constexpr,
     W: tl.constexpr, UNROLL: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr, SOFTPLUS: tl.constexpr,
 ):  # fmt: skip
     """Walk a window's last piece, where a later one goes on with it, as if nothing entered it.
@@ -184,39 +215,44 @@ def ends(
     end = window(ids, docs, w + 1, length, tokens, W, PACKED)
     d, first, after = document(ids, docs, tl.maximum(end - 1, 0), length, PACKED)
     if (begin < end) & (end < after):
-        decays, _, shift = parameters(A, None, bias, e, n, E, N)
+        decays, _, shift = parameters(A, None, bias, e, n, E, N, pitch)
         at = end - W
-        h = given(initial, d, e, n, E, N, at == first)
+        h = kept(initial, d, e, n, E, N, pitch, at == first)
         total = tl.zeros((BE,), tl.float32)
+        to_u, to_dt, to_B = u + at * S_U + e, dt + at * S_DT + e, B + at * S_B + n
+        xs, raws = rows(to_u, 0, W, e < E, S_U, UNROLL), rows(to_dt, 0, W, e < E, S_DT, UNROLL)
         for t in range(0, W, UNROLL):
+            next_xs = rows(to_u, t + UNROLL, W, e < E, S_U, UNROLL)
+            next_raws = rows(to_dt, t + UNROLL, W, e < E, S_DT, UNROLL)
+            keys = rows(to_B, t, W, n < N, S_B, UNROLL)
             for i in tl.static_range(UNROLL):
-                step, _ = step_of(dt, at + t + i, s_dt, e, e < E, shift, low, high, SOFTPLUS)
-                x = row(u, at + t + i, s_u, e, e < E)
-                h, _ = advance(h, decays, step, step * x, row(B, at + t + i, s_B, n, n < N))
+                step, _ = step_of(raws[i], True, shift, low, high, SOFTPLUS)
+                h, _ = advance(h, decays, step, step * xs[i].to(tl.float32), keys[i])
                 total += step
-        keep(left, w.to(tl.int64), e, n, E, N, h, True)
+            xs, raws = next_xs, next_raws
+        keep(left, w.to(tl.int64), e, n, E, N, pitch, h, True)
         tl.store(steps + w.to(tl.int64) * E + e, total, mask=e < E)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES + LANES)
 def join(
     A, ids, docs,
     left,  # (windows, N, E): what a piece adds to what passes through it
     steps,  # (windows, E)
     passed,  # (windows, N, E): what enters a window's first piece, or its last piece from behind
-    length, tokens, n_windows, E, N,
+    length, tokens, n_windows, E, N, pitch,
     W: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
     """Hand states from window to window, or with BACK their gradients from the last window to the first."""
     PACKED: tl.constexpr = ids is not None
     e, n = tl.program_id(0) * BE + tl.arange(0, BE), tl.arange(0, BN)
-    decays, _, _ = parameters(A, None, None, e, n, E, N)
+    decays, _, _ = parameters(A, None, None, e, n, E, N, pitch)
     h = tl.zeros((BN, BE), tl.float32)
     for i in range(n_windows):
         w = tl.zeros((), tl.int64) + (n_windows - 1 - i if BACK else i)
         begin = window(ids, docs, w, length, tokens, W, PACKED)
         end = window(ids, docs, w + 1, length, tokens, W, PACKED)
-        keep(passed, w, e, n, E, N, h, True)
+        keep(passed, w, e, n, E, N, pitch, h, True)
         _, first, after = document(ids, docs, tl.minimum(begin, tokens - 1), length, PACKED)
         # Whether the first piece goes on with a document, and whether it is the last, and gone on with.
         enters = (begin < end) & (begin != first)
@@ -228,4 +264,4 @@ def join(
             some = (begin < end) & (end < after)
         total = tl.load(steps + w * E + e, mask=(e < E) & through, other=0.0)
         h = tl.where(through, h * tl.exp2(decays * total[None, :]), 0.0)
-        h += kept(left, w, e, n, E, N, some)
+        h += kept(left, w, e, n, E, N, pitch, some)
