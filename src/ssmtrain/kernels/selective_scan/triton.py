@@ -119,8 +119,8 @@ class Plan(NamedTuple):
 
     def constants(self, *names: str) -> dict[str, int]:
         """The compile-time constants of a kernel that takes these of the configuration."""
-        common = ("BE", "BN", "num_warps", "num_stages")
-        return {"W": self.W} | {name: self.config[name] for name in (*common, *names)}
+        wanted = {"BE", "BN", "num_warps", "num_stages", "maxnreg", *names}
+        return {"W": self.W} | {name: value for name, value in self.config.items() if name in wanted}
 
 
 def window_length(channels: int) -> int:
