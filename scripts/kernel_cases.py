@@ -237,12 +237,27 @@ def selective_case(
     return Case(name, "selective_scan", make, call, shape={"B": B, "L": L, "E": E, "N": N})
 
 
+def selective_step_case(B: int, E: int, N: int = 16) -> Case:
+    """One token of decoding."""
+
+    def make(device: torch.device | str) -> Inputs:
+        u, dt, z = (torch.randn(B, E, device=device, dtype=BF16) for _ in range(3))
+        b, c = (torch.randn(B, N, device=device, dtype=BF16) for _ in range(2))
+        heads, A = torch.rand(E, device=device), -torch.rand(E, N, device=device)
+        inputs: Inputs = {"state": torch.randn(B, E, N, device=device), "u": u, "dt": dt, "A": A, "B": b}
+        return inputs | {"C": c, "D": heads, "z": z, "dt_bias": heads}
+
+    name = named(f"scan_step B{B} E{E} N{N}", BF16, {})
+    return Case(name, "selective_scan", make, lambda i: (selective_scan_step(**i),), backward=False)  # type: ignore[arg-type]
+
+
 def to_compile(quick: bool = False) -> Iterator[Case]:
     """Cases that between them reach every kernel, on the shapes of published models and on odd ones."""
     yield from smallest()
     yield ssd_case(8, 4096, 80, 64, 128)
     yield conv_case(8, 4096, 5376, parent=10576)
     yield norm_case(8, 4096, 5120, parent=10576)
+    yield selective_case(8, 4096, 5120)
     if quick:
         return
     wide = {"documents": 512, "state": True}
@@ -269,6 +284,12 @@ def to_compile(quick: bool = False) -> Iterator[Case]:
     yield norm_case(2, 1000, 768, dtype=torch.float32)
     yield norm_case(2, 1000, 20480)
     yield norm_case(1, 7, 120)
+    yield selective_case(1, 32768, 5120)
+    yield selective_case(2, 8192, 1536, documents=512, state=True)
+    yield selective_case(2, 1000, 1000, 24, gate=False, dtype=torch.float32)
+    for N in (64, 256):
+        yield selective_case(2, 4096, 768, N, documents=100)
+    yield selective_step_case(64, 5120)
 
 
 def smallest() -> Iterator[Case]:
@@ -279,9 +300,12 @@ def smallest() -> Iterator[Case]:
         yield conv_case(1, 1, 1, dtype=dtype, documents=1)
         yield conv_case(1, 1, 8, dtype=dtype, state=True)
         yield norm_case(1, 1, 1, dtype=dtype)
+        yield selective_case(1, 1, 1, 1, dtype=dtype, documents=1, state=True)
+        yield selective_case(1, 1, 1, 1, dtype=dtype)
     yield ssd_case(1, 1, 1, 64, 64, state=True)
     yield ssd_step_case(1, 1, 1, 1)
     yield conv_step_case(1, 1)
+    yield selective_step_case(1, 1, 1)
 
 
 def to_tune() -> Iterator[Case]:

@@ -12,9 +12,10 @@ from torch import Tensor
 from ssmtrain.kernels import backend
 from ssmtrain.kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
 from ssmtrain.kernels.gated_norm import gated_norm
+from ssmtrain.kernels.selective_scan import selective_scan, selective_scan_step
 from ssmtrain.kernels.ssd import ssd, ssd_step
 
-OPS = ["causal_conv1d", "gated_norm", "ssd"]
+OPS = ["causal_conv1d", "gated_norm", "selective_scan", "ssd"]
 H, P, N, K = 2, 16, 16, 4
 
 
@@ -40,6 +41,18 @@ def scan_step(device: torch.device) -> Tensor:
     return ssd_step(state, x, dt, A, B, B)
 
 
+def selective(device: torch.device) -> Tensor:
+    u, dt, B, A = torch.randn(1, 9, P), torch.randn(1, 9, P), torch.randn(1, 9, 4), -torch.ones(P, 4)
+    u, dt, B, A = (t.to(device) for t in (u, dt, B, A))
+    return selective_scan(u, dt, A, B, B, D=-A[:, 0].contiguous(), z=u)[0]
+
+
+def selective_step(device: torch.device) -> Tensor:
+    state, u, dt, B = torch.randn(1, P, 4), torch.randn(1, P), torch.randn(1, P), torch.randn(1, 4)
+    state, u, dt, B, A = (t.to(device) for t in (state, u, dt, B, -torch.ones(P, 4)))
+    return selective_scan_step(state, u, dt, A, B, B)
+
+
 def conv(device: torch.device) -> Tensor:
     return causal_conv1d(torch.randn(1, 20, 32).to(device), torch.randn(32, K).to(device))[0]
 
@@ -60,6 +73,8 @@ CALLS = {
     "causal_conv1d.causal_conv1d": conv,
     "causal_conv1d.causal_conv1d_step": conv_step,
     "gated_norm.gated_norm": norm,
+    "selective_scan.selective_scan": selective,
+    "selective_scan.selective_scan_step": selective_step,
 }
 
 

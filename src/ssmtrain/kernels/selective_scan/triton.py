@@ -1,13 +1,12 @@
-"""The selective scan on a GPU: what `triton_forward` and `triton_backward` launch, and the custom ops around it.
+"""The selective scan on a GPU: what `triton_forward` and `triton_backward` launch, and custom ops around it.
 
-Nothing is saved for the backward pass but the inputs and a state each `EVERY` tokens, one part in a hundred of
-what the layer keeps anyway.
+Nothing is saved for the backward pass but the inputs and a state each `EVERY` tokens, a few parts in a
+hundred of what the layer keeps anyway.
 """
 
 from __future__ import annotations
 
 import logging
-from math import inf
 from typing import NamedTuple
 
 import torch
@@ -64,6 +63,8 @@ def selective_scan(
             initial_state=initial_state,
             return_final_state=return_final_state,
         )
+    if n_docs == u.shape[0]:
+        doc_ids = None  # rows that are documents
     # The kernels hold states as (.., N, E), so that neighbouring channels are neighbours in memory.
     initial = None if initial_state is None else initial_state.transpose(1, 2)
     tensors = [u, dt, A.t(), B, C, D, z, dt_bias, initial]
@@ -135,8 +136,11 @@ def plan(u: Tensor, A: Tensor, kernel: str) -> Plan:
     BN = triton.next_power_of_2(N)
     # Sixteen states a thread, in one warp where eight channels are not too few for it.
     BE = max(8, min(32, 512 // BN))
-    fallback = {"BE": BE, "BN": BN, "UNROLL": 4, "SPAN": 4}
+    fallback = {"BE": BE, "BN": BN, "UNROLL": 2, "SPAN": 2}
     fallback |= {"num_warps": max(1, BE * BN // 512), "num_stages": 1}
+    if kernel == "backward":
+        # Left alone, ptxas takes every register there is, and a sixth of the programs wait for the others.
+        fallback["maxnreg"] = 168
     dtype = str(u.dtype).removeprefix("torch.")
     config = tuned.lookup(f"selective_scan_{kernel}", u.device, f"N={BN},dtype={dtype}", fallback)
     return Plan(batch, length, channels, N, window_length(channels), EVERY, config)
@@ -147,8 +151,10 @@ EVERY = 256
 
 
 def scan(u, dt, A, B, C, D, z, dt_bias, initial, doc_ids, n_docs, softplus, low, high, want_final, learns):
-    """Return y (B, L, E), final states (n_docs, N, E) and, if it learns, the states that backward begins with:
-    those that enter windows and those each `EVERY` tokens, (.., N, E), empty where there are none."""
+    """Return y (B, L, E), final states (n_docs, N, E) and, if it learns, what the backward pass begins with.
+
+    That is: states (.., N, E) that enter windows, and those each `EVERY` tokens; empty where there are none.
+    """
     cut = plan(u, A, "forward")
     u, dt, z = (_rows(t) for t in (u, dt, z))
     B, C = _wide(B), _wide(C)
@@ -309,8 +315,8 @@ def _gradients(*tensors: Tensor | None) -> tuple[Tensor, ...]:
 
 
 _INPUTS = (
-    "Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? initial,"
-    " Tensor? doc_ids, int n_docs, bool softplus, float low, float high"
+    "Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias,"
+    " Tensor? initial, Tensor? doc_ids, int n_docs, bool softplus, float low, float high"
 )
 _scan = torch.library.custom_op(
     "ssmtrain::selective_scan",

@@ -6,15 +6,18 @@ With g_t the gradient of h_t, a_t its decay and G what comes from later tokens:
     dw_t = sum_n B_t g_t with w_t = dt_t u_t;    d(dt_t A) = g_t a_t h_{t-1};
     dB_t = sum_e w_t g_t,    dC_t = sum_e dy_t h_t.
 
-States are computed again, since h_{t-1} = (h_t - w_t B_t) / a_t loses what a_t is too small to hold. The forward
-pass keeps one each EVERY tokens; from there a block is walked, and each SPAN tokens the state is written to
-a scratch that stays in the L2 cache; SPAN tokens' states are in registers while they are gone back through.
+States are computed again, since h_{t-1} = (h_t - w_t B_t) / a_t loses what a_t is too small to hold. The
+forward pass keeps one each EVERY tokens; from there a block is walked, and each SPAN tokens the state is
+written to a scratch, near enough to be in the L2 cache; the states of SPAN tokens are in registers while they
+are gone back through.
 
-Sums over channels are shares, (blocks of channels, tokens, 2, N), which `add_shares` adds in order: no atomics.
+Sums over channels are shares, (blocks of channels, tokens, 2, N), which `add_shares` adds in order: there are
+no atomics.
 """
 
 # Triton's tuples grow by addition only, which changes their type.
 # ruff: noqa: RUF005
+# mypy: disable-error-code="assignment"
 
 from __future__ import annotations
 
@@ -104,8 +107,8 @@ def backward(
                 xs, raws = rows(to_u, t, size, e < E, S_U, SPAN), rows(to_dt, t, size, e < E, S_DT, SPAN)
                 keys = rows(to_B, t, size, n < N, S_B, SPAN)
                 for i in tl.static_range(SPAN):
-                    step, _ = step_of(raws[i], True, shift, low, high, SOFTPLUS)
-                    h, _ = advance(h, decays, step, step * xs[i].to(tl.float32), keys[i])
+                    step, _slope = step_of(raws[i], True, shift, low, high, SOFTPLUS)
+                    h, _decay = advance(h, decays, step, step * xs[i].to(tl.float32), keys[i])
                 tl.store(scratch + (s + 1) * BN * BE + tile, h)
             # What a thread reads below, another may have written above.
             tl.debug_barrier()
@@ -174,9 +177,9 @@ def starts(
     S_DY: tl.constexpr, S_DT: tl.constexpr, S_C: tl.constexpr, S_Z: tl.constexpr,
     W: tl.constexpr, UNROLL: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr, SOFTPLUS: tl.constexpr,
 ):  # fmt: skip
-    """Go back through a window's first piece, where it goes on with a document, as if nothing came from later.
+    """Go back through a window's first piece, where it goes on with a document, as if it were the last.
 
-    Writes the gradient of the state that enters and the sum of the piece's step sizes.
+    Writes what comes from its own tokens of the gradient of the state that enters, and its summed step sizes.
     """
     PACKED: tl.constexpr = ids is not None
     blocks = tl.cdiv(E, BE)
@@ -186,7 +189,7 @@ def starts(
     end = window(ids, docs, w + 1, length, tokens, W, PACKED)
     d, first, after = document(ids, docs, tl.minimum(begin, tokens - 1), length, PACKED)
     if (begin < end) & (begin != first):
-        decays, _, shift = parameters(A, None, bias, e, n, E, N, pitch)
+        decays, _skip, shift = parameters(A, None, bias, e, n, E, N, pitch)
         size = tl.minimum(after - begin, W).to(tl.int32)
         g = kept(d_final, d, e, n, E, N, pitch, begin + size == after)
         total = tl.zeros((BE,), tl.float32)
@@ -200,8 +203,8 @@ def starts(
                 gates = rows(z + begin * S_Z + e, t, size, e < E, S_Z, UNROLL)
             for j in tl.static_range(UNROLL):
                 live = t + UNROLL - 1 - j < size
-                step, _ = step_of(raws[UNROLL - 1 - j], live, shift, low, high, SOFTPLUS)
-                dy, _ = pulled(grads[UNROLL - 1 - j], gates[UNROLL - 1 - j], z is not None)
+                step, _slope = step_of(raws[UNROLL - 1 - j], live, shift, low, high, SOFTPLUS)
+                dy, _bend = pulled(grads[UNROLL - 1 - j], gates[UNROLL - 1 - j], z is not None)
                 g += reads[UNROLL - 1 - j].to(tl.float32)[:, None] * dy[None, :]
                 g *= tl.exp2(decays * step[None, :])
                 total += step
@@ -211,7 +214,7 @@ def starts(
 
 @triton.jit(do_not_specialize=["tokens"])
 def add_shares(shares, d_B, d_C, tokens, blocks, N, BLOCK: tl.constexpr):
-    """Add the shares (blocks, tokens, 2, N) of all blocks of channels, in order, into d_B and d_C (tokens, N)."""
+    """Add the shares (blocks, tokens, 2, N) of all blocks of channels in order: d_B and d_C (tokens, N)."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < tokens.to(tl.int64) * 2 * N
     total = tl.zeros((BLOCK,), tl.float32)

@@ -1,9 +1,9 @@
-"""The selective scan forwards: a program walks a window of tokens with the states of a few channels in registers.
+"""The selective scan forwards: a program walks a window of tokens, some channels' states in registers.
 
 Per token, channel and state the scan takes one exponential and four multiply-adds, and nothing else is of any
 size, so that it should run at the speed of the exponentials. Channels lie on the lanes of a warp and a
-channel's states in its lane: the sum over states meets no other lane, rows of u, dt and z are read as they lie
-in memory, and the B and C of a token are the same for all lanes.
+channel's states in its lane: the sum over states meets no other lane, rows of u, dt and z are read as they
+lie in memory, and the B and C of a token are the same for all lanes.
 
 The batch is one string of B * L tokens. Documents are cut into pieces of W tokens from their own start, and
 window w, tokens w W to (w + 1) W, owns the pieces that start in it: at most one, its first, goes on with a
@@ -14,6 +14,7 @@ of zero, and `join` adds what entered it: the decay of a whole piece is the expo
 
 # Triton's tuples grow by addition only, which changes their type.
 # ruff: noqa: RUF005
+# mypy: disable-error-code="assignment"
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ from ssmtrain.kernels.ssd.triton_chunks import LOG2E
 SIZES = ["length", "tokens", "n_windows"]
 """Arguments whose values Triton shall not compile in: for rows of one token it may round another way."""
 LANES = ["pitch"]
-"""E again, for where states lie. Not known to be a multiple of anything, Triton loads one state a lane: channels
+"""E again, for where states lie. If it may be a multiple of nothing, Triton loads one state a lane: channels
 lie on lanes, a channel's states in one. Where sums go over channels as well, four by four is better."""
 
 
@@ -45,7 +46,7 @@ def document(ids, docs, token, length, PACKED: tl.constexpr):
 def window(ids, docs, w, length, tokens, W: tl.constexpr, PACKED: tl.constexpr):
     """Return where the first piece that starts at window w's first token or later starts."""
     at = w.to(tl.int64) * W
-    _, first, after = document(ids, docs, tl.minimum(at, tokens - 1), length, PACKED)
+    _d, first, after = document(ids, docs, tl.minimum(at, tokens - 1), length, PACKED)
     return tl.where(at < tokens, tl.minimum(first + (at - first + W - 1) // W * W, after), tokens)
 
 
@@ -59,7 +60,7 @@ def sigmoid(a):
 
 @triton.jit
 def rows(at, t, size, inside, STRIDE: tl.constexpr, COUNT: tl.constexpr):
-    """Return the rows of COUNT tokens from t on, as they are stored, zeros past the last: (BE,) or (BN,) each.
+    """Return the rows of COUNT tokens from t on, as they are stored, zeros past the last: (BE,) or (BN,).
 
     `at` points to a piece's first row. Loads stand together, before what they are for: the stores in between
     keep the compiler from moving them.
@@ -73,7 +74,7 @@ def rows(at, t, size, inside, STRIDE: tl.constexpr, COUNT: tl.constexpr):
 
 @triton.jit
 def step_of(raw, live, shift, low, high, SOFTPLUS: tl.constexpr):
-    """Return a token's step sizes (BE,), and their derivatives; if dead a step of 0, which changes no state."""
+    """Return a token's step sizes (BE,) and derivatives; if dead a step of 0, which changes no state."""
     step = raw.to(tl.float32) + shift
     slope = tl.full(step.shape, 1.0, tl.float32)
     if SOFTPLUS:
@@ -180,9 +181,9 @@ def forward(
                     keep(marks, (at + t) // EVERY, e, n, E, N, pitch, h, True)
             for i in tl.static_range(UNROLL):
                 live = t + i < size
-                step, _ = step_of(raws[i], live, shift, low, high, SOFTPLUS)
+                step, _slope = step_of(raws[i], live, shift, low, high, SOFTPLUS)
                 x = xs[i].to(tl.float32)
-                h, _ = advance(h, decays, step, step * x, keys[i])
+                h, _decay = advance(h, decays, step, step * x, keys[i])
                 out = tl.sum(h * reads[i].to(tl.float32)[:, None], 0) + skip * x
                 if z is not None:
                     gate = gates[i].to(tl.float32)
@@ -215,7 +216,7 @@ def ends(
     end = window(ids, docs, w + 1, length, tokens, W, PACKED)
     d, first, after = document(ids, docs, tl.maximum(end - 1, 0), length, PACKED)
     if (begin < end) & (end < after):
-        decays, _, shift = parameters(A, None, bias, e, n, E, N, pitch)
+        decays, _skip, shift = parameters(A, None, bias, e, n, E, N, pitch)
         at = end - W
         h = kept(initial, d, e, n, E, N, pitch, at == first)
         total = tl.zeros((BE,), tl.float32)
@@ -226,8 +227,8 @@ def ends(
             next_raws = rows(to_dt, t + UNROLL, W, e < E, S_DT, UNROLL)
             keys = rows(to_B, t, W, n < N, S_B, UNROLL)
             for i in tl.static_range(UNROLL):
-                step, _ = step_of(raws[i], True, shift, low, high, SOFTPLUS)
-                h, _ = advance(h, decays, step, step * xs[i].to(tl.float32), keys[i])
+                step, _slope = step_of(raws[i], True, shift, low, high, SOFTPLUS)
+                h, _decay = advance(h, decays, step, step * xs[i].to(tl.float32), keys[i])
                 total += step
             xs, raws = next_xs, next_raws
         keep(left, w.to(tl.int64), e, n, E, N, pitch, h, True)
@@ -246,21 +247,21 @@ def join(
     """Hand states from window to window, or with BACK their gradients from the last window to the first."""
     PACKED: tl.constexpr = ids is not None
     e, n = tl.program_id(0) * BE + tl.arange(0, BE), tl.arange(0, BN)
-    decays, _, _ = parameters(A, None, None, e, n, E, N, pitch)
+    decays, _skip, _shift = parameters(A, None, None, e, n, E, N, pitch)
     h = tl.zeros((BN, BE), tl.float32)
     for i in range(n_windows):
         w = tl.zeros((), tl.int64) + (n_windows - 1 - i if BACK else i)
         begin = window(ids, docs, w, length, tokens, W, PACKED)
         end = window(ids, docs, w + 1, length, tokens, W, PACKED)
         keep(passed, w, e, n, E, N, pitch, h, True)
-        _, first, after = document(ids, docs, tl.minimum(begin, tokens - 1), length, PACKED)
+        _d, first, after = document(ids, docs, tl.minimum(begin, tokens - 1), length, PACKED)
         # Whether the first piece goes on with a document, and whether it is the last, and gone on with.
         enters = (begin < end) & (begin != first)
         through = enters & (begin + W == end) & (end < after)
         if BACK:
             some = enters
         else:
-            _, _, after = document(ids, docs, tl.maximum(end - 1, 0), length, PACKED)
+            _d, _first, after = document(ids, docs, tl.maximum(end - 1, 0), length, PACKED)
             some = (begin < end) & (end < after)
         total = tl.load(steps + w * E + e, mask=(e < E) & through, other=0.0)
         h = tl.where(through, h * tl.exp2(decays * total[None, :]), 0.0)

@@ -78,7 +78,7 @@ def first_tokens(doc_ids: Tensor, n_docs: int) -> Tensor:
     return docs
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "n_docs"])
 def _find_documents(doc_ids, docs, tokens, n_docs, BLOCK: tl.constexpr):
     """Write the first token of each document, from the places where the id changes."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
