@@ -76,6 +76,13 @@ def hopper(name: str, old: str, new: str, occurrence: int = 0, gpu: str = "") ->
     return Mutation(f"hopper: {name}", file, old, new, tuple(found.split()), occurrence, bool(gpu))
 
 
+def selective(name: str, part: str, old: str, new: str, occurrence: int = 0) -> Mutation:
+    """A mutation of selective_scan/triton_{part}.py."""
+    file = f"{KERNELS}/selective_scan/triton_{part}.py"
+    found = "tests/kernels/triton/test_triton_selective_scan.py"
+    return Mutation(f"selective: {name}", file, old, new, (found,), occurrence)
+
+
 WIDE_CONV, WIDE_NORM, WIDE_SSD = (f"{OFFSETS} -k {op}" for op in ("conv1d", "norm", "ssd"))
 WIDE_STEPS = f"{OFFSETS} -k steps"
 
@@ -584,7 +591,76 @@ HOPPER = [
     hopper("any stride", "aligned(t) and t.stride(1) % 8 == 0", "aligned(t)"),
 ]
 
-MUTATIONS = CONV + NORM + SSD + HOPPER
+SELECTIVE = [
+    selective(
+        "pieces from the row's start",
+        "forward",
+        "tl.minimum(first + (at - first + W - 1) // W * W, after)",
+        "tl.minimum(at, after)",
+    ),
+    selective(
+        "the last token's neighbours count", "forward", "tl.where(live, tl.min", "tl.where(True, tl.min"
+    ),
+    selective("steps are not clamped", "forward", "tl.maximum(step, low), high)", "step, high)"),
+    selective("clamped steps have gradients", "forward", "live & (step >= low) & (step <= high)", "live"),
+    selective(
+        "one group late", "forward", "xs, raws, gates = next_xs, next_raws,", "raws, gates = next_raws,"
+    ),
+    selective(
+        "documents begin with what enters windows",
+        "forward",
+        "e, n, E, N, pitch, at != first)",
+        "e, n, E, N, pitch, True)",
+    ),
+    selective(
+        "continued pieces begin with initial states",
+        "forward",
+        "h = kept(initial, d, e, n, E, N, pitch, at == first)",
+        "h = kept(initial, d, e, n, E, N, pitch, True)",
+    ),
+    selective("final states of pieces", "forward", "h, at + size == after)", "h, at == first)"),
+    selective("what passes through does not decay", "forward", "h * tl.exp2(decays * total[None, :])", "h"),
+    selective("nothing passes through", "forward", "through = enters &", "through = (w < 0) & enters &"),
+    selective("no skip", "forward", "0) + skip * x", "0)"),
+    selective("back: the state after instead of before", "backward", "h = before[SPAN - 1 - j]", "h = h"),
+    selective("back: gradients do not decay", "backward", "g *= rates[SPAN - 1 - j]", "g *= 1.0"),
+    selective(
+        "back: later pieces are not heard",
+        "backward",
+        "e, n, E, N, pitch, end != after)",
+        "e, n, E, N, pitch, end == 0)",
+    ),
+    selective(
+        "back: final gradients in every piece",
+        "backward",
+        "g = kept(d_final, d, e, n, E, N, pitch, end == after)",
+        "g = kept(d_final, d, e, n, E, N, pitch, True)",
+    ),
+    selective(
+        "back: initial gradients of every piece", "backward", "pitch, g, start == first)", "pitch, g, True)"
+    ),
+    selective(
+        "back: blocks begin with the piece's state",
+        "backward",
+        "e, n, E, N, pitch, base > 0)",
+        "e, n, E, N, pitch, base < 0)",
+    ),
+    selective(
+        "back: dead tokens have shares",
+        "backward",
+        "of_B, mask=(n < N) & (at < size)",
+        "of_B, mask=(n < N) & (at < size + 1)",
+    ),
+    selective(
+        "back: the bias of dead tokens",
+        "backward",
+        "t + i < size, shift, low",
+        "t + i < size + 1, shift, low",
+    ),
+    selective("shares of one block are left out", "backward", "in range(blocks)", "in range(blocks - 1)"),
+]
+
+MUTATIONS = CONV + NORM + SSD + HOPPER + SELECTIVE
 
 
 def mutated(source: str, mutation: Mutation) -> str | None:
