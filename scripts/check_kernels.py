@@ -38,7 +38,7 @@ SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 22
 """Shared memory of a block: the multiprocessor's, less the 1 KiB that the system takes for each block."""
 REGISTERS = 65536
 """Of a multiprocessor; a block has to fit."""
-SPILLS = {"ssd.hopper.one_pass": 32, "selective_scan.triton_backward.backward": 640}
+SPILLS = {"ssd.triton_hopper.one_pass": 32, "selective_scan.triton_backward.backward": 640}
 """Bytes a thread may spill in the place of --spill: the first one's accumulators must stay; more programs of
 the second side by side are worth it (9.2 ms instead of 12.5)."""
 SPILLS_FP32 = 12 << 10

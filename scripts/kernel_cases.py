@@ -264,7 +264,7 @@ def to_compile(quick: bool = False) -> Iterator[Case]:
     yield ssd_case(1, 32768, 80, 64, 128)
     yield ssd_case(8, 4096, 128, 64, 256)
     yield ssd_case(8, 4096, 128, 64, 128, 8)
-    for N in (64, 128, 256):  # rows longer than a window of hopper.py
+    for N in (64, 128, 256):  # rows longer than a window of triton_hopper.py
         yield ssd_case(4, 8192, 80, 64, N)
         yield ssd_case(4, 8192, 80, 64, N, documents=512)
         yield ssd_case(4, 8192, 80, 64, N, **wide)

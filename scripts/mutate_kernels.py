@@ -70,9 +70,9 @@ def ssd(name: str, part: str, old: str, new: str, occurrence: int = 0, tests: st
 
 
 def hopper(name: str, old: str, new: str, occurrence: int = 0, gpu: str = "") -> Mutation:
-    """A mutation of ssd/hopper.py; `gpu` has the tests of one that shows on a GPU alone."""
+    """A mutation of ssd/triton_hopper.py; `gpu` has the tests of one that shows on a GPU alone."""
     found = gpu or "tests/kernels/triton/test_hopper_on_cpu.py"
-    file = f"{KERNELS}/ssd/hopper.py"
+    file = f"{KERNELS}/ssd/triton_hopper.py"
     return Mutation(f"hopper: {name}", file, old, new, tuple(found.split()), occurrence, bool(gpu))
 
 
@@ -712,7 +712,7 @@ def trees(folder: Path, count: int) -> list[Path]:
 
 
 def has_hopper() -> bool:
-    """Whether the device is what hopper.py is for."""
+    """Whether the device is what triton_hopper.py is for."""
     return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
 

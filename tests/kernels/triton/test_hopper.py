@@ -32,7 +32,7 @@ from ssmtrain.kernels import ahead, tuned
 from ssmtrain.kernels.ssd import reference, triton_chunks
 from ssmtrain.kernels.ssd import triton as ours
 
-hopper = pytest.importorskip("ssmtrain.kernels.ssd.hopper")
+hopper = pytest.importorskip("ssmtrain.kernels.ssd.triton_hopper")
 pytestmark = pytest.mark.gpu
 BF16 = torch.bfloat16
 SIZES = {"batch": 2, "heads": 8, "groups": 2, "P": 64, "N": 128}

@@ -15,7 +15,7 @@ from ssmtrain.kernels import tuned
 from ssmtrain.kernels.ssd import reference, triton_chunks
 from ssmtrain.kernels.ssd import triton as ours
 
-hopper = pytest.importorskip("ssmtrain.kernels.ssd.hopper")
+hopper = pytest.importorskip("ssmtrain.kernels.ssd.triton_hopper")
 pytestmark = [
     pytest.mark.skipif(not tuned.interpreting(), reason="test_hopper.py runs it compiled"),
     pytest.mark.filterwarnings("ignore:divide by zero"),

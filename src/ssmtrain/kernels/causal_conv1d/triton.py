@@ -46,7 +46,8 @@ _SIZES = ["L", "units", "x_row", "x_step"]
 
 
 @triton.jit
-def _sigmoid(a):
+def sigmoid(a):
+    """Return 1 / (1 + exp(-a)) to some ulp."""
     # An fp32 division is five instructions of which four guard denominators near 2^126; this is two. It is
     # zero below -44, for 1e-19.
     d = 1.0 + tl.exp2(a * -LOG2E)
@@ -189,7 +190,7 @@ def _output(y, now, window, taps, shift, live, SILU: tl.constexpr, K: tl.constex
     """Write one output."""
     a = _convolve(now, window, taps, shift, K)
     if SILU:
-        a *= _sigmoid(a)
+        a *= sigmoid(a)
     tl.store(y, a.to(y.dtype.element_ty), mask=live)
 
 
@@ -260,7 +261,7 @@ def _advance(now, grad, window, pending, sums, taps, shift, SILU: tl.constexpr, 
     g = grad
     if SILU:
         a = _convolve(now, window, taps, shift, K)
-        s = _sigmoid(a)
+        s = sigmoid(a)
         g = grad * (s + s * a * (1.0 - s))
     done = pending[K - 2] + taps[K - 1] * g
     behind = (taps[0] * g,)
@@ -440,7 +441,7 @@ def _step(
     if bias is not None:
         a += tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)
     if SILU:
-        a *= _sigmoid(a)
+        a *= sigmoid(a)
     tl.store(at + (K - 1) * state_column, newest, mask=inside)
     for lag in tl.static_range(1, K):
         tl.store(at + (K - 1 - lag) * state_column, window[lag - 1], mask=inside)

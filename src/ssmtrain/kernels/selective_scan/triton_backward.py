@@ -24,6 +24,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ssmtrain.kernels.causal_conv1d.triton import sigmoid
 from ssmtrain.kernels.selective_scan.triton_forward import (
     SIZES,
     advance,
@@ -32,7 +33,6 @@ from ssmtrain.kernels.selective_scan.triton_forward import (
     kept,
     parameters,
     rows,
-    sigmoid,
     step_of,
     window,
 )

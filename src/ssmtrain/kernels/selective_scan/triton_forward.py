@@ -21,6 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ssmtrain.kernels.causal_conv1d.triton import sigmoid
 from ssmtrain.kernels.ssd.triton_chunks import LOG2E
 
 SIZES = ["length", "tokens", "n_windows"]
@@ -48,14 +49,6 @@ def window(ids, docs, w, length, tokens, W: tl.constexpr, PACKED: tl.constexpr):
     at = w.to(tl.int64) * W
     _d, first, after = document(ids, docs, tl.minimum(at, tokens - 1), length, PACKED)
     return tl.where(at < tokens, tl.minimum(first + (at - first + W - 1) // W * W, after), tokens)
-
-
-@triton.jit
-def sigmoid(a):
-    """Return 1 / (1 + exp(-a)) to some ulp: zero below -44, for 1e-19."""
-    # An fp32 division is five instructions of which four guard denominators near 2^126; this is two.
-    d = 1.0 + tl.exp2(a * -LOG2E)
-    return tl.rsqrt(d * d)
 
 
 @triton.jit

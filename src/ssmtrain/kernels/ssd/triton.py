@@ -27,7 +27,7 @@ from ssmtrain.kernels.ssd.triton_step import skip_and_gate
 from ssmtrain.kernels.ssd.triton_step import ssd_step as ssd_step
 
 try:  # Gluon is experimental: where this Triton has no such pass, the kernels over chunks do all.
-    from ssmtrain.kernels.ssd import hopper
+    from ssmtrain.kernels.ssd import triton_hopper as hopper
 except (ImportError, AttributeError):
     hopper = None  # type: ignore[assignment]
 
@@ -184,8 +184,7 @@ def configuration(kernel: str, shape: Shape, Q: int, device: torch.device) -> di
     config = {"BP": shape.BP, "BN": shape.BN, "BM": Q, **fallback}
     found = tuned.lookup(f"ssd_{kernel}", device, shape.key, config)
     config = dict(found)
-    if kernel != "through_states":
-        config["BP"] = min(config["BP"], shape.BP)
+    config["BP"] = min(config["BP"], max(shape.BP, fallback.get("BP", 0)))
     config["BN"] = min(config["BN"], shape.BN)
     config["BM"] = min(max(config["BM"], Q // 2), Q)  # one block of readers, or two
     return config
