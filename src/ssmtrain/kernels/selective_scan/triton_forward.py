@@ -69,7 +69,7 @@ def rows(at, t, size, inside, STRIDE: tl.constexpr, COUNT: tl.constexpr):
 def step_of(raw, live, shift, low, high, SOFTPLUS: tl.constexpr):
     """Return a token's step sizes (BE,) and derivatives; if dead a step of 0, which changes no state."""
     step = raw.to(tl.float32) + shift
-    slope = tl.full(step.shape, 1.0, tl.float32)
+    slope = 1.0
     if SOFTPLUS:
         # log(1 + u) is 2 atanh(u / (2 + u)), as in ssd's softplus, but without divisions.
         u = tl.exp2(tl.abs(step) * -LOG2E)

@@ -1,0 +1,245 @@
+"""The selective scan for up to sixteen states, with explicit layouts: forwards.
+
+The kernels of `triton_forward` put a channel on a lane and all its states in it. That leaves too few warps to
+hide anything behind one another, and a lane's states too many registers to go back with. Here a warp has 16
+channels: a lane holds four states of two of them, so that there are twice the warps with half the registers.
+What is taken once per channel and token (step size, gate, output) would now be taken four times; instead
+spans of SPAN tokens are laid the other way, a lane two channels of one token, and change hands through shared
+memory. That needs control over layouts and shared memory, so this is Gluon, Triton's dialect that has both.
+
+All that is read comes into shared memory by copies that run a tile ahead: a plain load would make every
+instruction wait that shares its counter.
+"""
+
+# mypy: disable-error-code="assignment"
+
+from __future__ import annotations
+
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+
+from ssmtrain.kernels.causal_conv1d import triton as conv
+from ssmtrain.kernels.selective_scan import triton_forward as plain
+
+if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
+    raise ImportError("Gluon as it is used here came with Triton 3.6")
+
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+
+LOG2E = gl.constexpr(1.4426950408889634)
+STATES_MOST = 16
+CHANNELS = 64
+"""Of a program: 16 for each of four warps."""
+BE = gl.constexpr(CHANNELS)
+SPAN = gl.constexpr(4)
+TILE = gl.constexpr(16)
+"""Tokens that are copied to shared memory together."""
+
+# States (4, 4, channels), the second dimension in registers, with a lane's two channels.
+STATES = gl.constexpr(gl.BlockedLayout([1, 4, 2], [4, 1, 8], [1, 1, 4], [1, 2, 0]))
+STATES_OF_TWO = gl.constexpr(gl.BlockedLayout([1, 4, 2, 2], [4, 1, 8, 1], [1, 1, 4, 1], [1, 3, 2, 0]))
+# A span (SPAN, channels), a lane two channels of a token.
+SPANS = gl.constexpr(gl.BlockedLayout([1, 2], [4, 8], [1, 4], [1, 0]))
+# Four tokens' sums over a lane's own states (4, SPAN, channels), a lane those of four lanes for one token.
+SUMS = gl.constexpr(gl.BlockedLayout([4, 1, 2], [1, 4, 8], [1, 1, 4], [2, 1, 0]))
+PAIRS = gl.constexpr(gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0]))
+LINES = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+CUBE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
+# Rows that a warp reads together lie in different banks.
+BANKS = gl.constexpr(gl.SwizzledSharedLayout(16, 1, 4, [1, 0]))
+
+sigmoid = gluon.jit(conv.sigmoid.fn)
+step_of = gluon.jit(plain.step_of.fn)
+document = gluon.jit(plain.document.fn)
+window = gluon.jit(plain.window.fn)
+
+
+@gluon.jit
+def copy_rows(to, base, STRIDE: gl.constexpr, t, size, column, columns):
+    """Begin to copy tokens t to t + len(to) of a piece of `size` tokens into shared memory, zeros past it."""
+    WORD: gl.constexpr = 128 // to.dtype.primitive_bitwidth
+    wide: gl.constexpr = gl.BlockedLayout([1, WORD], [WORD // 2, 64 // WORD], [4, 1], [1, 0])
+    i = gl.arange(0, to.shape[0], gl.SliceLayout(1, wide))
+    e = gl.arange(0, 64, gl.SliceLayout(0, wide))
+    async_copy.async_copy_global_to_shared(
+        to,
+        base + t * STRIDE + column + (i[:, None] * STRIDE + e[None, :]),
+        mask=(t + i < size)[:, None] & (column + e < columns)[None, :],
+    )
+
+
+@gluon.jit
+def copy_pairs(to, base, t, size):
+    """Begin to copy the B and C, (tokens, 32), of tokens t to t + len(to) into shared memory."""
+    i = gl.arange(0, to.shape[0], gl.SliceLayout(1, PAIRS))
+    n = gl.arange(0, 32, gl.SliceLayout(0, PAIRS))
+    async_copy.async_copy_global_to_shared(
+        to, base + t * 32 + (i[:, None] * 32 + n[None, :]), mask=(t + i < size)[:, None] & (n >= 0)[None, :]
+    )
+
+
+@gluon.jit
+def places(block, E, N, pitch):
+    """Return where (4, 4, channels) lie among states (.., N, E), which exist, and where in a tile of ours."""
+    n4 = gl.arange(0, 4, gl.SliceLayout(1, gl.SliceLayout(2, STATES)))[:, None, None]
+    nr = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, STATES)))[None, :, None]
+    e = gl.arange(0, BE, gl.SliceLayout(0, gl.SliceLayout(1, STATES)))[None, None, :]
+    n = n4 * 4 + nr
+    at = n * pitch + (block * BE + e)
+    # A lane's four states of a channel together, then neighbouring lanes.
+    own = nr + 4 * (e // 2 + BE // 2 * (n4 + 4 * (e % 2)))
+    return at, (n < N) & (block * BE + e < E), own
+
+
+@gluon.jit
+def parameters(A, D, bias, at, inside, block, E):
+    """Return A (4, 4, channels) in units of log 2, D and the bias of dt (1, channels), zeros where absent."""
+    e = block * BE + gl.arange(0, BE, gl.SliceLayout(0, SPANS))
+    skip, shift = gl.zeros([BE], gl.float32, gl.SliceLayout(0, SPANS)), gl.zeros([BE], gl.float32, gl.SliceLayout(0, SPANS))
+    if D is not None:
+        skip = gl.load(D + e, mask=e < E, other=0.0).to(gl.float32)
+    if bias is not None:
+        shift = gl.load(bias + e, mask=e < E, other=0.0).to(gl.float32)
+    return gl.load(A + at, mask=inside, other=0.0) * LOG2E, skip[None, :], shift[None, :]
+
+
+@gluon.jit
+def kept(states, which, at, inside, E, N):
+    """Return one of states (.., N, E) as (4, 4, channels)."""
+    return gl.load(states + which * E * N + at, mask=inside, other=0.0)
+
+
+@gluon.jit
+def spread(to, span):
+    """Write a span (SPAN, channels) to shared memory (2, channels, 2), two tokens of a channel together."""
+    pairs = gl.permute(gl.reshape(span, [2, 2, BE]), [0, 2, 1])
+    to._reinterpret(gl.float32, [2, BE, 2], CUBE).store(pairs)
+
+
+@gluon.jit
+def two(span, i: gl.constexpr):
+    """Return tokens 2 i and 2 i + 1 of a span in shared memory, for states: (1, 1, channels) each."""
+    line: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, STATES))
+    even, odd = gl.split(span.index(i).load(gl.SliceLayout(0, gl.SliceLayout(1, STATES_OF_TWO))))
+    return gl.convert_layout(even, line)[None, None, :], gl.convert_layout(odd, line)[None, None, :]
+
+
+@gluon.jit
+def pair(pairs, t):
+    """Return the B (t even) or C (t odd) of a token in shared memory, for states: (4, 4, 1)."""
+    return pairs.index(t).load(gl.SliceLayout(2, STATES))[:, :, None]
+
+
+@gluon.jit
+def joined(parts):
+    """Return four (4, channels) as one (4, channels, SPAN)."""
+    even, odd = gl.join(parts[0], parts[2]), gl.join(parts[1], parts[3])
+    return gl.reshape(gl.join(even, odd), [4, BE, SPAN])
+
+
+@gluon.jit
+def gathered(parts):
+    """Add the sums over states of a span, for each token (4, channels): (SPAN, channels)."""
+    span = gl.convert_layout(gl.permute(joined(parts), [0, 2, 1]), SUMS)
+    return gl.convert_layout(gl.sum(span, 0), SPANS)
+
+
+@gluon.jit
+def advance(h, A, step, fed, keys):
+    """Return the states after a token; A is in units of log 2, fed is step * u."""
+    return gl.exp2(A * step) * h + keys * fed
+
+
+@gluon.jit(do_not_specialize=["length", "tokens"])
+def forward(
+    u, dt, A,
+    BC,  # (B * L, 2, 16), fp32: B and C, zeros past N
+    D, z, bias,
+    ids,  # (B, L) or None
+    docs,  # (n_docs + 1, 3): first tokens in column 0; or None
+    initial,  # (n_docs, N, E) or None
+    enter,  # (windows, N, E), or None where no piece goes on with a document
+    y,  # (B, L, E)
+    marks,  # (tokens // EVERY + 1, blocks, 16 * BE), states each EVERY tokens of a piece; or None
+    final,  # (n_docs, N, E) or None
+    length, tokens, E, N, low, high,
+    S_U: gl.constexpr, S_DT: gl.constexpr, S_Z: gl.constexpr,
+    W: gl.constexpr, EVERY: gl.constexpr, SOFTPLUS: gl.constexpr,
+):  # fmt: skip
+    """Scan the pieces of one window for 64 channels."""
+    PACKED: gl.constexpr = ids is not None
+    dtype: gl.constexpr = u.dtype.element_ty
+    blocks = (E + BE - 1) // BE
+    w = gl.program_id(0) // blocks
+    block = gl.program_id(0) % blocks
+    at_state, inside, own = places(block, E, N, E)
+    decays, skip, shift = parameters(A, D, bias, at_state, inside, block, E)
+    ring_u = gl.allocate_shared_memory(dtype, [2, TILE, BE], BANKS)
+    ring_dt = gl.allocate_shared_memory(dtype, [2, TILE, BE], BANKS)
+    if z is not None:
+        ring_z = gl.allocate_shared_memory(dtype, [2, TILE, BE], BANKS)
+        gates = ring_z._reinterpret(dtype, [2 * TILE // SPAN, SPAN, BE], BANKS)
+    ring = gl.allocate_shared_memory(gl.float32, [2, TILE, 32], LINES)
+    inputs = ring_u._reinterpret(dtype, [2 * TILE // SPAN, SPAN, BE], BANKS)
+    raws = ring_dt._reinterpret(dtype, [2 * TILE // SPAN, SPAN, BE], BANKS)
+    pairs = ring._reinterpret(gl.float32, [4 * TILE, 4, 4], LINES)
+    steps = gl.allocate_shared_memory(gl.float32, [2, BE, 2], LINES)
+    feds = gl.allocate_shared_memory(gl.float32, [2, BE, 2], LINES)
+    q = gl.arange(0, SPAN, gl.SliceLayout(1, SPANS))[:, None]
+    e = block * BE + gl.arange(0, BE, gl.SliceLayout(0, SPANS))[None, :]
+    tile = q * E + e
+    at = window(ids, docs, w, length, tokens, W, PACKED)
+    end = window(ids, docs, w + 1, length, tokens, W, PACKED)
+    while at < end:
+        d, first, after = document(ids, docs, at, length, PACKED)
+        size = gl.minimum(after - at, W).to(gl.int32)
+        barrier()
+        for i in gl.static_range(1):
+            copy_rows(ring_u.index(i), u + at * S_U, S_U, 0, size, block * BE, E)
+            copy_rows(ring_dt.index(i), dt + at * S_DT, S_DT, 0, size, block * BE, E)
+            if z is not None:
+                copy_rows(ring_z.index(i), z + at * S_Z, S_Z, 0, size, block * BE, E)
+            copy_pairs(ring.index(i), BC + at * 32, 0, size)
+        async_copy.commit_group()
+        h = gl.zeros([4, 4, BE], gl.float32, STATES)
+        if initial is not None:
+            h = kept(initial, d, at_state, inside & (at == first), E, N)
+        if enter is not None:
+            h += kept(enter, w.to(gl.int64), at_state, inside & (at != first), E, N)
+        for t in range(0, size, SPAN):
+            if t % TILE == 0:
+                async_copy.wait_group(0)
+                barrier()
+                other = (t // TILE + 1) % 2
+                copy_rows(ring_u.index(other), u + at * S_U, S_U, t + TILE, size, block * BE, E)
+                copy_rows(ring_dt.index(other), dt + at * S_DT, S_DT, t + TILE, size, block * BE, E)
+                if z is not None:
+                    copy_rows(ring_z.index(other), z + at * S_Z, S_Z, t + TILE, size, block * BE, E)
+                copy_pairs(ring.index(other), BC + at * 32, t + TILE, size)
+                async_copy.commit_group()
+            if marks is not None:
+                if (t > 0) & (t % EVERY == 0):
+                    gl.store(marks + ((at + t) // EVERY * blocks + block) * (16 * BE) + own, h)
+            here = t // SPAN % (2 * TILE // SPAN)
+            x = inputs.index(here).load(SPANS).to(gl.float32)
+            live = (t + q < size) & (e < E)
+            step, _slope = step_of(raws.index(here).load(SPANS), live, shift, low, high, SOFTPLUS)
+            spread(steps, step)
+            spread(feds, step * x)
+            outs = ()
+            for i in gl.static_range(SPAN // 2):
+                both_steps, both_feds = two(steps, i), two(feds, i)
+                for j in gl.static_range(2):
+                    at_pair = 2 * (t % (2 * TILE) + 2 * i + j)
+                    h = advance(h, decays, both_steps[j], both_feds[j], pair(pairs, at_pair))
+                    outs = outs + (gl.sum(h * pair(pairs, at_pair + 1), 1),)
+            out = gathered(outs) + skip * x
+            if z is not None:
+                gate = gates.index(here).load(SPANS).to(gl.float32)
+                out *= gate * sigmoid(gate)
+            gl.store(y + (at + t) * E + tile, out.to(y.dtype.element_ty), mask=live)
+        if final is not None:
+            gl.store(final + d * E * N + at_state, h, mask=inside & (at + size == after))
+        at += size
