@@ -8,14 +8,18 @@ begun, which shows what a kernel computes, where it reads and what it writes, bu
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
+from triton.language import constexpr
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
 
 
 class Value(Tensor):
@@ -37,11 +41,23 @@ def value(data: Any) -> Any:
     return torch.as_tensor(data).as_subclass(Value)
 
 
+class Type:
+    """A type of elements as kernels ask about it; `to` and `zeros` take torch's."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.element_ty, self.primitive_bitwidth = dtype, 8 * dtype.itemsize
+
+
 class Pointer:
     """Where elements of a tensor's memory lie."""
 
     def __init__(self, memory: Tensor, at: Any = 0) -> None:
         self.memory, self.at = memory, at
+
+    @property
+    def dtype(self) -> Type:
+        """Of the elements."""
+        return Type(self.memory.dtype)
 
     def __add__(self, offset: Any) -> Pointer:
         return Pointer(self.memory, self.at + offset)
@@ -68,9 +84,22 @@ class Shared:
         """One of several buffers."""
         return Shared(self.data[int(at)])
 
-    def slice(self, start: int, length: int) -> Shared:
+    @property
+    def shape(self) -> torch.Size:
+        """Of the elements."""
+        return self.data.shape
+
+    @property
+    def dtype(self) -> Type:
+        """Of the elements."""
+        return Type(self.data.dtype)
+
+    def slice(self, start: int, length: int, dim: int = 0) -> Shared:
         """Some of the elements."""
-        return Shared(self.data[start : start + length])
+        return Shared(self.data.narrow(dim, start, length))
+
+    def _reinterpret(self, dtype: torch.dtype, shape: list[int], layout: object) -> Shared:
+        return Shared(self.data.view(shape))
 
     def permute(self, order: tuple[int, ...]) -> Shared:
         """The same with other strides."""
@@ -123,12 +152,24 @@ def _arange(start: int, end: int, layout: object) -> Any:
     return value(torch.arange(start, end, dtype=torch.int32))
 
 
+def _two(function: Any) -> Any:
+    return lambda a, b: value(function(torch.as_tensor(a), torch.as_tensor(b)))
+
+
 def _language(program: tuple[int, ...]) -> SimpleNamespace:
     layouts = ("NVMMADistributedLayout", "DotOperandLayout", "BlockedLayout", "NVMMASharedLayout")
+    same = ("float32", "bfloat16", "int32", "int64", "exp2", "rsqrt", "abs")
     return SimpleNamespace(
         **{name: lambda *args: None for name in (*layouts, "SwizzledSharedLayout", "SliceLayout")},
-        **{name: getattr(torch, name) for name in ("float32", "bfloat16", "int32", "int64", "exp2")},
+        **{name: getattr(torch, name) for name in same},
         constexpr=None,
+        static_range=range,
+        maximum=_two(torch.maximum),
+        join=lambda a, b: value(torch.stack((a, b), -1)),
+        split=lambda data: data.unbind(-1),
+        reshape=lambda data, shape: data.reshape(shape),
+        permute=lambda data, order: data.permute(tuple(order)),
+        sum=lambda data, axis: data.sum(axis),
         program_id=lambda axis: value(torch.tensor(program[axis], dtype=torch.int32)),
         arange=_arange,
         zeros=lambda shape, dtype, layout: value(torch.zeros(shape, dtype=dtype)),
@@ -143,34 +184,53 @@ def _language(program: tuple[int, ...]) -> SimpleNamespace:
     )
 
 
+def _stand_ins(module: ModuleType) -> dict[str, Any]:
+    """What replaces the names of a module with kernels: Gluon by torch, functions by their source."""
+    names: dict[str, Any] = {}
+    for name, item in vars(module).items():
+        if isinstance(item, JITFunction | InterpretedFunction):
+            names[name] = item.fn
+        elif isinstance(item, constexpr):
+            names[name] = item.value
+        elif name == "async_copy":
+            copy = {"async_copy_global_to_shared": _copy, "commit_group": lambda: None}
+            names[name] = SimpleNamespace(**copy, wait_group=lambda n: None)
+        elif name in ("fence_async_shared", "barrier"):
+            names[name] = lambda: None
+    names |= {"warpgroup_mma": _product, "warpgroup_mma_wait": _wait}
+    return {name: item for name, item in names.items() if hasattr(module, name)}
+
+
 @contextmanager
-def on_cpu(module: ModuleType, *kernels: str) -> Iterator[None]:
-    """Make the module's `launch` run these Gluon kernels here, and their helpers with them."""
-    jits = {
-        name: item.fn for name, item in vars(module).items() if hasattr(item, "is_gluon") and item.is_gluon()
-    }
-    names = {
-        **{name: fn for name, fn in jits.items() if name not in kernels},
-        "async_copy": SimpleNamespace(
-            async_copy_global_to_shared=_copy, commit_group=lambda: None, wait_group=lambda n: None
-        ),
-        "fence_async_shared": lambda: None,
-        "barrier": lambda: None,
-        "warpgroup_mma": _product,
-        "warpgroup_mma_wait": _wait,
-    }
-    real = module.launch
-    mine = [getattr(module, name) for name in kernels]
+def on_cpu(host: ModuleType, *kernels: Any) -> Iterator[None]:
+    """Make `launch` of this module run these Gluon kernels here, and their helpers with them.
+
+    Helpers may be in other modules, and in Triton modules if they use no more of `tl` than Gluon has.
+    """
+    modules = [sys.modules[kernel.fn.__module__] for kernel in kernels]
+    for module in modules:
+        for item in vars(module).values():
+            if isinstance(item, JITFunction):  # Gluon: Triton's own are interpreted
+                source = sys.modules[item.fn.__module__]
+                if source not in modules:
+                    modules.append(source)
+    real = host.launch
 
     def launch(kernel: Any, grid: tuple[int, ...], *args: object, **constants: Any) -> None:
-        if not any(kernel is one for one in mine):
+        if not any(kernel is one for one in kernels):
             return real(kernel, grid, *args, **constants)
         constants = {k: v for k, v in constants.items() if k not in ("num_warps", "maxnreg")}
         pointers = [Pointer(_memory(Pointer(a))) if isinstance(a, Tensor) else a for a in args]
-        for at in range(grid[0]):
-            with mock.patch.multiple(module, gl=_language((at,)), **names):
+        with ExitStack() as stack:
+            for module in modules:
+                stack.enter_context(mock.patch.multiple(module, **_stand_ins(module)))
+            for at in range(grid[0]):
+                for module in modules:
+                    for language in ("gl", "tl"):
+                        if hasattr(module, language):
+                            stack.enter_context(mock.patch.object(module, language, _language((at,))))
                 kernel.fn(*pointers, **constants)
         return None
 
-    with mock.patch.object(module, "launch", launch):
+    with mock.patch.object(host, "launch", launch):
         yield

@@ -54,7 +54,7 @@ def test_passes(
     at = ours._steps(shape, dt, A, bias, doc_ids, n_docs, chunk, True, 0.0, inf)
     assert hopper.fits(shape, at.chunks.size, x, B, C)
     final, d_initial = (torch.full_like(initial, torch.nan) for _ in range(2))
-    with on_cpu(hopper, "one_pass"):
+    with on_cpu(hopper, hopper.one_pass):
         y, _ = hopper.run(shape, at, x, B, C, D, doc_ids, initial, final, back=False, keep=False)
         _, states = hopper.run(shape, at, x, B, None, None, doc_ids, initial, None, back=False, keep=True)
         d_x, d_states = hopper.run(shape, at, d_y, C, B, D, doc_ids, d_final, d_initial, back=True, keep=True)
@@ -77,7 +77,7 @@ def test_documents_without_initial_states(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(tuned, "architecture", lambda device: "sm_90")
     doc_ids, n_docs = documents([3, 70], [73])
     inputs = rounded(draw(73, n_docs, (), batch=2, heads=1, P=64, N=64), CPU, BF16)
-    with on_cpu(hopper, "one_pass"):
+    with on_cpu(hopper, hopper.one_pass):
         found = call(ours, doc_ids, n_docs)(**inputs)
     for mine, exact in zip(found, call(reference, doc_ids, n_docs)(**doubled(inputs)), strict=True):
         assert distance(mine, exact) < 4e-3

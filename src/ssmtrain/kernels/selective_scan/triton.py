@@ -7,6 +7,7 @@ hundred of what the layer keeps anyway.
 from __future__ import annotations
 
 import logging
+import math
 from typing import NamedTuple
 
 import torch
@@ -14,12 +15,19 @@ import triton
 from torch import Tensor
 
 from ssmtrain.kernels import tuned
-from ssmtrain.kernels.ahead import compiled_first, launch
+from ssmtrain.kernels.ahead import aligned, compiled_first, launch
 from ssmtrain.kernels.selective_scan import reference
 from ssmtrain.kernels.selective_scan.triton_backward import add_shares, backward, starts
-from ssmtrain.kernels.selective_scan.triton_forward import ends, forward, join
+from ssmtrain.kernels.selective_scan.triton_forward import both, ends, forward, join
 from ssmtrain.kernels.selective_scan.triton_step import selective_scan_step as selective_scan_step
 from ssmtrain.kernels.ssd.triton_chunks import first_tokens, sum_chunks
+
+try:
+    from ssmtrain.kernels.selective_scan import triton_n16 as n16
+    from ssmtrain.kernels.selective_scan import triton_n16_backward as n16_back
+    from ssmtrain.kernels.selective_scan import triton_n16_ends as n16_ends
+except ImportError:  # an older Triton, without Gluon
+    n16 = n16_back = n16_ends = None  # type: ignore[assignment]
 
 LARGEST = 256
 """State size up to which the kernels run; beyond it the reference does."""
@@ -84,9 +92,9 @@ class Plan(NamedTuple):
     N: int
     W: int
     """Tokens of a window."""
-    every: int
-    """Tokens from one state that is kept to the next."""
     config: tuned.Config
+    lanes: bool
+    """Whether the kernels of `triton_n16` run, which lay states and channels out themselves."""
 
     @property
     def tokens(self) -> int:
@@ -102,6 +110,21 @@ class Plan(NamedTuple):
     def blocks(self) -> int:
         """Programs of a window."""
         return triton.cdiv(self.channels, self.config["BE"])
+
+    @property
+    def every(self) -> int:
+        """Tokens from one state that is kept to the next."""
+        return n16.EVERY if self.lanes else EVERY
+
+    @property
+    def tiles(self) -> int:
+        """Programs of a window in the two large kernels."""
+        return triton.cdiv(self.channels, n16.CHANNELS) if self.lanes else self.blocks
+
+    @property
+    def tile(self) -> tuple[int, ...]:
+        """States of such a program as they are kept: one after another, or (N, channels) of all programs."""
+        return (self.tiles, 16 * n16.CHANNELS) if self.lanes else (self.N, self.channels)
 
     @property
     def cuts(self) -> bool:
@@ -129,7 +152,7 @@ def window_length(channels: int) -> int:
     return max(512, min(4096, triton.next_power_of_2(channels)))
 
 
-def plan(u: Tensor, A: Tensor, kernel: str) -> Plan:
+def plan(u: Tensor, dt: Tensor, A: Tensor, z: Tensor | None, kernel: str) -> Plan:
     """Decide how a call is cut."""
     batch, length, channels = u.shape
     N = A.shape[0]
@@ -143,7 +166,8 @@ def plan(u: Tensor, A: Tensor, kernel: str) -> Plan:
         fallback["maxnreg"] = 168
     dtype = str(u.dtype).removeprefix("torch.")
     config = tuned.lookup(f"selective_scan_{kernel}", u.device, f"N={BN},dtype={dtype}", fallback)
-    return Plan(batch, length, channels, N, window_length(channels), EVERY, config)
+    lanes = n16 is not None and n16.fits(N, *(t for t in (u, dt, z) if t is not None))
+    return Plan(batch, length, channels, N, window_length(channels), config, lanes)
 
 
 EVERY = 256
@@ -155,37 +179,39 @@ def scan(u, dt, A, B, C, D, z, dt_bias, initial, doc_ids, n_docs, softplus, low,
 
     That is: states (.., N, E) that enter windows, and those each `EVERY` tokens; empty where there are none.
     """
-    cut = plan(u, A, "forward")
-    u, dt, z = (_rows(t) for t in (u, dt, z))
-    B, C = _wide(B), _wide(C)
+    cut = plan(u, dt, A, z, "forward")
+    u, dt, z = (_rows(t, cut.lanes) for t in (u, dt, z))
+    B, C = _both(cut, B, C)
+    low, high = _limits(softplus, low, high)
     A, D, dt_bias, initial, doc_ids = (_dense(t) for t in (A, D, dt_bias, initial, doc_ids))
     docs = None if doc_ids is None else first_tokens(doc_ids, n_docs)
-    y, final, enter, marks = _outputs(u, A, n_docs, want_final, learns)
+    y, final, enter, marks = _outputs(u, dt, A, z, n_docs, want_final, learns)
     sizes = (cut.length, cut.tokens)
     shape = (cut.channels, cut.N, cut.channels)
     if cut.cuts:
         left, steps = torch.empty_like(enter), enter.new_empty(cut.windows, cut.channels)
+        rest = (dt_bias, doc_ids, docs, initial, left, steps)
+        options = {"SOFTPLUS": softplus, **strides(U=u, DT=dt)}
+        if cut.lanes:
+            n16.run(cut, n16_ends.ends, u, dt, A, B, *rest, *sizes, *shape[:2], low, high, **options)
+        else:
+            first = (u, dt, A, B, *rest, *sizes, *shape, low, high)
+            launch(ends, cut.grid, *first, **strides(B=B), **options, **cut.constants("UNROLL"))
+        _join(cut, A, doc_ids, docs, left, steps, enter, back=False)
+    rest = (D, z, dt_bias, doc_ids, docs, initial, _some(enter), y, _some(marks), _some(final))
+    options = {"EVERY": cut.every, "SOFTPLUS": softplus, **strides(U=u, DT=dt, Z=z)}
+    if cut.lanes:
+        n16.run(cut, n16.forward, u, dt, A, B, *rest, *sizes, *shape[:2], low, high, **options)
+    else:
         launch(
-            ends,
+            forward,
             cut.grid,
-            *(u, dt, A, B, dt_bias, doc_ids, docs, initial, left, steps),
+            *(u, dt, A, B, C, *rest),
             *(*sizes, *shape, low, high),
-            **strides(U=u, DT=dt, B=B),
-            SOFTPLUS=softplus,
+            **strides(B=B, C=C),
+            **options,
             **cut.constants("UNROLL"),
         )
-        _join(cut, A, doc_ids, docs, left, steps, enter, back=False)
-    launch(
-        forward,
-        cut.grid,
-        *(u, dt, A, B, C, D, z, dt_bias, doc_ids, docs, initial),
-        *(_some(enter), y, _some(marks), _some(final)),
-        *(*sizes, *shape, low, high),
-        **strides(U=u, DT=dt, B=B, C=C, Z=z),
-        EVERY=cut.every,
-        SOFTPLUS=softplus,
-        **cut.constants("UNROLL"),
-    )
     return y, final, enter if learns else enter.new_empty(0), marks
 
 
@@ -193,11 +219,12 @@ def scan_back(
     d_y, d_final, enter, marks, u, dt, A, B, C, D, z, dt_bias, initial, doc_ids, n_docs, softplus, low, high
 ):
     """Return the gradients of u, dt, A, B, C, D, z, dt_bias and initial, empty for what is None."""
-    cut = plan(u, A, "backward")
+    cut = plan(u, dt, A, z, "backward")
     grads = _gradients(u, dt, A, B, C, D, z, dt_bias, initial)
     d_u, d_dt, d_A, d_B, d_C, d_D, d_z, d_bias, d_initial = grads
-    d_y, u, dt, z = (_rows(t) for t in (d_y, u, dt, z))
-    B, C = _wide(B), _wide(C)
+    d_y, u, dt, z = (_rows(t, cut.lanes) for t in (d_y, u, dt, z))
+    B, C = _both(cut, B, C)
+    low, high = _limits(softplus, low, high)
     A, D, dt_bias, initial, doc_ids, d_final = (_dense(t) for t in (A, D, dt_bias, initial, doc_ids, d_final))
     docs = None if doc_ids is None else first_tokens(doc_ids, n_docs)
     sizes = (cut.length, cut.tokens)
@@ -210,35 +237,39 @@ def scan_back(
     if cut.cuts:
         leave, left = new(cut.windows, cut.N, cut.channels), new(cut.windows, cut.N, cut.channels)
         steps = new(cut.windows, cut.channels)
-        launch(
-            starts,
-            cut.grid,
-            *(d_y, dt, A, C, z, dt_bias, doc_ids, docs, d_final, left, steps),
-            *(*sizes, *shape, low, high),
-            **strides(DY=d_y, DT=dt, C=C, Z=z),
-            SOFTPLUS=softplus,
-            **cut.constants("UNROLL"),
-        )
+        rest = (z, dt_bias, doc_ids, docs, d_final, left, steps)
+        options = {"SOFTPLUS": softplus, **strides(DY=d_y, DT=dt, Z=z)}
+        if cut.lanes:
+            n16.run(cut, n16_ends.starts, d_y, dt, A, C, *rest, *sizes, *shape[:2], low, high, **options)
+        else:
+            first = (d_y, dt, A, C, *rest, *sizes, *shape, low, high)
+            launch(starts, cut.grid, *first, **strides(C=C), **options, **cut.constants("UNROLL"))
         _join(cut, A, doc_ids, docs, left, steps, leave, back=True)
-    tile = cut.config["BE"] * cut.config["BN"]
-    shares = new(cut.blocks, cut.tokens, 2, cut.N)
+    pitch = 16 if cut.lanes else cut.N
+    shares = new(cut.tiles, cut.tokens, 2, pitch)
     of_A, sums = new(1, cut.windows, cut.channels * cut.N), new(2, cut.windows, cut.channels)
-    launch(
-        backward,
-        cut.grid,
-        *(d_y, u, dt, A, B, C, D, z, dt_bias, doc_ids, docs, initial),
-        *(_some(enter), _some(marks), leave, d_final),
-        new(cut.grid[0], cut.every // cut.config["SPAN"], tile),
-        *(d_u, d_dt, _some(d_z), shares, of_A, sums, _some(d_initial)),
-        *(*sizes, cut.windows, *shape, low, high),
-        **strides(DY=d_y, U=u, DT=dt, B=B, C=C, Z=z),
-        EVERY=cut.every,
-        SOFTPLUS=softplus,
-        **cut.constants("SPAN"),
-    )
-    columns = 2 * cut.N * cut.tokens
-    grid = (triton.cdiv(columns, 1024),)
-    launch(add_shares, grid, shares, d_B, d_C, cut.tokens, cut.blocks, cut.N, BLOCK=1024)
+    rest = (D, z, dt_bias, doc_ids, docs, initial, _some(enter), _some(marks), leave, d_final)
+    grads_of = (d_u, d_dt, _some(d_z), shares, of_A, sums, _some(d_initial))
+    options = {"EVERY": cut.every, "SOFTPLUS": softplus, **strides(DY=d_y, U=u, DT=dt, Z=z)}
+    counts = (*sizes, cut.windows)
+    if cut.lanes:
+        scratch = new(cut.windows * cut.tiles, cut.every // n16.SPAN.value, cut.tile[1])
+        first = (d_y, u, dt, A, B, *rest, scratch, *grads_of)
+        n16.run(cut, n16_back.backward, *first, *counts, *shape[:2], low, high, **options)
+    else:
+        tile = cut.config["BE"] * cut.config["BN"]
+        scratch = new(cut.grid[0], cut.every // cut.config["SPAN"], tile)
+        launch(
+            backward,
+            cut.grid,
+            *(d_y, u, dt, A, B, C, *rest, scratch, *grads_of),
+            *(*counts, *shape, low, high),
+            **strides(B=B, C=C),
+            **options,
+            **cut.constants("SPAN"),
+        )
+    grid = (triton.cdiv(2 * pitch * cut.tokens, 1024),)
+    launch(add_shares, grid, shares, d_B, d_C, cut.tokens, cut.tiles, cut.N, PITCH=pitch, BLOCK=1024)
     d_A.copy_(_added(of_A).view(A.shape))
     of_D, of_bias = _added(sums)
     if D is not None:
@@ -272,16 +303,36 @@ def _added(values: Tensor) -> Tensor:
     return out
 
 
-def _rows(t: Tensor | None) -> Tensor | None:
-    """Return t (B, L, ..), copied only if its channels are not neighbours, or its rows not one string."""
-    if t is None or (t.stride(2) == 1 and (t.shape[0] == 1 or t.stride(0) == t.shape[1] * t.stride(1))):
+def _rows(t: Tensor | None, words: bool = False) -> Tensor | None:
+    """Return t (B, L, ..), copied only if its channels are not neighbours, or its rows not one string.
+
+    In `words` of 16 bytes also if a row does not begin at one.
+    """
+    if t is None:
         return t
-    return t.contiguous()
+    string = t.stride(2) == 1 and (t.shape[0] == 1 or t.stride(0) == t.shape[1] * t.stride(1))
+    if string and not (words and (t.stride(1) * t.element_size() % 16 or not aligned(t))):
+        return t
+    return t.clone(memory_format=torch.contiguous_format)
 
 
-def _wide(t: Tensor) -> Tensor:
-    """Return B or C in fp32: every channel reads it, and each would convert it again."""
-    return t.to(torch.float32).contiguous()
+def _both(cut: Plan, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """Return B and C in fp32, since every channel reads them, and each would convert them again.
+
+    For lanes both are one tensor (tokens, 2, 16).
+    """
+    if not cut.lanes:
+        return B.to(torch.float32).contiguous(), C.to(torch.float32).contiguous()
+    pairs = torch.empty(*B.shape[:2], 2, 16, dtype=torch.float32, device=B.device)
+    B, C = (t if t.stride(0) == t.shape[1] * t.stride(1) else t.contiguous() for t in (B, C))
+    places = (B.stride(1), B.stride(2), C.stride(1), C.stride(2))
+    launch(both, (triton.cdiv(cut.tokens, 64),), B, C, pairs, cut.tokens, cut.N, *places, ROWS=64)
+    return pairs, pairs
+
+
+def _limits(softplus: bool, low: float, high: float) -> tuple[float | None, float | None]:
+    """Return the limits of the step sizes, None where no step lies outside of them."""
+    return (None, None) if softplus and low <= 0 and high == math.inf else (low, high)
 
 
 def _dense(t: Tensor | None) -> Tensor | None:
@@ -293,15 +344,17 @@ def _some(t: Tensor) -> Tensor | None:
     return t if t.numel() else None
 
 
-def _outputs(u: Tensor, A: Tensor, n_docs: int, want_final: bool, learns: bool) -> tuple[Tensor, ...]:
-    cut = plan(u, A, "forward")
+def _outputs(
+    u: Tensor, dt: Tensor, A: Tensor, z: Tensor | None, n_docs: int, want_final: bool, learns: bool
+) -> tuple[Tensor, ...]:
+    cut = plan(u, dt, A, z, "forward")
     states = (cut.N, cut.channels)
     return (
         torch.empty(u.shape, dtype=u.dtype, device=u.device),
         u.new_empty((n_docs, *states) if want_final else 0, dtype=torch.float32),
         u.new_empty((cut.windows, *states) if cut.cuts else 0, dtype=torch.float32),
         u.new_empty(
-            (cut.tokens // cut.every + 1, *states) if learns and cut.marked else 0, dtype=torch.float32
+            (cut.tokens // cut.every + 1, *cut.tile) if learns and cut.marked else 0, dtype=torch.float32
         ),
     )
 
@@ -336,7 +389,7 @@ _scan_back = torch.library.custom_op(
 @_scan.register_fake
 def _(u, dt, A, B, C, D, z, dt_bias, initial, doc_ids, n_docs, softplus, low, high, want_final, learns):
     """Shapes of `scan`."""
-    y, final, enter, marks = _outputs(u, A, n_docs, want_final, learns)
+    y, final, enter, marks = _outputs(u, dt, A, z, n_docs, want_final, learns)
     return y, final, enter if learns else enter.new_empty(0), marks
 
 

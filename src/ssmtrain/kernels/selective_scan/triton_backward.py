@@ -213,15 +213,16 @@ def starts(
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def add_shares(shares, d_B, d_C, tokens, blocks, N, BLOCK: tl.constexpr):
-    """Add the shares (blocks, tokens, 2, N) of all blocks of channels in order: d_B and d_C (tokens, N)."""
+def add_shares(shares, d_B, d_C, tokens, blocks, N, PITCH: tl.constexpr, BLOCK: tl.constexpr):
+    """Add the shares (blocks, tokens, 2, PITCH) of all blocks of channels in order: d_B, d_C (tokens, N)."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < tokens.to(tl.int64) * 2 * N
+    inside = at < tokens.to(tl.int64) * (2 * PITCH)
     total = tl.zeros((BLOCK,), tl.float32)
     for _ in range(blocks):
         total += tl.load(shares + at, mask=inside, other=0.0)
-        shares += tokens.to(tl.int64) * 2 * N
-    token, column = at // (2 * N), at % (2 * N)
-    to = token * N + column % N
-    tl.store(d_B + to, total.to(d_B.dtype.element_ty), mask=inside & (column < N))
-    tl.store(d_C + to, total.to(d_C.dtype.element_ty), mask=inside & (column >= N))
+        shares += tokens.to(tl.int64) * (2 * PITCH)
+    token, column = at // (2 * PITCH), at % (2 * PITCH)
+    n = column % PITCH
+    to, inside = token * N + n, inside & (n < N)
+    tl.store(d_B + to, total.to(d_B.dtype.element_ty), mask=inside & (column < PITCH))
+    tl.store(d_C + to, total.to(d_C.dtype.element_ty), mask=inside & (column >= PITCH))

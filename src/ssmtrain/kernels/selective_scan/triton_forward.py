@@ -67,7 +67,10 @@ def rows(at, t, size, inside, STRIDE: tl.constexpr, COUNT: tl.constexpr):
 
 @triton.jit
 def step_of(raw, live, shift, low, high, SOFTPLUS: tl.constexpr):
-    """Return a token's step sizes (BE,) and derivatives; if dead a step of 0, which changes no state."""
+    """Return a token's step sizes (BE,) and derivatives; if dead a step of 0, which changes no state.
+
+    `low` and `high` are None where no step lies outside of them.
+    """
     step = raw.to(tl.float32) + shift
     slope = 1.0
     if SOFTPLUS:
@@ -83,8 +86,11 @@ def step_of(raw, live, shift, low, high, SOFTPLUS: tl.constexpr):
         p = 1.0 / 3 + r * p
         slope = tl.where(step > 0, 1.0, u) * tl.rsqrt((1.0 + u) * (1.0 + u))
         step = tl.maximum(step, 0.0) + 2.0 * s * (1.0 + r * p)
-    inside = live & (step >= low) & (step <= high)
-    return tl.where(live, tl.minimum(tl.maximum(step, low), high), 0.0), tl.where(inside, slope, 0.0)
+    inside = live
+    if low is not None:
+        inside = live & (step >= low) & (step <= high)
+        step = tl.minimum(tl.maximum(step, low), high)
+    return tl.where(live, step, 0.0), tl.where(inside, slope, 0.0)
 
 
 @triton.jit
@@ -122,6 +128,19 @@ def keep(states, which, e, n, E, N, pitch, value, when):
     """Write (BN, BE) among states (.., N, E)."""
     inside = (n < N)[:, None] & (e < E)[None, :] & when
     tl.store(states + which * pitch * N + n[:, None] * pitch + e[None, :], value, mask=inside)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def both(B, C, pairs, tokens, N, s_b, s_bn, s_c, s_cn, ROWS: tl.constexpr):
+    """Write B and C (tokens, N) in fp32 to pairs (tokens, 2, 16), zeros past N."""
+    t = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    n = tl.arange(0, 16)
+    t, n = t[:, None], n[None, :]
+    some = (t < tokens) & (n < N)
+    b = tl.load(B + t * s_b + n * s_bn, mask=some, other=0.0).to(tl.float32)
+    c = tl.load(C + t * s_c + n * s_cn, mask=some, other=0.0).to(tl.float32)
+    tl.store(pairs + t * 32 + n, b, mask=t < tokens)
+    tl.store(pairs + t * 32 + 16 + n, c, mask=t < tokens)
 
 
 @triton.jit(do_not_specialize=SIZES + LANES)

@@ -15,13 +15,21 @@ instruction wait that shares its counter.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import triton
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
+from ssmtrain.kernels import tuned
+from ssmtrain.kernels.ahead import launch
 from ssmtrain.kernels.causal_conv1d import triton as conv
 from ssmtrain.kernels.selective_scan import triton_forward as plain
+
+if TYPE_CHECKING:
+    from ssmtrain.kernels.selective_scan.triton import Plan
 
 if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
     raise ImportError("Gluon as it is used here came with Triton 3.6")
@@ -29,7 +37,8 @@ if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 LOG2E = gl.constexpr(1.4426950408889634)
-STATES_MOST = 16
+EVERY = 64
+"""Tokens from one state that is kept for the backward pass to the next."""
 CHANNELS = 64
 """Of a program: 16 for each of four warps."""
 BE = gl.constexpr(CHANNELS)
@@ -97,7 +106,10 @@ def places(block, E, N, pitch):
 def parameters(A, D, bias, at, inside, block, E):
     """Return A (4, 4, channels) in units of log 2, D and the bias of dt (1, channels), zeros where absent."""
     e = block * BE + gl.arange(0, BE, gl.SliceLayout(0, SPANS))
-    skip, shift = gl.zeros([BE], gl.float32, gl.SliceLayout(0, SPANS)), gl.zeros([BE], gl.float32, gl.SliceLayout(0, SPANS))
+    skip, shift = (
+        gl.zeros([BE], gl.float32, gl.SliceLayout(0, SPANS)),
+        gl.zeros([BE], gl.float32, gl.SliceLayout(0, SPANS)),
+    )
     if D is not None:
         skip = gl.load(D + e, mask=e < E, other=0.0).to(gl.float32)
     if bias is not None:
@@ -196,50 +208,78 @@ def forward(
         d, first, after = document(ids, docs, at, length, PACKED)
         size = gl.minimum(after - at, W).to(gl.int32)
         barrier()
-        for i in gl.static_range(1):
-            copy_rows(ring_u.index(i), u + at * S_U, S_U, 0, size, block * BE, E)
-            copy_rows(ring_dt.index(i), dt + at * S_DT, S_DT, 0, size, block * BE, E)
-            if z is not None:
-                copy_rows(ring_z.index(i), z + at * S_Z, S_Z, 0, size, block * BE, E)
-            copy_pairs(ring.index(i), BC + at * 32, 0, size)
+        copy_rows(ring_u.index(0), u + at * S_U, S_U, 0, size, block * BE, E)
+        copy_rows(ring_dt.index(0), dt + at * S_DT, S_DT, 0, size, block * BE, E)
+        if z is not None:
+            copy_rows(ring_z.index(0), z + at * S_Z, S_Z, 0, size, block * BE, E)
+        copy_pairs(ring.index(0), BC + at * 32, 0, size)
         async_copy.commit_group()
         h = gl.zeros([4, 4, BE], gl.float32, STATES)
         if initial is not None:
             h = kept(initial, d, at_state, inside & (at == first), E, N)
         if enter is not None:
             h += kept(enter, w.to(gl.int64), at_state, inside & (at != first), E, N)
-        for t in range(0, size, SPAN):
-            if t % TILE == 0:
-                async_copy.wait_group(0)
-                barrier()
-                other = (t // TILE + 1) % 2
-                copy_rows(ring_u.index(other), u + at * S_U, S_U, t + TILE, size, block * BE, E)
-                copy_rows(ring_dt.index(other), dt + at * S_DT, S_DT, t + TILE, size, block * BE, E)
-                if z is not None:
-                    copy_rows(ring_z.index(other), z + at * S_Z, S_Z, t + TILE, size, block * BE, E)
-                copy_pairs(ring.index(other), BC + at * 32, t + TILE, size)
-                async_copy.commit_group()
-            if marks is not None:
-                if (t > 0) & (t % EVERY == 0):
-                    gl.store(marks + ((at + t) // EVERY * blocks + block) * (16 * BE) + own, h)
-            here = t // SPAN % (2 * TILE // SPAN)
-            x = inputs.index(here).load(SPANS).to(gl.float32)
-            live = (t + q < size) & (e < E)
-            step, _slope = step_of(raws.index(here).load(SPANS), live, shift, low, high, SOFTPLUS)
-            spread(steps, step)
-            spread(feds, step * x)
-            outs = ()
-            for i in gl.static_range(SPAN // 2):
-                both_steps, both_feds = two(steps, i), two(feds, i)
-                for j in gl.static_range(2):
-                    at_pair = 2 * (t % (2 * TILE) + 2 * i + j)
-                    h = advance(h, decays, both_steps[j], both_feds[j], pair(pairs, at_pair))
-                    outs = outs + (gl.sum(h * pair(pairs, at_pair + 1), 1),)
-            out = gathered(outs) + skip * x
+        for begin in range(0, size, TILE):
+            async_copy.wait_group(0)
+            barrier()
+            now = begin // TILE % 2
+            copy_rows(ring_u.index(1 - now), u + at * S_U, S_U, begin + TILE, size, block * BE, E)
+            copy_rows(ring_dt.index(1 - now), dt + at * S_DT, S_DT, begin + TILE, size, block * BE, E)
             if z is not None:
-                gate = gates.index(here).load(SPANS).to(gl.float32)
-                out *= gate * sigmoid(gate)
-            gl.store(y + (at + t) * E + tile, out.to(y.dtype.element_ty), mask=live)
+                copy_rows(ring_z.index(1 - now), z + at * S_Z, S_Z, begin + TILE, size, block * BE, E)
+            copy_pairs(ring.index(1 - now), BC + at * 32, begin + TILE, size)
+            async_copy.commit_group()
+            if marks is not None:
+                if (begin > 0) & (begin % EVERY == 0):
+                    gl.store(marks + ((at + begin) // EVERY * blocks + block) * (16 * BE) + own, h)
+            # Unrolled, so that places in shared memory are known but for the tile's.
+            for s in gl.static_range(TILE // SPAN):
+                t = begin + s * SPAN
+                if t < size:
+                    x = inputs.index(now * (TILE // SPAN) + s).load(SPANS).to(gl.float32)
+                    raw = raws.index(now * (TILE // SPAN) + s).load(SPANS)
+                    live = (t + q < size) & (e < E)
+                    step, _slope = step_of(raw, live, shift, low, high, SOFTPLUS)
+                    spread(steps, step)
+                    spread(feds, step * x)
+                    outs = ()
+                    for i in gl.static_range(SPAN // 2):
+                        both_steps, both_feds = two(steps, i), two(feds, i)
+                        for j in gl.static_range(2):
+                            at_pair = 2 * (now * TILE + s * SPAN + 2 * i + j)
+                            h = advance(h, decays, both_steps[j], both_feds[j], pair(pairs, at_pair))
+                            outs = outs + (gl.sum(h * pair(pairs, at_pair + 1), 1),)
+                    out = gathered(outs) + skip * x
+                    if z is not None:
+                        gate = gates.index(now * (TILE // SPAN) + s).load(SPANS).to(gl.float32)
+                        out *= gate * sigmoid(gate)
+                    gl.store(y + (at + t) * E + tile, out.to(y.dtype.element_ty), mask=live)
         if final is not None:
             gl.store(final + d * E * N + at_state, h, mask=inside & (at + size == after))
         at += size
+
+
+def fits(N: int, *tensors: Tensor) -> bool:
+    """Return whether these kernels take u, dt and z (B, L, E); `_rows` of the caller sees to their strides."""
+    first = tensors[0]
+    architecture = tuned.architecture(first.device)
+    return (
+        N <= 16
+        and first.shape[2] % 16 == 0
+        and all(t.dtype == first.dtype for t in tensors)
+        and architecture.startswith("sm_")
+        and int(architecture[3:]) >= 80
+    )
+
+
+def run(cut: Plan, kernel: Any, like: Tensor, *args: object, **constants: object) -> None:
+    """Launch a kernel, whose first argument is (B, L, E), for all windows and blocks of channels."""
+    name = kernel.__name__
+    # Five programs to a multiprocessor; three of the backward pass, which with fewer registers spills, and
+    # where shared memory is taken there is no cache to spill to.
+    fallback = {"num_warps": 4, "maxnreg": 168 if name == "backward" else 96}
+    if name == "backward":
+        fallback["TILE"] = 16 if like.dtype.itemsize == 2 else 8
+    key = f"dtype={str(like.dtype).removeprefix('torch.')}"
+    config = tuned.lookup(f"selective_scan_n16_{name}", like.device, key, fallback)
+    launch(kernel, (cut.windows * cut.tiles,), like, *args, W=cut.W, **constants, **config)

@@ -166,27 +166,28 @@ def backward(
                     mask=(own >= 0) & (base > 0),
                     other=0.0,
                 )
-            for s in range(spans - 1):
-                t = s * SPAN
-                if t % TILE == 0:
-                    async_copy.wait_group(0)
-                    barrier()
-                    other = (t // TILE + 1) % 2
-                    copy_rows(ring_u.index(other), u + at * S_U, S_U, t + TILE, rest, block * BE, E)
-                    copy_rows(ring_dt.index(other), dt + at * S_DT, S_DT, t + TILE, rest, block * BE, E)
-                    copy_pairs(ring.index(other), BC + at * 32, t + TILE, rest)
-                    async_copy.commit_group()
-                gl.store(scratch + s * (16 * BE) + own, h)
-                x = inputs.index(s % RING).load(SPANS).to(gl.float32)
-                live = (q >= 0) & (e < E)
-                step, _slope = step_of(raws.index(s % RING).load(SPANS), live, shift, low, high, SOFTPLUS)
-                spread(steps, step)
-                spread(feds, step * x)
-                for i in gl.static_range(SPAN // 2):
-                    both_steps, both_feds = two(steps, i), two(feds, i)
-                    for j in gl.static_range(2):
-                        keys = pair(pairs, 2 * (t % (2 * TILE) + 2 * i + j))
-                        h = advance(h, decays, both_steps[j], both_feds[j], keys)
+            for ahead in range(0, (spans - 1) * SPAN, TILE):
+                async_copy.wait_group(0)
+                barrier()
+                now = ahead // TILE % 2
+                copy_rows(ring_u.index(1 - now), u + at * S_U, S_U, ahead + TILE, rest, block * BE, E)
+                copy_rows(ring_dt.index(1 - now), dt + at * S_DT, S_DT, ahead + TILE, rest, block * BE, E)
+                copy_pairs(ring.index(1 - now), BC + at * 32, ahead + TILE, rest)
+                async_copy.commit_group()
+                for k in gl.static_range(TILE // SPAN):
+                    s = ahead // SPAN + k
+                    if s < spans - 1:
+                        gl.store(scratch + s * (16 * BE) + own, h)
+                        x = inputs.index(now * (TILE // SPAN) + k).load(SPANS).to(gl.float32)
+                        raw = raws.index(now * (TILE // SPAN) + k).load(SPANS)
+                        step, _slope = step_of(raw, (q >= 0) & (e < E), shift, low, high, SOFTPLUS)
+                        spread(steps, step)
+                        spread(feds, step * x)
+                        for i in gl.static_range(SPAN // 2):
+                            both_steps, both_feds = two(steps, i), two(feds, i)
+                            for j in gl.static_range(2):
+                                keys = pair(pairs, 2 * (now * TILE + k * SPAN + 2 * i + j))
+                                h = advance(h, decays, both_steps[j], both_feds[j], keys)
             # The tile with the last span is there or on its way, but for what only the way back needs.
             last = (spans - 1) * SPAN // TILE
             async_copy.wait_group(0)
@@ -269,7 +270,9 @@ def backward(
                     d_gate *= gathered(outs) + skip * x
                     gl.store(d_z + to * E + tile, d_gate.to(d_z.dtype.element_ty), mask=live)
                 total = gl.sum(gl.reshape(parts.load(ADD), [8 * SPAN, HALF, 4]), 1)
-                gl.store(shares + to * 32 + column, gl.convert_layout(total, COLUMNS), mask=column // 32 < rest - t)
+                gl.store(
+                    shares + to * 32 + column, gl.convert_layout(total, COLUMNS), mask=column // 32 < rest - t
+                )
             all_A += sum_A
         if d_initial is not None:
             gl.store(d_initial + d * E * N + at_state, g, mask=inside & (start == first))
