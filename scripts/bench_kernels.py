@@ -32,15 +32,16 @@ import torch
 from torch import Tensor
 
 import kernel_peers
-from kernel_cases import Case, Inputs, conv_case, doc_ids, leaves, norm_case, ssd_case
+from kernel_cases import Case, Inputs, conv_case, doc_ids, leaves, norm_case, selective_case, ssd_case
 from kernel_timing import Runner, attempt, bandwidth, contest, errors, floors, tensor_bytes
 from ssmtrain.kernels import backend
 from ssmtrain.layers.base import Context, Layer
+from ssmtrain.layers.mamba1 import Mamba1Config
 from ssmtrain.layers.mamba2 import Mamba2Config
 
-SECTIONS = ("ssd", "conv", "norm", "mixer", "documents", "cold")
+SECTIONS = ("ssd", "conv", "norm", "mixer", "scan", "mixer1", "documents", "cold")
 WIDTH, STATE = 2560, 128
-"""Of the mixer."""
+"""Of the Mamba-2 mixer; the Mamba mixer has the width too."""
 CONV, PROJECTION = 5376, 10576
 """Channels of that mixer's convolution, and of the projection whose slice they are."""
 TOLERANCE = 2e-2
@@ -71,9 +72,9 @@ class Row:
     floor: bool = True
 
 
-def mixer_case(B: int, L: int, documents: int = 0) -> Case:
-    """Our Mamba-2 layer under bf16 autocast; the same weights each time."""
-    config = Mamba2Config(d_state=STATE)
+def mixer_case(B: int, L: int, documents: int = 0, kind: str = "mamba2") -> Case:
+    """Our Mamba or Mamba-2 layer under bf16 autocast; the same weights each time."""
+    config = Mamba2Config(d_state=STATE) if kind == "mamba2" else Mamba1Config()
     modules: list[Layer] = []
 
     def make(device: torch.device | str) -> Inputs:
@@ -96,7 +97,7 @@ def mixer_case(B: int, L: int, documents: int = 0) -> Case:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.dtype == torch.bfloat16):
             return (modules[0](x, context)[0],)
 
-    name = f"mixer d{WIDTH} N{STATE} B{B} L{L}" + (f" docs {documents}" if documents else "")
+    name = f"mixer {kind} d{WIDTH} N{config.d_state} B{B} L{L}" + (f" docs {documents}" if documents else "")
     return Case(name, "mixer", make, call, shape={"B": B, "L": L})
 
 
@@ -122,6 +123,14 @@ def rows(section: str) -> Iterator[Row]:
     elif section == "mixer":
         peers = lambda case: kernel_peers.mixer(case, WIDTH, STATE)  # noqa: E731
         yield Row(mixer_case(8, 4096), mixer_case(2, 552), peers, floor=False)
+    elif section == "scan":
+        for B, L, E in ((8, 4096, 5120), (1, 32768, 5120), (8, 2048, 2048)):
+            # The smaller one has rows longer than a window where the other has.
+            small = selective_case(1, 8200, 64) if B == 1 else selective_case(2, 552, E)
+            yield Row(selective_case(B, L, E), small, kernel_peers.scan)
+    elif section == "mixer1":
+        ours, small = mixer_case(8, 4096, kind="mamba1"), mixer_case(2, 552, kind="mamba1")
+        yield Row(ours, small, lambda case: kernel_peers.mixer1(case, WIDTH), floor=False)
 
 
 def document_rows() -> Iterator[tuple[Case, Row]]:
@@ -137,7 +146,10 @@ def document_rows() -> Iterator[tuple[Case, Row]]:
         kernel_peers.conv,
     )
     yield conv_case(8, 4096, CONV, **sliced), packed
-    yield mixer_case(8, 4096), Row(mixer_case(8, 4096, 512), mixer_case(2, 552, 100), lambda case: ({}, {}))
+    none = lambda case: ({}, {})  # noqa: E731
+    yield mixer_case(8, 4096), Row(mixer_case(8, 4096, 512), mixer_case(2, 552, 100), none)
+    scan = selective_case(8, 4096, 5120, documents=512)
+    yield selective_case(8, 4096, 5120), Row(scan, selective_case(2, 552, 5120, documents=100), none)
 
 
 def wrong(case: Case) -> str:
@@ -199,10 +211,18 @@ def time_documents(rounds: int, with_peers: bool) -> Iterator[Timing]:
         torch.cuda.empty_cache()
 
 
+COLD = {
+    "ours": ssd_case(8, 4096, 80, 64, 128),
+    "mamba-ssm": ssd_case(8, 4096, 80, 64, 128),
+    "selective scan": selective_case(8, 4096, 5120),
+}
+
+
 def time_cold(with_peers: bool) -> Iterator[Timing]:
     """Time the first call in a fresh process whose cache is empty."""
-    case = ssd_case(8, 4096, 80, 64, 128)
-    for name in ("ours", "mamba-ssm") if with_peers else ("ours",):
+    for name, case in COLD.items():
+        if name == "mamba-ssm" and not with_peers:
+            continue
         with tempfile.TemporaryDirectory() as cache:
             environment = os.environ | {"TRITON_CACHE_DIR": cache}
             command = [sys.executable, str(Path(__file__).resolve()), "--first-call", name]
@@ -218,8 +238,8 @@ def time_cold(with_peers: bool) -> Iterator[Timing]:
 
 def first_call(name: str) -> None:
     """Print the milliseconds of this process's first forward, and first forward and backward pass."""
-    case = ssd_case(8, 4096, 80, 64, 128)
-    if name != "ours":
+    case = COLD[name]
+    if name == "mamba-ssm":
         peers, missing = kernel_peers.ssd(case)
         if name not in peers:
             sys.exit(missing[name])

@@ -131,22 +131,59 @@ def norm(case: Case) -> Peers:
     return collect({"mamba-ssm": make})
 
 
+def scan(case: Case) -> Peers:
+    """mamba-ssm's selective scan, a CUDA extension that wants (B, E, L)."""
+
+    def make() -> Case:
+        importlib.import_module("selective_scan_cuda")
+        run = _mamba_part("ops.selective_scan_interface").selective_scan_fn
+
+        def inputs(device: torch.device | str) -> Inputs:
+            i: Any = case.make(device)
+            turned = {k: i[k].detach().transpose(1, 2).contiguous() for k in ("u", "dt", "B", "C", "z")}
+            return leaves(turned | {k: i[k].detach() for k in ("A", "D", "dt_bias")})
+
+        def call(i: Any) -> tuple[Tensor, ...]:
+            names = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias")
+            return (run(*(i[name] for name in names), delta_softplus=True),)
+
+        return Case(case.name, case.op, inputs, call)
+
+    return collect({"mamba-ssm": make})
+
+
+def mixer1(case: Case, d_model: int) -> Peers:
+    """mamba-ssm's Mamba module, by its fused path."""
+
+    def make() -> Case:
+        importlib.import_module("selective_scan_cuda")
+        return _module(case, lambda: _mamba_part("modules.mamba_simple").Mamba(d_model), d_model)
+
+    return collect({"mamba-ssm": make})
+
+
 def mixer(case: Case, d_model: int, d_state: int) -> Peers:
     """mamba-ssm's Mamba-2 module, by its fused path."""
 
     def make() -> Case:
         kind = _mamba_part("modules.mamba2").Mamba2
-        modules: list[torch.nn.Module] = []
-
-        def inputs(device: torch.device | str) -> Inputs:
-            modules[:] = [kind(d_model, d_state=d_state, d_conv=4, expand=2, headdim=64).to(device)]
-            x = torch.randn(case.shape["B"], case.shape["L"], d_model, device=device, dtype=torch.bfloat16)
-            return leaves({"x": x}) | dict(modules[0].named_parameters())
-
-        def call(i: Inputs) -> tuple[Tensor, ...]:
-            with torch.autocast("cuda", torch.bfloat16):
-                return (modules[0](i["x"]),)
-
-        return Case(case.name, case.op, inputs, call)
+        build = lambda: kind(d_model, d_state=d_state, d_conv=4, expand=2, headdim=64)  # noqa: E731
+        return _module(case, build, d_model)
 
     return collect({"mamba-ssm": make})
+
+
+def _module(case: Case, build: Callable[[], torch.nn.Module], d_model: int) -> Case:
+    """A public layer under bf16 autocast."""
+    modules: list[torch.nn.Module] = []
+
+    def inputs(device: torch.device | str) -> Inputs:
+        modules[:] = [build().to(device)]
+        x = torch.randn(case.shape["B"], case.shape["L"], d_model, device=device, dtype=torch.bfloat16)
+        return leaves({"x": x}) | dict(modules[0].named_parameters())
+
+    def call(i: Inputs) -> tuple[Tensor, ...]:
+        with torch.autocast("cuda", torch.bfloat16):
+            return (modules[0](i["x"]),)
+
+    return Case(case.name, case.op, inputs, call)
