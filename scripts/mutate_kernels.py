@@ -619,11 +619,11 @@ SELECTIVE = [
         "h = kept(initial, d, e, n, E, N, pitch, True)",
     ),
     selective("final states of pieces", "forward", "h, at + size == after)", "h, at == first)"),
-    selective("what passes through does not decay", "forward", "h * tl.exp2(decays * total[None, :])", "h"),
+    selective("what passes through does not decay", "forward", "h * tl.exp2(rates * (total * LOG2E)[None, :])", "h"),
     selective("nothing passes through", "forward", "through = enters &", "through = (w < 0) & enters &"),
     selective("no skip", "forward", "0) + skip * x", "0)"),
     selective("back: the state after instead of before", "backward", "h = before[SPAN - 1 - j]", "h = h"),
-    selective("back: gradients do not decay", "backward", "g *= rates[SPAN - 1 - j]", "g *= 1.0"),
+    selective("back: gradients do not decay", "backward", "g *= decays[SPAN - 1 - j]", "g *= 1.0"),
     selective(
         "back: later pieces are not heard",
         "backward",

@@ -73,7 +73,7 @@ def backward(
     w = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
     e, n = block * BE + tl.arange(0, BE), tl.arange(0, BN)
-    decays, skip, shift = parameters(A, D, bias, e, n, E, N, pitch)
+    rates, skip, shift = parameters(A, D, bias, e, n, E, N, pitch)
     tile = tl.arange(0, BN)[:, None] * BE + tl.arange(0, BE)[None, :]
     scratch += tl.program_id(0).to(tl.int64) * (EVERY // SPAN * BN * BE)
     shares += block.to(tl.int64) * tokens * (2 * N)
@@ -108,7 +108,7 @@ def backward(
                 keys = rows(to_B, t, size, n < N, S_B, SPAN)
                 for i in tl.static_range(SPAN):
                     step, _slope = step_of(raws[i], True, shift, low, high, SOFTPLUS)
-                    h, _decay = advance(h, decays, step, step * xs[i].to(tl.float32), keys[i])
+                    h, _decay = advance(h, rates, step, step * xs[i].to(tl.float32), keys[i])
                 tl.store(scratch + (s + 1) * BN * BE + tile, h)
             # What a thread reads below, another may have written above.
             tl.debug_barrier()
@@ -123,12 +123,12 @@ def backward(
                 gates = grads
                 if z is not None:
                     gates = rows(to_z, t, size, e < E, S_Z, SPAN)
-                before, rates, steps, slopes = (), (), (), ()
+                before, decays, steps, slopes = (), (), (), ()
                 for i in tl.static_range(SPAN):
                     step, slope = step_of(raws[i], t + i < size, shift, low, high, SOFTPLUS)
                     before, steps, slopes = before + (h,), steps + (step,), slopes + (slope,)
-                    h, decay = advance(h, decays, step, step * xs[i].to(tl.float32), keys[i])
-                    rates = rates + (decay,)
+                    h, decay = advance(h, rates, step, step * xs[i].to(tl.float32), keys[i])
+                    decays = decays + (decay,)
                 for j in tl.static_range(SPAN):
                     at = t + SPAN - 1 - j
                     live = (e < E) & (at < size)
@@ -146,10 +146,10 @@ def backward(
                     tl.store(to_shares + at * (2 * N), of_B, mask=(n < N) & (at < size))
                     tl.store(to_shares + at * (2 * N) + N, of_C, mask=(n < N) & (at < size))
                     through = tl.sum(g * keys[SPAN - 1 - j].to(tl.float32)[:, None], 0)
-                    g *= rates[SPAN - 1 - j]
+                    g *= decays[SPAN - 1 - j]
                     h = before[SPAN - 1 - j]
                     bent = g * h  # gradients of step * A
-                    d_step = through * x + tl.sum(bent * decays, 0) * (1.0 / LOG2E)
+                    d_step = through * x + tl.sum(bent * rates, 0)
                     sum_A += bent * step[None, :]
                     d_raw = d_step * slopes[SPAN - 1 - j]
                     tl.store(to_ddt + at * E, d_raw.to(d_dt.dtype.element_ty), mask=live)
@@ -189,7 +189,7 @@ def starts(
     end = window(ids, docs, w + 1, length, tokens, W, PACKED)
     d, first, after = document(ids, docs, tl.minimum(begin, tokens - 1), length, PACKED)
     if (begin < end) & (begin != first):
-        decays, _skip, shift = parameters(A, None, bias, e, n, E, N, pitch)
+        rates, _skip, shift = parameters(A, None, bias, e, n, E, N, pitch)
         size = tl.minimum(after - begin, W).to(tl.int32)
         g = kept(d_final, d, e, n, E, N, pitch, begin + size == after)
         total = tl.zeros((BE,), tl.float32)
@@ -206,7 +206,7 @@ def starts(
                 step, _slope = step_of(raws[UNROLL - 1 - j], live, shift, low, high, SOFTPLUS)
                 dy, _bend = pulled(grads[UNROLL - 1 - j], gates[UNROLL - 1 - j], z is not None)
                 g += reads[UNROLL - 1 - j].to(tl.float32)[:, None] * dy[None, :]
-                g *= tl.exp2(decays * step[None, :])
+                g *= tl.exp2(rates * (step * LOG2E)[None, :])
                 total += step
         keep(left, w.to(tl.int64), e, n, E, N, pitch, g, True)
         tl.store(steps + w.to(tl.int64) * E + e, total, mask=e < E)

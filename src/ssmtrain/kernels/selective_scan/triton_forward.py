@@ -95,20 +95,20 @@ def step_of(raw, live, shift, low, high, SOFTPLUS: tl.constexpr):
 
 @triton.jit
 def advance(h, A, step, fed, keys):
-    """Return the states (BN, BE) after a token, and their decays; A is in units of log 2, fed is step * u."""
-    decay = tl.exp2(A * step[None, :])
+    """Return the states (BN, BE) after a token, and their decays; fed is step * u."""
+    decay = tl.exp2(A * (step * LOG2E)[None, :])
     return decay * h + fed[None, :] * keys.to(tl.float32)[:, None], decay
 
 
 @triton.jit
 def parameters(A, D, bias, e, n, E, N, pitch):
-    """Return A (BN, BE) in units of log 2, D and the bias of dt (BE,), zeros where absent."""
+    """Return A (BN, BE), D and the bias of dt (BE,), zeros where absent."""
     skip, shift = tl.zeros_like(e).to(tl.float32), tl.zeros_like(e).to(tl.float32)
     if D is not None:
         skip = tl.load(D + e, mask=e < E, other=0.0).to(tl.float32)
     if bias is not None:
         shift = tl.load(bias + e, mask=e < E, other=0.0).to(tl.float32)
-    return kept(A, 0, e, n, E, N, pitch, True) * LOG2E, skip, shift
+    return kept(A, 0, e, n, E, N, pitch, True), skip, shift
 
 
 @triton.jit
@@ -163,7 +163,7 @@ def forward(
     blocks = tl.cdiv(E, BE)
     w = tl.program_id(0) // blocks
     e, n = tl.program_id(0) % blocks * BE + tl.arange(0, BE), tl.arange(0, BN)
-    decays, skip, shift = parameters(A, D, bias, e, n, E, N, pitch)
+    rates, skip, shift = parameters(A, D, bias, e, n, E, N, pitch)
     at = window(ids, docs, w, length, tokens, W, PACKED)
     end = window(ids, docs, w + 1, length, tokens, W, PACKED)
     while at < end:
@@ -195,7 +195,7 @@ def forward(
                 live = t + i < size
                 step, _slope = step_of(raws[i], live, shift, low, high, SOFTPLUS)
                 x = xs[i].to(tl.float32)
-                h, _decay = advance(h, decays, step, step * x, keys[i])
+                h, _decay = advance(h, rates, step, step * x, keys[i])
                 out = tl.sum(h * reads[i].to(tl.float32)[:, None], 0) + skip * x
                 if z is not None:
                     gate = gates[i].to(tl.float32)
@@ -228,7 +228,7 @@ def ends(
     end = window(ids, docs, w + 1, length, tokens, W, PACKED)
     d, first, after = document(ids, docs, tl.maximum(end - 1, 0), length, PACKED)
     if (begin < end) & (end < after):
-        decays, _skip, shift = parameters(A, None, bias, e, n, E, N, pitch)
+        rates, _skip, shift = parameters(A, None, bias, e, n, E, N, pitch)
         at = end - W
         h = kept(initial, d, e, n, E, N, pitch, at == first)
         total = tl.zeros((BE,), tl.float32)
@@ -240,7 +240,7 @@ def ends(
             keys = rows(to_B, t, W, n < N, S_B, UNROLL)
             for i in tl.static_range(UNROLL):
                 step, _slope = step_of(raws[i], True, shift, low, high, SOFTPLUS)
-                h, _decay = advance(h, decays, step, step * xs[i].to(tl.float32), keys[i])
+                h, _decay = advance(h, rates, step, step * xs[i].to(tl.float32), keys[i])
                 total += step
             xs, raws = next_xs, next_raws
         keep(left, w.to(tl.int64), e, n, E, N, pitch, h, True)
@@ -259,7 +259,7 @@ def join(
     """Hand states from window to window, or with BACK their gradients from the last window to the first."""
     PACKED: tl.constexpr = ids is not None
     e, n = tl.program_id(0) * BE + tl.arange(0, BE), tl.arange(0, BN)
-    decays, _skip, _shift = parameters(A, None, None, e, n, E, N, pitch)
+    rates, _skip, _shift = parameters(A, None, None, e, n, E, N, pitch)
     h = tl.zeros((BN, BE), tl.float32)
     for i in range(n_windows):
         w = tl.zeros((), tl.int64) + (n_windows - 1 - i if BACK else i)
@@ -276,5 +276,5 @@ def join(
             _d, _first, after = document(ids, docs, tl.maximum(end - 1, 0), length, PACKED)
             some = (begin < end) & (end < after)
         total = tl.load(steps + w * E + e, mask=(e < E) & through, other=0.0)
-        h = tl.where(through, h * tl.exp2(decays * total[None, :]), 0.0)
+        h = tl.where(through, h * tl.exp2(rates * (total * LOG2E)[None, :]), 0.0)
         h += kept(left, w, e, n, E, N, pitch, some)

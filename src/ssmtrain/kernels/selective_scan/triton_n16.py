@@ -104,7 +104,7 @@ def places(block, E, N, pitch):
 
 @gluon.jit
 def parameters(A, D, bias, at, inside, block, E):
-    """Return A (4, 4, channels) in units of log 2, D and the bias of dt (1, channels), zeros where absent."""
+    """Return A (4, 4, channels), D and the bias of dt (1, channels), zeros where absent."""
     e = block * BE + gl.arange(0, BE, gl.SliceLayout(0, SPANS))
     skip, shift = (
         gl.zeros([BE], gl.float32, gl.SliceLayout(0, SPANS)),
@@ -114,7 +114,7 @@ def parameters(A, D, bias, at, inside, block, E):
         skip = gl.load(D + e, mask=e < E, other=0.0).to(gl.float32)
     if bias is not None:
         shift = gl.load(bias + e, mask=e < E, other=0.0).to(gl.float32)
-    return gl.load(A + at, mask=inside, other=0.0) * LOG2E, skip[None, :], shift[None, :]
+    return gl.load(A + at, mask=inside, other=0.0), skip[None, :], shift[None, :]
 
 
 @gluon.jit
@@ -160,7 +160,7 @@ def gathered(parts):
 
 @gluon.jit
 def advance(h, A, step, fed, keys):
-    """Return the states after a token; A is in units of log 2, fed is step * u."""
+    """Return the states after a token; steps are in units of log 2, fed is step * u."""
     return gl.exp2(A * step) * h + keys * fed
 
 
@@ -187,7 +187,7 @@ def forward(
     w = gl.program_id(0) // blocks
     block = gl.program_id(0) % blocks
     at_state, inside, own = places(block, E, N, E)
-    decays, skip, shift = parameters(A, D, bias, at_state, inside, block, E)
+    rates, skip, shift = parameters(A, D, bias, at_state, inside, block, E)
     ring_u = gl.allocate_shared_memory(dtype, [2, TILE, BE], BANKS)
     ring_dt = gl.allocate_shared_memory(dtype, [2, TILE, BE], BANKS)
     if z is not None:
@@ -240,14 +240,15 @@ def forward(
                     raw = raws.index(now * (TILE // SPAN) + s).load(SPANS)
                     live = (t + q < size) & (e < E)
                     step, _slope = step_of(raw, live, shift, low, high, SOFTPLUS)
-                    spread(steps, step)
+                    # Rounded here and not in A, where it would be the same error for all tokens.
+                    spread(steps, step * LOG2E)
                     spread(feds, step * x)
                     outs = ()
                     for i in gl.static_range(SPAN // 2):
                         both_steps, both_feds = two(steps, i), two(feds, i)
                         for j in gl.static_range(2):
                             at_pair = 2 * (now * TILE + s * SPAN + 2 * i + j)
-                            h = advance(h, decays, both_steps[j], both_feds[j], pair(pairs, at_pair))
+                            h = advance(h, rates, both_steps[j], both_feds[j], pair(pairs, at_pair))
                             outs = outs + (gl.sum(h * pair(pairs, at_pair + 1), 1),)
                     out = gathered(outs) + skip * x
                     if z is not None:

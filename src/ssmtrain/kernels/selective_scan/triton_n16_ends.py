@@ -16,6 +16,7 @@ from ssmtrain.kernels.selective_scan.triton_n16 import (
     BANKS,
     BE,
     LINES,
+    LOG2E,
     SPAN,
     SPANS,
     STATES,
@@ -63,7 +64,7 @@ def ends(
     d, first, after = document(ids, docs, gl.maximum(end - 1, 0), length, PACKED)
     if (begin < end) & (end < after):
         at_state, inside, _own = places(block, E, N, E)
-        decays, _skip, shift = parameters(A, None, bias, at_state, inside, block, E)
+        rates, _skip, shift = parameters(A, None, bias, at_state, inside, block, E)
         ring_u = gl.allocate_shared_memory(dtype, [2, TILE, BE], BANKS)
         ring_dt = gl.allocate_shared_memory(dtype, [2, TILE, BE], BANKS)
         ring = gl.allocate_shared_memory(gl.float32, [2, TILE, 32], LINES)
@@ -96,13 +97,13 @@ def ends(
                 raw = raws.index(now * PER_TILE + k).load(SPANS)
                 step, _slope = step_of(raw, (q >= 0) & (e < E), shift, low, high, SOFTPLUS)
                 total += step
-                spread(steps, step)
+                spread(steps, step * LOG2E)
                 spread(feds, step * x)
                 for i in gl.static_range(SPAN // 2):
                     both_steps, both_feds = two(steps, i), two(feds, i)
                     for j in gl.static_range(2):
                         keys = pair(pairs, 2 * (now * TILE + k * SPAN + 2 * i + j))
-                        h = advance(h, decays, both_steps[j], both_feds[j], keys)
+                        h = advance(h, rates, both_steps[j], both_feds[j], keys)
         gl.store(left + w.to(gl.int64) * E * N + at_state, h, mask=inside)
         e = block * BE + gl.arange(0, BE, gl.SliceLayout(0, SPANS))
         gl.store(steps_of + w.to(gl.int64) * E + e, gl.sum(total, 0), mask=e < E)
@@ -132,7 +133,7 @@ def starts(
     d, first, after = document(ids, docs, gl.minimum(begin, tokens - 1), length, PACKED)
     if (begin < end) & (begin != first):
         at_state, inside, _own = places(block, E, N, E)
-        decays, _skip, shift = parameters(A, None, bias, at_state, inside, block, E)
+        rates, _skip, shift = parameters(A, None, bias, at_state, inside, block, E)
         ring_dy = gl.allocate_shared_memory(dtype, [2, TILE, BE], BANKS)
         ring_dt = gl.allocate_shared_memory(dtype, [2, TILE, BE], BANKS)
         if z is not None:
@@ -177,14 +178,14 @@ def starts(
                         gate = gates.index(now * PER_TILE + behind).load(SPANS).to(gl.float32)
                         pull *= gate * sigmoid(gate)
                     total += step
-                    spread(steps, step)
+                    spread(steps, step * LOG2E)
                     spread(pulls, pull)
                     for i in gl.static_range(SPAN // 2 - 1, -1, -1):
                         both_steps, both_pulls = two(steps, i), two(pulls, i)
                         for j in gl.static_range(1, -1, -1):
                             reads = pair(pairs, 2 * (now * TILE + behind * SPAN + 2 * i + j) + 1)
                             g += reads * both_pulls[j]
-                            g *= gl.exp2(decays * both_steps[j])
+                            g *= gl.exp2(rates * both_steps[j])
         gl.store(left + w.to(gl.int64) * E * N + at_state, g, mask=inside)
         e = block * BE + gl.arange(0, BE, gl.SliceLayout(0, SPANS))
         gl.store(steps_of + w.to(gl.int64) * E + e, gl.sum(total, 0), mask=e < E)
