@@ -619,7 +619,12 @@ SELECTIVE = [
         "h = kept(initial, d, e, n, E, N, pitch, True)",
     ),
     selective("final states of pieces", "forward", "h, at + size == after)", "h, at == first)"),
-    selective("what passes through does not decay", "forward", "h * tl.exp2(rates * (total * LOG2E)[None, :])", "h"),
+    selective(
+        "what passes through does not decay",
+        "forward",
+        "h * tl.exp2(rates * (total * LOG2E)[None, :])",
+        "h",
+    ),
     selective("nothing passes through", "forward", "through = enters &", "through = (w < 0) & enters &"),
     selective("no skip", "forward", "0) + skip * x", "0)"),
     selective("back: the state after instead of before", "backward", "h = before[SPAN - 1 - j]", "h = h"),

@@ -1,4 +1,4 @@
-"""The source of the Gluon selective scan on the CPU, torch in Gluon's place: what it computes, not how fast."""
+"""The source of the Gluon selective scan on the CPU, torch in Gluon's place: what it computes."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from kernels.triton.test_triton_selective_scan import (
     BF16,
     FP32,
     Inputs,
+    assert_alone,
     call,
     documents,
     draw,
@@ -69,3 +70,57 @@ def test_documents_and_windows(
     monkeypatch.setattr(n16, "EVERY", every)
     n_docs = documents(rows)[1] or 2
     check(draw(49, n_docs, channels=80, N=16), rows)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"dt_softplus": False, "dt_limit": (0.0, 0.7)}, {"dt_limit": (0.3, 1.0)}, {"final": False}],
+    ids=str,
+)
+def test_options(options: dict[str, object], dtype: torch.dtype) -> None:
+    """Limits on step sizes, no softplus, no final states; what is optional is there or not in turn."""
+    optional = ALL if dtype == FP32 else ("dt_bias",)
+    check(draw(21, 3, optional, channels=16, N=5), [[21], [1, 20]], dtype, **options)
+
+
+@pytest.mark.parametrize("window", [16, 64])
+def test_packed_documents_have_the_bits_of_documents_alone(
+    window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ours, "window_length", lambda channels: window)
+    monkeypatch.setattr(n16, "EVERY", 16)
+    doc_ids, n_docs = documents([[3, 1, 36], [40]])
+    assert doc_ids is not None and n_docs is not None
+    assert_alone(doc_ids, n_docs, rounded(draw(40, n_docs, channels=32, N=16), CPU))
+
+
+def test_nothing_crosses_a_boundary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A document of infinities leaves its neighbours' outputs and gradients finite."""
+    monkeypatch.setattr(ours, "window_length", lambda channels: 16)
+    doc_ids, n_docs = documents([[18, 5, 17]])
+    inputs = rounded(draw(40, 3, batch=1, channels=16, N=16), CPU)
+    clean = pulled(call(ours, doc_ids, n_docs), inputs)
+    inputs["B"][0, 18:23] = torch.inf
+    dirty = pulled(call(ours, doc_ids, n_docs), inputs)
+    outside = torch.ones(40, dtype=torch.bool)
+    outside[18:23] = False
+    for name in ("output 0", *(f"grad {k}" for k in ("u", "dt", "B", "C", "z"))):
+        assert torch.equal(dirty[name][:, outside], clean[name][:, outside]), name
+
+
+def test_whose_tensors_are_taken() -> None:
+    """Up to 16 states, channels in words of 16 bytes, one type."""
+    u = torch.zeros(1, 2, 32, dtype=BF16)
+    assert n16.fits(16, u, u) and n16.fits(1, u)
+    assert not n16.fits(17, u) and not n16.fits(16, u[..., :24]) and not n16.fits(16, u, u.float())
+
+
+def test_rows_that_begin_within_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are copied: copies to shared memory are of 16 bytes."""
+    inputs = rounded(draw(9, 2, channels=16, N=4), CPU)
+    wide = torch.zeros(2, 9, 19)
+    wide[..., 3:] = inputs["u"]
+    expected = pulled(call(ours), inputs)
+    found = pulled(call(ours), inputs | {"u": wide[..., 3:]})
+    assert_all_close(found, expected, 1e-7)

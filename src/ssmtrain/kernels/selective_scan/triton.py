@@ -190,12 +190,12 @@ def scan(u, dt, A, B, C, D, z, dt_bias, initial, doc_ids, n_docs, softplus, low,
     shape = (cut.channels, cut.N, cut.channels)
     if cut.cuts:
         left, steps = torch.empty_like(enter), enter.new_empty(cut.windows, cut.channels)
-        rest = (dt_bias, doc_ids, docs, initial, left, steps)
+        others = (dt_bias, doc_ids, docs, initial, left, steps)
         options = {"SOFTPLUS": softplus, **strides(U=u, DT=dt)}
         if cut.lanes:
-            n16.run(cut, n16_ends.ends, u, dt, A, B, *rest, *sizes, *shape[:2], low, high, **options)
+            n16.run(cut, n16_ends.ends, u, dt, A, B, *others, *sizes, *shape[:2], low, high, **options)
         else:
-            first = (u, dt, A, B, *rest, *sizes, *shape, low, high)
+            first = (u, dt, A, B, *others, *sizes, *shape, low, high)
             launch(ends, cut.grid, *first, **strides(B=B), **options, **cut.constants("UNROLL"))
         _join(cut, A, doc_ids, docs, left, steps, enter, back=False)
     rest = (D, z, dt_bias, doc_ids, docs, initial, _some(enter), y, _some(marks), _some(final))
@@ -237,12 +237,12 @@ def scan_back(
     if cut.cuts:
         leave, left = new(cut.windows, cut.N, cut.channels), new(cut.windows, cut.N, cut.channels)
         steps = new(cut.windows, cut.channels)
-        rest = (z, dt_bias, doc_ids, docs, d_final, left, steps)
+        others = (z, dt_bias, doc_ids, docs, d_final, left, steps)
         options = {"SOFTPLUS": softplus, **strides(DY=d_y, DT=dt, Z=z)}
         if cut.lanes:
-            n16.run(cut, n16_ends.starts, d_y, dt, A, C, *rest, *sizes, *shape[:2], low, high, **options)
+            n16.run(cut, n16_ends.starts, d_y, dt, A, C, *others, *sizes, *shape[:2], low, high, **options)
         else:
-            first = (d_y, dt, A, C, *rest, *sizes, *shape, low, high)
+            first = (d_y, dt, A, C, *others, *sizes, *shape, low, high)
             launch(starts, cut.grid, *first, **strides(C=C), **options, **cut.constants("UNROLL"))
         _join(cut, A, doc_ids, docs, left, steps, leave, back=True)
     pitch = 16 if cut.lanes else cut.N
@@ -254,8 +254,8 @@ def scan_back(
     counts = (*sizes, cut.windows)
     if cut.lanes:
         scratch = new(cut.windows * cut.tiles, cut.every // n16.SPAN.value, cut.tile[1])
-        first = (d_y, u, dt, A, B, *rest, scratch, *grads_of)
-        n16.run(cut, n16_back.backward, *first, *counts, *shape[:2], low, high, **options)
+        tensors = (d_y, u, dt, A, B, *rest, scratch, *grads_of)
+        n16.run(cut, n16_back.backward, *tensors, *counts, *shape[:2], low, high, **options)
     else:
         tile = cut.config["BE"] * cut.config["BN"]
         scratch = new(cut.grid[0], cut.every // cut.config["SPAN"], tile)

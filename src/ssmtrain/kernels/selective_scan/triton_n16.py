@@ -11,6 +11,9 @@ All that is read comes into shared memory by copies that run a tile ahead: a pla
 instruction wait that shares its counter.
 """
 
+# Triton's tuples grow by addition only, which changes their type; and what is known when compiling has an if
+# of its own.
+# ruff: noqa: RUF005, SIM102
 # mypy: disable-error-code="assignment"
 
 from __future__ import annotations
@@ -261,7 +264,7 @@ def forward(
 
 
 def fits(N: int, *tensors: Tensor) -> bool:
-    """Return whether these kernels take u, dt and z (B, L, E); `_rows` of the caller sees to their strides."""
+    """Return whether these kernels take u, dt and z (B, L, E); the caller sees to their strides."""
     first = tensors[0]
     architecture = tuned.architecture(first.device)
     return (

@@ -1,16 +1,19 @@
 """The selective scan for up to sixteen states, with explicit layouts: backwards.
 
-What is computed, and in which order, is told in `triton_backward`; how it is laid out, in `triton_n16`. A block
-of EVERY tokens is walked from the state that the forward pass kept, and the states each SPAN tokens go to a
-scratch in memory, small enough for the L2 cache; then it is gone back through, a span's states in registers.
+What is computed, and in which order, is told in `triton_backward`; how it is laid out, in `triton_n16`. A
+block of EVERY tokens is walked from the state that the forward pass kept, and the states each SPAN tokens go
+to a scratch in memory, small enough for the L2 cache; then it is gone back through, a span's states in
+registers.
 
-A lane's share of the sums over channels, for each token four states of dB and of dC over two channels, goes to
-shared memory, where the program's other lanes add it up a span at a time.
+A lane's share of the sums over channels, for each token four states of dB and of dC over two channels, goes
+to shared memory, where the program's other lanes add it up a span at a time.
+
+The code of the loops has to stay small: unrolled over a tile it is slower by a fifth.
 """
 
 # Triton's tuples grow by addition only, which changes their type.
 # ruff: noqa: RUF005
-# mypy: disable-error-code="assignment"
+# mypy: disable-error-code="assignment, misc"
 
 from __future__ import annotations
 
@@ -45,8 +48,7 @@ from ssmtrain.kernels.selective_scan.triton_n16 import (
 
 HALF = gl.constexpr(BE.value // 2)
 LINEAR = gl.constexpr(gl.BlockedLayout([4], [32], [4], [0]))
-# Two buffers of the first states of a tile's spans, four states of a channel together as in `places`.
-LINE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+# Two buffers of a span's first states, four states of a channel together as in `places`.
 HELD = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0]))
 HELD_BY_LANE = gl.constexpr(gl.BlockedLayout([1, 4, 1, 2], [4, 1, 8, 1], [1, 1, 4, 1], [1, 3, 2, 0]))
 # Shares (8 * SPAN, 4 * HALF) of lanes, rows (token, B or C, four of n), columns (lane, n): eight rows a warp.
@@ -75,17 +77,10 @@ def stacked(token, next_token):
 
 
 @gluon.jit
-def copy_states(to, states):
-    """Begin to copy states, one after another as `places` has them, into shared memory."""
-    i = gl.arange(0, to.shape[0], LINEAR)
-    async_copy.async_copy_global_to_shared(to, states + i)
-
-
-@gluon.jit
-def held_state(held, i):
-    """Return states that were copied to shared memory."""
-    h = gl.reshape(held.index(i).permute((1, 3, 2, 0)).load(HELD_BY_LANE), [4, 4, BE])
-    return gl.convert_layout(h, STATES)
+def copy_held(to, scratch):
+    """Begin to copy the states (16 * BE) with which a span begins into shared memory."""
+    i = gl.arange(0, 16 * BE, LINEAR)
+    async_copy.async_copy_global_to_shared(to, scratch + i)
 
 
 @gluon.jit(do_not_specialize=["length", "tokens", "n_windows"])
@@ -103,13 +98,12 @@ def backward(
     d_initial,  # (n_docs, N, E) or None
     length, tokens, n_windows, E, N, low, high,
     S_DY: gl.constexpr, S_U: gl.constexpr, S_DT: gl.constexpr, S_Z: gl.constexpr,
-    W: gl.constexpr, EVERY: gl.constexpr, TILE: gl.constexpr, SOFTPLUS: gl.constexpr, AGAIN: gl.constexpr = 1,
+    W: gl.constexpr, EVERY: gl.constexpr, TILE: gl.constexpr, SOFTPLUS: gl.constexpr,
 ):  # fmt: skip
     """Go back through the pieces of one window for 64 channels."""
     PACKED: gl.constexpr = ids is not None
     dtype: gl.constexpr = u.dtype.element_ty
-    PER: gl.constexpr = TILE // SPAN  # spans of a tile
-    STATE: gl.constexpr = 16 * BE
+    RING: gl.constexpr = 2 * TILE // SPAN  # spans
     blocks = (E + BE - 1) // BE
     w = gl.program_id(0) // blocks
     block = gl.program_id(0) % blocks
@@ -118,17 +112,16 @@ def backward(
     ring_u = gl.allocate_shared_memory(dtype, [2, TILE, BE], BANKS)
     ring_dt = gl.allocate_shared_memory(dtype, [2, TILE, BE], BANKS)
     ring_dy = gl.allocate_shared_memory(dtype, [2, TILE, BE], BANKS)
-    inputs = ring_u._reinterpret(dtype, [2 * PER, SPAN, BE], BANKS)
-    raws = ring_dt._reinterpret(dtype, [2 * PER, SPAN, BE], BANKS)
-    grads = ring_dy._reinterpret(dtype, [2 * PER, SPAN, BE], BANKS)
+    inputs = ring_u._reinterpret(dtype, [RING, SPAN, BE], BANKS)
+    raws = ring_dt._reinterpret(dtype, [RING, SPAN, BE], BANKS)
+    grads = ring_dy._reinterpret(dtype, [RING, SPAN, BE], BANKS)
     if z is not None:
         ring_z = gl.allocate_shared_memory(dtype, [2, TILE, BE], BANKS)
-        gates = ring_z._reinterpret(dtype, [2 * PER, SPAN, BE], BANKS)
+        gates = ring_z._reinterpret(dtype, [RING, SPAN, BE], BANKS)
     ring = gl.allocate_shared_memory(gl.float32, [2, TILE, 32], LINES)
     pairs = ring._reinterpret(gl.float32, [4 * TILE, 4, 4], LINES)
-    held = gl.allocate_shared_memory(gl.float32, [2 * PER, 2, 4, HALF, 4], HELD)
-    held_spans = held._reinterpret(gl.float32, [2 * PER, STATE], LINE)
-    held_tiles = held._reinterpret(gl.float32, [2, PER * STATE], LINE)
+    held = gl.allocate_shared_memory(gl.float32, [2, 2, 4, HALF, 4], HELD)
+    held_line = held._reinterpret(gl.float32, [2, 16 * BE], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     steps = gl.allocate_shared_memory(gl.float32, [2, BE, 2], LINES)
     feds = gl.allocate_shared_memory(gl.float32, [2, BE, 2], LINES)
     pulls = gl.allocate_shared_memory(gl.float32, [2, BE, 2], LINES)
@@ -142,8 +135,6 @@ def backward(
     )
     scratch += gl.program_id(0).to(gl.int64) * (EVERY // SPAN * 16 * BE)
     shares += block.to(gl.int64) * tokens * 32
-    # Zero, but the compiler cannot know: else it keeps the decays of all four tokens, and spills.
-    nothing = gl.to_tensor(N >> 30).to(gl.float32)
     all_A = gl.zeros([4, 4, BE], gl.float32, STATES)
     sum_D, sum_bias = gl.zeros([SPAN, BE], gl.float32, SPANS), gl.zeros([SPAN, BE], gl.float32, SPANS)
     begin = window(ids, docs, w, length, tokens, W, PACKED)
@@ -157,54 +148,41 @@ def backward(
             g = kept(d_final, d, at_state, inside & (end == after), E, N)
         if leave is not None:
             g += kept(leave, w.to(gl.int64), at_state, inside & (end != after), E, N)
-        blocks_of_size = (size + EVERY - 1) // EVERY
-        # What a block begins with is copied while the one after it ends. Tile i of a block is in the buffer
-        # of i + phase.
-        phase = 0
-        at = start + (blocks_of_size - 1) * EVERY
-        rest = size - (blocks_of_size - 1) * EVERY
-        barrier()
-        copy_rows(ring_u.index(0), u + at * S_U, S_U, 0, rest, block * BE, E)
-        copy_rows(ring_dt.index(0), dt + at * S_DT, S_DT, 0, rest, block * BE, E)
-        copy_pairs(ring.index(0), BC + at * 32, 0, rest)
-        if marks is not None:
-            if blocks_of_size > 1:
-                copy_states(held_spans.index(0), marks + (at // EVERY * blocks + block) * STATE)
-        async_copy.commit_group()
-        for back in range(blocks_of_size):
-            base = (blocks_of_size - 1 - back) * EVERY
+        for back in range((size + EVERY - 1) // EVERY):
+            base = ((size + EVERY - 1) // EVERY - 1 - back) * EVERY
             at = start + base
             rest = gl.minimum(size - base, EVERY)  # tokens of this block
             spans = (rest + SPAN - 1) // SPAN
-            last = (spans - 1) // PER  # tile
-            async_copy.wait_group(0)
             barrier()
-            buffer = (last + phase) % 2
-            copy_rows(ring_dy.index(buffer), d_y + at * S_DY, S_DY, last * TILE, rest, block * BE, E)
-            if z is not None:
-                copy_rows(ring_z.index(buffer), z + at * S_Z, S_Z, last * TILE, rest, block * BE, E)
+            copy_rows(ring_u.index(0), u + at * S_U, S_U, 0, rest, block * BE, E)
+            copy_rows(ring_dt.index(0), dt + at * S_DT, S_DT, 0, rest, block * BE, E)
+            copy_pairs(ring.index(0), BC + at * 32, 0, rest)
+            async_copy.commit_group()
             h = gl.zeros([4, 4, BE], gl.float32, STATES)
             if initial is not None:
                 h = kept(initial, d, at_state, inside & (start == first) & (base == 0), E, N)
             if enter is not None:
                 h += kept(enter, w.to(gl.int64), at_state, inside & (start != first) & (base == 0), E, N)
             if marks is not None:
-                if base > 0:
-                    h = held_state(held, phase * PER)
+                h += gl.load(
+                    marks + (at // EVERY * blocks + block) * (16 * BE) + own,
+                    mask=(own >= 0) & (base > 0),
+                    other=0.0,
+                )
             for ahead in range(0, (spans - 1) * SPAN, TILE):
                 async_copy.wait_group(0)
                 barrier()
-                now = (ahead // TILE + phase) % 2
+                now = ahead // TILE % 2
                 copy_rows(ring_u.index(1 - now), u + at * S_U, S_U, ahead + TILE, rest, block * BE, E)
                 copy_rows(ring_dt.index(1 - now), dt + at * S_DT, S_DT, ahead + TILE, rest, block * BE, E)
                 copy_pairs(ring.index(1 - now), BC + at * 32, ahead + TILE, rest)
                 async_copy.commit_group()
-                for k in gl.static_range(PER):
+                for k in gl.static_range(TILE // SPAN):
                     s = ahead // SPAN + k
                     if s < spans - 1:
-                        gl.store(scratch + s * STATE + own, h)
-                        x = inputs.index(now * PER + k).load(SPANS).to(gl.float32)
-                        raw = raws.index(now * PER + k).load(SPANS)
+                        gl.store(scratch + s * (16 * BE) + own, h)
+                        x = inputs.index(now * (TILE // SPAN) + k).load(SPANS).to(gl.float32)
+                        raw = raws.index(now * (TILE // SPAN) + k).load(SPANS)
                         step, _slope = step_of(raw, (q >= 0) & (e < E), shift, low, high, SOFTPLUS)
                         spread(steps, step * LOG2E)
                         spread(feds, step * x)
@@ -213,99 +191,91 @@ def backward(
                             for j in gl.static_range(2):
                                 keys = pair(pairs, 2 * (now * TILE + k * SPAN + 2 * i + j))
                                 h = advance(h, rates, both_steps[j], both_feds[j], keys)
-            gl.store(scratch + (spans - 1) * STATE + own, h)
+            # The tile with the last span is there or on its way, but for what only the way back needs.
+            last = (spans - 1) * SPAN // TILE
             async_copy.wait_group(0)
             barrier()
-            copy_states(held_tiles.index(buffer), scratch + last * (PER * STATE))
+            copy_rows(ring_dy.index(last % 2), d_y + at * S_DY, S_DY, last * TILE, rest, block * BE, E)
+            if z is not None:
+                copy_rows(ring_z.index(last % 2), z + at * S_Z, S_Z, last * TILE, rest, block * BE, E)
             async_copy.commit_group()
+            by_lane = gl.convert_layout(gl.reshape(h, [4, 4, HALF, 2]), HELD_BY_LANE)
+            held.index((spans - 1) % 2).permute((1, 3, 2, 0)).store(by_lane)
             sum_A = gl.zeros([4, 4, BE], gl.float32, STATES)
-            for back_tile in range(last + 1):
-                over = last - 1 - back_tile
-                now = (over + 1 + phase) % 2
+            for back_span in range(spans):
+                s = spans - 1 - back_span
+                t = s * SPAN
                 async_copy.wait_group(0)
                 barrier()
-                if over >= 0:
-                    copy_rows(ring_u.index(1 - now), u + at * S_U, S_U, over * TILE, rest, block * BE, E)
-                    copy_rows(ring_dt.index(1 - now), dt + at * S_DT, S_DT, over * TILE, rest, block * BE, E)
-                    copy_rows(ring_dy.index(1 - now), d_y + at * S_DY, S_DY, over * TILE, rest, block * BE, E)
+                if ((t + SPAN) % TILE == 0) | (back_span == 0):
+                    # Rows before the block's first are none.
+                    over = t // TILE - 1
+                    some = gl.where(over >= 0, rest, over * TILE)
+                    other = (over + 2) % 2
+                    copy_rows(ring_u.index(other), u + at * S_U, S_U, over * TILE, some, block * BE, E)
+                    copy_rows(ring_dt.index(other), dt + at * S_DT, S_DT, over * TILE, some, block * BE, E)
+                    copy_rows(ring_dy.index(other), d_y + at * S_DY, S_DY, over * TILE, some, block * BE, E)
                     if z is not None:
-                        copy_rows(ring_z.index(1 - now), z + at * S_Z, S_Z, over * TILE, rest, block * BE, E)
-                    copy_pairs(ring.index(1 - now), BC + at * 32, over * TILE, rest)
-                    copy_states(held_tiles.index(1 - now), scratch + over * (PER * STATE))
-                elif base > 0:
-                    to = at - EVERY
-                    copy_rows(ring_u.index(1 - now), u + to * S_U, S_U, 0, EVERY, block * BE, E)
-                    copy_rows(ring_dt.index(1 - now), dt + to * S_DT, S_DT, 0, EVERY, block * BE, E)
-                    copy_pairs(ring.index(1 - now), BC + to * 32, 0, EVERY)
-                    if base > EVERY:
-                        copy_states(
-                            held_spans.index((1 - now) * PER), marks + (to // EVERY * blocks + block) * STATE
-                        )
+                        copy_rows(ring_z.index(other), z + at * S_Z, S_Z, over * TILE, some, block * BE, E)
+                    copy_pairs(ring.index(other), BC + at * 32, over * TILE, some)
+                copy_held(held_line.index((s + 1) % 2), scratch + gl.maximum(s - 1, 0) * (16 * BE))
                 async_copy.commit_group()
-                for k in gl.static_range(PER - 1, -1, -1):
-                    t = ((over + 1) * PER + k) * SPAN
-                    if t < rest:
-                        here = now * PER + k
-                        live = (t + q < rest) & (e < E)
-                        x = inputs.index(here).load(SPANS).to(gl.float32)
-                        step, slope = step_of(raws.index(here).load(SPANS), live, shift, low, high, SOFTPLUS)
-                        pull = grads.index(here).load(SPANS).to(gl.float32)
+                here = s % RING
+                live = (t + q < rest) & (e < E)
+                x = inputs.index(here).load(SPANS).to(gl.float32)
+                step, slope = step_of(raws.index(here).load(SPANS), live, shift, low, high, SOFTPLUS)
+                pull = grads.index(here).load(SPANS).to(gl.float32)
+                if z is not None:
+                    gate = gates.index(here).load(SPANS).to(gl.float32)
+                    bend = sigmoid(gate)
+                    swish = gate * bend
+                    d_gate = pull * (bend + swish * (1.0 - bend))
+                    pull *= swish
+                spread(steps, step * LOG2E)
+                spread(feds, step * x)
+                spread(pulls, pull)
+                h = gl.reshape(held.index(s % 2).permute((1, 3, 2, 0)).load(HELD_BY_LANE), [4, 4, BE])
+                h = gl.convert_layout(h, STATES)
+                before = ()
+                for i in gl.static_range(SPAN // 2):
+                    both_steps, both_feds = two(steps, i), two(feds, i)
+                    for j in gl.static_range(2):
+                        before = before + (h,)
+                        keys = pair(pairs, 2 * (t % (2 * TILE) + 2 * i + j))
+                        h = advance(h, rates, both_steps[j], both_feds[j], keys)
+                throughs, bents, outs = (), (), ()
+                for i in gl.static_range(SPAN // 2 - 1, -1, -1):
+                    both_steps, both_feds, both_pulls = two(steps, i), two(feds, i), two(pulls, i)
+                    mine = ()
+                    for j in gl.static_range(1, -1, -1):
+                        at_pair = 2 * (t % (2 * TILE) + 2 * i + j)
+                        keys, reads = pair(pairs, at_pair), pair(pairs, at_pair + 1)
                         if z is not None:
-                            gate = gates.index(here).load(SPANS).to(gl.float32)
-                            bend = sigmoid(gate)
-                            swish = gate * bend
-                            d_gate = pull * (bend + swish * (1.0 - bend))
-                            pull *= swish
-                        spread(steps, step * LOG2E)
-                        spread(feds, step * x)
-                        spread(pulls, pull)
-                        h = held_state(held, here)
-                        before = ()
-                        for i in gl.static_range(SPAN // 2):
-                            both_steps, both_feds = two(steps, i), two(feds, i)
-                            for j in gl.static_range(2):
-                                before = before + (h,)
-                                keys = pair(pairs, 2 * (now * TILE + k * SPAN + 2 * i + j))
-                                h = advance(h, rates, both_steps[j], both_feds[j], keys)
-                        throughs, bents, outs = (), (), ()
-                        for i in gl.static_range(SPAN // 2 - 1, -1, -1):
-                            both_steps, both_feds, both_pulls = two(steps, i), two(feds, i), two(pulls, i)
-                            mine = ()
-                            for j in gl.static_range(1, -1, -1):
-                                at_pair = 2 * (now * TILE + k * SPAN + 2 * i + j)
-                                keys, reads = pair(pairs, at_pair), pair(pairs, at_pair + 1)
-                                if z is not None:
-                                    outs = (gl.sum(h * reads, 1),) + outs
-                                g += reads * both_pulls[j]
-                                mine = (shared(g * both_feds[j], h * both_pulls[j]),) + mine
-                                throughs = (gl.sum(g * keys, 1),) + throughs
-                                again = both_steps[j]
-                                if i == AGAIN:
-                                    again += nothing
-                                g *= gl.exp2(rates * again)
-                                h = before[2 * i + j]
-                                bent = g * h  # gradients of step * A
-                                bents = (gl.sum(bent * rates, 1),) + bents
-                                sum_A += bent * both_steps[j]
-                            parts.slice(16 * i, 16, 0).store(stacked(mine[0], mine[1]))
-                        through = gathered(throughs)
-                        d_raw = (through * x + gathered(bents)) * slope
-                        sum_bias += d_raw
-                        sum_D += pull * x
-                        to = at + t
-                        gl.store(d_dt + to * E + tile, d_raw.to(d_dt.dtype.element_ty), mask=live)
-                        d_x = through * step + skip * pull
-                        gl.store(d_u + to * E + tile, d_x.to(d_u.dtype.element_ty), mask=live)
-                        if z is not None:
-                            d_gate *= gathered(outs) + skip * x
-                            gl.store(d_z + to * E + tile, d_gate.to(d_z.dtype.element_ty), mask=live)
-                        total = gl.sum(gl.reshape(parts.load(ADD), [8 * SPAN, HALF, 4]), 1)
-                        gl.store(
-                            shares + to * 32 + column,
-                            gl.convert_layout(total, COLUMNS),
-                            mask=column // 32 < rest - t,
-                        )
-            phase = 1 - phase
+                            outs = (gl.sum(h * reads, 1),) + outs
+                        g += reads * both_pulls[j]
+                        mine = (shared(g * both_feds[j], h * both_pulls[j]),) + mine
+                        throughs = (gl.sum(g * keys, 1),) + throughs
+                        g *= gl.exp2(rates * both_steps[j])
+                        h = before[2 * i + j]
+                        bent = g * h  # gradients of step * A
+                        bents = (gl.sum(bent * rates, 1),) + bents
+                        sum_A += bent * both_steps[j]
+                    parts.slice(16 * i, 16, 0).store(stacked(mine[0], mine[1]))
+                through = gathered(throughs)
+                d_raw = (through * x + gathered(bents)) * slope
+                sum_bias += d_raw
+                sum_D += pull * x
+                to = at + t
+                gl.store(d_dt + to * E + tile, d_raw.to(d_dt.dtype.element_ty), mask=live)
+                d_x = through * step + skip * pull
+                gl.store(d_u + to * E + tile, d_x.to(d_u.dtype.element_ty), mask=live)
+                if z is not None:
+                    d_gate *= gathered(outs) + skip * x
+                    gl.store(d_z + to * E + tile, d_gate.to(d_z.dtype.element_ty), mask=live)
+                total = gl.sum(gl.reshape(parts.load(ADD), [8 * SPAN, HALF, 4]), 1)
+                gl.store(
+                    shares + to * 32 + column, gl.convert_layout(total, COLUMNS), mask=column // 32 < rest - t
+                )
             all_A += sum_A
         if d_initial is not None:
             gl.store(d_initial + d * E * N + at_state, g, mask=inside & (start == first))
