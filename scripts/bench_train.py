@@ -1,0 +1,307 @@
+"""Time whole training steps on one NVIDIA GPU, beside the figures of public implementations.
+
+    python scripts/bench_train.py                                   # every model, eager and compiled
+    python scripts/bench_train.py mamba_130m jamba --modes eager --steps 20 --json train.json
+    python scripts/bench_train.py --lengths 2048,8192,32768,131072  # hybrid or transformer, at equal size
+
+A step is what `ssmtrain fit` takes: fp32 parameters, bf16 autocast, the loss without stored logits, the norm
+of the gradient, clipping, fused AdamW; the tokens are random and the documents whole rows. Each model runs in
+a process of its own with an empty Triton cache: `first step` is from a built model to the end of the first
+step, compiling and all. Tokens a second are from the median of steps, MFU by the layers' own count of FLOPs
+over the datasheet's dense bf16 peak, the peak of memory by torch's allocator. The shares are of GPU time.
+Exit code 1 if a model fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model at a batch and length, and the fastest public figures for it (docs/benchmarks.md)."""
+
+    recipe: str
+    batch: int
+    length: int
+    words: tuple[str, ...] = ()
+    """Overrides of the recipe."""
+    public: str = ""
+    tokens_s: float | None = None
+    peak_gb: float | None = None
+    first_s: float | None = None
+
+
+TUNED = "mamba-ssm 2.3.2 kernels, Liger loss"
+CASES = {
+    "mamba_130m": Case("mamba_130m", 16, 2048, (), TUNED, 188_979, 14.1, 7.0),
+    "mamba_1b4": Case("mamba_1b4", 8, 2048, (), TUNED, 31_615, 50.3, 11.3),
+    "mamba2_130m": Case("mamba2_130m", 16, 2048, (), TUNED, 239_778, 14.6, 16.4),
+    "mamba2_1b3": Case("mamba2_1b3", 8, 2048, (), TUNED, 42_550, 50.2, 72.6),
+    "granite_9to1": Case("granite_9to1", 16, 2048),
+    "jamba_tiny": Case("jamba_tiny", 4, 4096),
+    "jamba": Case(
+        "jamba_tiny", 4, 4096, ("model.vocab_size=32000",), "transformers 5.17, bf16 weights", 67_759, 48.0
+    ),
+}
+LLAMA = (
+    "model.layout=A",
+    "model.blocks.A.mixer.position=rope",
+    "model.blocks.A.ffn={kind: mlp, hidden: 5728, activation: swiglu}",
+)
+"""Makes of the hybrid a Llama shape of its width, depth and size."""
+HYBRID = "granite_9to1_1b3"
+SCANS = (
+    *("forward", "backward", "ends", "starts", "join", "add_shares", "both", "sum_chunks", "one_pass"),
+    *("pairs", "through_states", "sources", "walk", "gather", "outputs", "steps_forward", "steps_backward"),
+    *("add_2", "add_4", "edges", "_place_chunks", "_find_documents"),
+)
+KINDS = {
+    "scan": SCANS,
+    "matrix products": ("nvjet", "gemm", "cutlass", "cublas", "splitk", "sm90_xmma"),
+    "attention": ("flash", "attention", "fmha", "flex", "triton_tem_fused"),
+    "optimiser": ("adam", "multi_tensor", "foreach", "lpnorm"),
+    "softmax": ("softmax",),
+    "compiled by inductor": ("triton_poi", "triton_red", "triton_per"),
+    "norms and convolutions": ("_forward", "_backward", "_reduce", "norm"),
+    "copies and casts": ("copy", "memcpy", "memset", "cat", "fill"),
+}
+"""Kinds of GPU kernels by parts of their names; whole names come first."""
+
+
+@dataclass
+class Result:
+    """What a model took."""
+
+    name: str
+    mode: str
+    batch: int
+    length: int
+    parameters: int = 0
+    tokens_s: float | None = None
+    mfu: float | None = None
+    peak_gb: float | None = None
+    first_s: float | None = None
+    shares: dict[str, float] = field(default_factory=dict)
+    note: str = ""
+
+
+def kind_of(kernel: str) -> str:
+    """The kind of a GPU kernel."""
+    for kind, names in KINDS.items():
+        if kernel in names:
+            return kind
+    low = kernel.lower()
+    for kind, parts in KINDS.items():
+        if kind != "scan" and any(part in low for part in parts):
+            return kind
+    return "other"
+
+
+def run(name: str, case: Case, mode: str, steps: int, device: torch.device) -> Result:
+    """Train for some steps in this process."""
+    from ssmtrain.config.load import load
+    from ssmtrain.kernels import backend
+    from ssmtrain.layers.base import Context
+    from ssmtrain.model.count import count_flops
+    from ssmtrain.model.hybrid import HybridModel
+    from ssmtrain.model.init import init_weights
+    from ssmtrain.parallel.apply import apply
+    from ssmtrain.train import optim
+    from ssmtrain.train.peaks import peak_flops
+
+    words = [f"config={case.recipe}", f"data.seq_len={case.length}", "trainer.recompute=false"]
+    config = load([*words, f"trainer.compile={'true' if mode == 'compiled' else 'false'}", *case.words])
+    backend.configure("auto", device.type)
+    torch.manual_seed(0)
+    vocab = config.model.vocab_size or 256
+    with torch.device("meta"):
+        model = HybridModel(config.model, vocab)
+    model = apply(model, config.trainer)
+    model.to_empty(device=device)
+    init_weights(model, config.model.init, 0)
+    named = dict(model.named_parameters())
+    optimizers = optim.build_optimizers(named, model.specs(), config.optim)
+    found = Result(name, mode, case.batch, case.length, sum(p.numel() for p in named.values()))
+    rows = torch.randint(vocab, (4, case.batch, case.length + 1), device=device)
+
+    def step(i: int) -> torch.Tensor:
+        row = rows[i % len(rows)]
+        inputs, labels = row[:, :-1], row[:, 1:].contiguous()
+        with torch.autocast(device.type, torch.bfloat16):
+            out = model(inputs, labels, Context())
+        assert out.loss_sum is not None and out.n_labels is not None
+        loss = out.loss_sum / out.n_labels
+        (loss if out.aux is None else loss + out.aux).backward()
+        parameters = list(named.values())
+        optim.clip_gradients(parameters, config.optim.clip, optim.gradient_norm(parameters))
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    losses = [step(0)]
+    wait()
+    found.first_s = time.perf_counter() - start
+    for i in range(1, 4):
+        losses.append(step(i))
+    wait()
+    taken = []
+    for i in range(steps):
+        start = time.perf_counter()
+        losses.append(step(i))
+        wait()
+        taken.append(time.perf_counter() - start)
+    if not torch.stack(losses).isfinite().all():
+        found.note = "FAILED: the loss is not finite"
+    found.tokens_s = case.batch * case.length / statistics.median(taken)
+    flops = count_flops(config.model, vocab, case.length).total
+    peak = peak_flops(device)
+    found.mfu = found.tokens_s * flops / peak if peak else None
+    if device.type == "cuda":
+        found.peak_gb = torch.cuda.max_memory_allocated() / 1e9
+        found.shares = shares(lambda: step(0))
+    return found
+
+
+def shares(step: Any) -> dict[str, float]:
+    """The share of GPU time by kind of kernel in one step, and the time in which the GPU waits."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+        step()
+        torch.cuda.synchronize()
+    times: dict[str, float] = {}
+    for event in trace.key_averages():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            kind = kind_of(event.key)
+            times[kind] = times.get(kind, 0.0) + event.self_device_time_total
+    total = sum(times.values())
+    return {kind: taken / total for kind, taken in sorted(times.items(), key=lambda item: -item[1])}
+
+
+def apart(name: str, case: Case, mode: str, steps: int, device: str, limit: float) -> Result:
+    """`run` in a process of its own, with an empty Triton cache."""
+    words = ["--one", json.dumps([name, asdict(case), mode, steps, device])]
+    failed = Result(name, mode, case.batch, case.length)
+    with tempfile.TemporaryDirectory() as cache:
+        places = {"TRITON_CACHE_DIR": f"{cache}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor"}
+        command = [sys.executable, str(Path(__file__).resolve()), *words]
+        try:
+            done = subprocess.run(
+                command, env=os.environ | places, capture_output=True, text=True, timeout=limit
+            )
+        except subprocess.TimeoutExpired:
+            failed.note = f"FAILED: {limit:.0f} s were not enough"
+            return failed
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        failed.note = f"FAILED: {lines[-1] if lines else done.returncode}"
+        return failed
+    return Result(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def lines_of(found: Result, case: Case) -> Iterator[str]:
+    """The result, and the public one with what ours is of it."""
+
+    def cell(value: float | None, digits: int = 0, scale: float = 1.0) -> str:
+        return "" if value is None else f"{value * scale:,.{digits}f}"
+
+    title = f"{found.name}, {found.mode}, {found.batch} x {found.length}"
+    yield (
+        f"{title:44s} {cell(found.tokens_s):>9s} {cell(found.mfu, 1, 100):>6s} "
+        f"{cell(found.peak_gb, 1):>8s} {cell(found.first_s, 1):>8s}  {found.note}"
+    ).rstrip()
+    if found.shares:
+        yield "    " + ", ".join(f"{kind} {share:.0%}" for kind, share in found.shares.items())
+    if case.tokens_s is not None and found.tokens_s is not None:
+        ratio = found.tokens_s / case.tokens_s
+        yield (
+            f"    {case.public:40s} {case.tokens_s:>9,.0f} {'':6s} {cell(case.peak_gb, 1):>8s} "
+            f"{cell(case.first_s, 1):>8s}  ours {ratio:.2f} times as fast"
+        )
+
+
+def chosen(arguments: argparse.Namespace) -> Iterator[tuple[str, Case]]:
+    """The models to time."""
+    if arguments.lengths:
+        for length in (int(word) for word in arguments.lengths.split(",")):
+            batch = max(1, arguments.tokens // length)
+            yield "hybrid", Case(HYBRID, batch, length)
+            yield "llama", Case(HYBRID, batch, length, LLAMA)
+        return
+    for name in arguments.models or CASES:
+        yield name, CASES[name]
+
+
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("models", nargs="*", help=f"of {', '.join(CASES)} (default: all)")
+    parser.add_argument("--modes", default="eager,compiled", help="eager, compiled or both")
+    parser.add_argument("--steps", type=int, default=10, help="steps that count (default 10)")
+    parser.add_argument("--lengths", help="instead a hybrid and a transformer at these lengths")
+    parser.add_argument("--tokens", type=int, default=16384, help="of a step with --lengths")
+    parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)
+    parser.add_argument("--limit", type=float, default=600, help="seconds for one model")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(words)
+    unknown = [name for name in arguments.models if name not in CASES]
+    if unknown:
+        parser.error(f"unknown models {', '.join(unknown)}: choose from {', '.join(CASES)}")
+    arguments.modes = arguments.modes.split(",")
+    if set(arguments.modes) - {"eager", "compiled"}:
+        parser.error("--modes takes eager and compiled")
+    return arguments
+
+
+def main() -> int:
+    """Parse the command line, measure, print."""
+    arguments = parse()
+    if arguments.one:
+        name, fields, mode, steps, device = json.loads(arguments.one)
+        fields["words"] = tuple(fields["words"])
+        print(json.dumps(asdict(run(name, Case(**fields), mode, steps, torch.device(device)))))
+        return 0
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("bench_train.py needs an NVIDIA GPU; torch sees none (ssmtrain doctor)")
+    facts = {
+        "torch": torch.__version__,
+        "gpu": torch.cuda.get_device_name() if arguments.device == "cuda" else "none",
+        "command": " ".join(["python", "scripts/bench_train.py", *sys.argv[1:]]),
+    }
+    print("\n".join(f"# {name}: {value}" for name, value in facts.items()))
+    print(
+        f"{'model, mode, batch x length':44s} {'tokens/s':>9s} {'MFU %':>6s} {'peak GB':>8s} {'first s':>8s}"
+    )
+    results = []
+    for name, case in chosen(arguments):
+        for mode in arguments.modes:
+            found = apart(name, case, mode, arguments.steps, arguments.device, arguments.limit)
+            print(*lines_of(found, case), sep="\n", flush=True)
+            results.append(found)
+    if arguments.json:
+        document = {"environment": facts, "results": [asdict(found) for found in results]}
+        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+    return 1 if any(found.note for found in results) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
