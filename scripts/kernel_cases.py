@@ -287,6 +287,7 @@ def to_compile(quick: bool = False) -> Iterator[Case]:
     yield selective_case(1, 32768, 5120)
     yield selective_case(2, 8192, 1536, documents=512, state=True)
     yield selective_case(2, 1000, 1000, 24, gate=False, dtype=torch.float32)
+    yield selective_case(1, 5000, 256, 8, gate=False, dtype=torch.float32, documents=100, state=True)
     for N in (64, 256):
         yield selective_case(2, 4096, 768, N, documents=100)
     yield selective_step_case(64, 5120)

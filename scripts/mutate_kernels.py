@@ -76,6 +76,13 @@ def hopper(name: str, old: str, new: str, occurrence: int = 0, gpu: str = "") ->
     return Mutation(f"hopper: {name}", file, old, new, tuple(found.split()), occurrence, bool(gpu))
 
 
+def n16(name: str, part: str, old: str, new: str, occurrence: int = 0) -> Mutation:
+    """A mutation of selective_scan/triton_n16{part}.py."""
+    file = f"{KERNELS}/selective_scan/triton_n16{part}.py"
+    found = "tests/kernels/triton/test_selective_scan_n16_on_cpu.py"
+    return Mutation(f"n16: {name}", file, old, new, (found,), occurrence)
+
+
 def selective(name: str, part: str, old: str, new: str, occurrence: int = 0) -> Mutation:
     """A mutation of selective_scan/triton_{part}.py."""
     file = f"{KERNELS}/selective_scan/triton_{part}.py"
@@ -599,7 +606,10 @@ SELECTIVE = [
         "tl.minimum(at, after)",
     ),
     selective(
-        "the last token's neighbours count", "forward", "tl.where(live, tl.min", "tl.where(True, tl.min"
+        "the last token's neighbours count",
+        "forward",
+        "tl.where(live, step, 0.0)",
+        "tl.where(True, step, 0.0)",
     ),
     selective("steps are not clamped", "forward", "tl.maximum(step, low), high)", "step, high)"),
     selective("clamped steps have gradients", "forward", "live & (step >= low) & (step <= high)", "live"),
@@ -665,7 +675,66 @@ SELECTIVE = [
     selective("shares of one block are left out", "backward", "in range(blocks)", "in range(blocks - 1)"),
 ]
 
-MUTATIONS = CONV + NORM + SSD + HOPPER + SELECTIVE
+N16 = [
+    n16("the last token's neighbours count", "", "live = (t + q < size) & (e < E)", "live = e < E"),
+    n16(
+        "pieces end late",
+        "",
+        "mask=(t + i < size)[:, None] & (col",
+        "mask=(t + i < size + 1)[:, None] & (col",
+    ),
+    n16("B and C of the next document", "", "mask=(t + i < size)[:, None] & (n >= 0)", "mask=(n >= 0)"),
+    n16("tokens in pairs change places", "", "gl.join(parts[0], parts[2])", "gl.join(parts[2], parts[0])"),
+    n16("no copy of channels that are not there", "", "(column + e < columns)", "(e < columns)"),
+    n16("a state early", "", "(begin > 0) & (begin % EVERY == 0)", "(begin > 0) & (begin % EVERY == 16)"),
+    n16("what entered is left out", "", "inside & (at != first), E, N)", "inside & (at < 0), E, N)"),
+    n16("final states of pieces", "", "h, mask=inside & (at + size == after))", "h, mask=inside)"),
+    n16("states beyond N", "", "(n < N) & (block * BE + e < E)", "block * BE + e < E"),
+    n16(
+        "ends: nothing of the documents' states",
+        "_ends",
+        "inside & (at == first), E, N)",
+        "inside & (at < 0), E, N)",
+    ),
+    n16("ends: steps of one token", "_ends", "total += step", "total = step"),
+    n16("starts: dead tokens", "_ends", "live = (t + q < size) & (e < E)", "live = e < E"),
+    n16("starts: final gradients in every piece", "_ends", "(begin + size == after), E", "(begin > 0), E"),
+    n16("starts: no gate", "_ends", "pull *= gate * sigmoid(gate)", "pull *= 1.0"),
+    n16("back: the state after instead of before", "_backward", "h = before[2 * i + j]", "h = h"),
+    n16("back: gradients do not decay", "_backward", "g *= gl.exp2(rates * both_steps[j])", "g *= 1.0"),
+    n16(
+        "back: later pieces are not heard",
+        "_backward",
+        "inside & (end != after), E, N)",
+        "inside & (end == 0), E, N)",
+    ),
+    n16(
+        "back: final gradients in every piece", "_backward", "inside & (end == after), E, N)", "inside, E, N)"
+    ),
+    n16(
+        "back: initial gradients of every piece",
+        "_backward",
+        "mask=inside & (start == first))",
+        "mask=inside)",
+    ),
+    n16(
+        "back: blocks begin with nothing",
+        "_backward",
+        "mask=(own >= 0) & (base > 0)",
+        "mask=(own >= 0) & (base < 0)",
+    ),
+    n16(
+        "back: shares of dead tokens",
+        "_backward",
+        "mask=column // 32 < rest - t",
+        "mask=column // 32 < rest - t + 1",
+    ),
+    n16("back: the unit of A", "_backward", "all_A * (1.0 / LOG2E)", "all_A"),
+    n16("back: one state late", "_backward", "gl.maximum(s - 1, 0)", "gl.maximum(s, 0)"),
+]
+"""Of selective_scan/triton_n16*.py."""
+
+MUTATIONS = CONV + NORM + SSD + HOPPER + SELECTIVE + N16
 
 
 def mutated(source: str, mutation: Mutation) -> str | None:

@@ -360,6 +360,9 @@ def test_every_length_on_a_gpu(length: int, packed: bool, dtype: torch.dtype) ->
         for seed in range(1 if length > 999 else 4)
     )
     strains = strain(cases, doc_ids, n_docs)
+    # A GPU's exponential is good to 2^-22, torch's to 2^-24: a state that hardly decays carries the errors of
+    # a thousand decays, and the gradient of A weights such states most. Seen: 2.4.
+    assert strains.pop("grad A") <= (3 if dtype == FP32 and length > 999 else 2), strains
     assert max(strains.values()) <= 2, strains
 
 

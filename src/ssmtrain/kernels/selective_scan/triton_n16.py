@@ -40,8 +40,8 @@ if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 LOG2E = gl.constexpr(1.4426950408889634)
-EVERY = 64
-"""Tokens from one state that is kept for the backward pass to the next."""
+EVERY = 128
+"""Tokens from one state that is kept for the backward pass to the next: half a byte a channel and token."""
 CHANNELS = 64
 """Of a program: 16 for each of four warps."""
 BE = gl.constexpr(CHANNELS)
