@@ -43,8 +43,8 @@ SPILLS = {
     "selective_scan.triton_backward.backward": 640,
     "selective_scan.triton_n16_backward.backward": 384,
 }
-"""Bytes a thread may spill in the place of --spill: the first one's accumulators must stay; more programs of
-the second side by side are worth it (9.2 ms instead of 12.5); the third's, on sm_80, are between its loops."""
+"""Bytes a thread may spill in the place of --spill: the first one's accumulators must stay; more programs
+of the second side by side are worth it (9.2 ms instead of 12.5); the third's are between its loops."""
 SPILLS_FP32 = 12 << 10
 """Of kernels that take fp32 as three TF32 products: their parts do not fit, which is slower and as right."""
 ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100"]

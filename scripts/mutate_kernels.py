@@ -688,7 +688,12 @@ N16 = [
     n16("no copy of channels that are not there", "", "(column + e < columns)", "(e < columns)"),
     n16("a state early", "", "(begin > 0) & (begin % EVERY == 0)", "(begin > 0) & (begin % EVERY == 16)"),
     n16("what entered is left out", "", "inside & (at != first), E, N)", "inside & (at < 0), E, N)"),
-    n16("final states of pieces", "", "h, mask=inside & (at + size == after))", "h, mask=inside)"),
+    n16(
+        "final states of pieces",
+        "",
+        "h, mask=inside & (at + size == after))",
+        "h, mask=inside & (at == first))",
+    ),
     n16("states beyond N", "", "(n < N) & (block * BE + e < E)", "block * BE + e < E"),
     n16(
         "ends: nothing of the documents' states",
