@@ -114,6 +114,7 @@ def kind_of(kernel: str) -> str:
 def run(name: str, case: Case, mode: str, steps: int, device: torch.device) -> Result:
     """Train for some steps in this process."""
     from ssmtrain.config.load import load
+    from ssmtrain.data.tokenizer import vocab_rows
     from ssmtrain.kernels import backend
     from ssmtrain.layers.base import Context
     from ssmtrain.model.count import count_flops
@@ -127,7 +128,7 @@ def run(name: str, case: Case, mode: str, steps: int, device: torch.device) -> R
     config = load([*words, f"trainer.compile={'true' if mode == 'compiled' else 'false'}", *case.words])
     backend.configure("auto", device.type)
     torch.manual_seed(0)
-    vocab = config.model.vocab_size or 256
+    vocab = vocab_rows(config)
     with torch.device("meta"):
         model = HybridModel(config.model, vocab)
     model = apply(model, config.trainer)
