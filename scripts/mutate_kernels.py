@@ -599,6 +599,14 @@ HOPPER = [
 ]
 
 SELECTIVE = [
+    Mutation(
+        "selective: 32-bit windows",
+        f"{KERNELS}/selective_scan/triton_forward.py",
+        "at = w.to(tl.int64) * W",
+        "at = w * W",
+        (OFFSETS,),
+        0,
+    ),
     selective(
         "pieces from the row's start",
         "forward",

@@ -6,6 +6,7 @@ Everything is zero but the end, so that the end must be what the reference makes
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from mmap import mmap
 
 import pytest
@@ -14,8 +15,11 @@ from torch import Tensor
 
 from kernels.cases import distance
 from kernels.triton import shim
+from kernels.triton.gluon_shim import on_cpu
+from ssmtrain.kernels import tuned
 from ssmtrain.kernels.causal_conv1d import reference as conv_reference
 from ssmtrain.kernels.gated_norm import reference as norm_reference
+from ssmtrain.kernels.selective_scan import reference as scan_reference
 from ssmtrain.kernels.ssd import reference as ssd_reference
 from ssmtrain.kernels.tuned import interpreting
 
@@ -172,4 +176,36 @@ def test_ssd(monkeypatch: pytest.MonkeyPatch) -> None:
     big = [mostly_zero(batch, *t.shape[1:], tail=t) for t in (x, dt, B, C)]
     large_dy = mostly_zero(batch, *dy.shape[1:], tail=dy)
     found = ends(lambda *inputs: run(ssd, *inputs), big, large_dy, lambda t: t[-1:], 16)
+    assert_near(found, expected)
+
+
+@pytest.mark.parametrize("lanes", [False, True], ids=["plain", "n16"])
+def test_selective_scan(lanes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ssmtrain.kernels.selective_scan.triton import selective_scan
+
+    batch, length, channels, kept = 2**9 + 1, 128, 2**15 + 64, 16
+    u, dt, z, dy = torch.randn(4, 1, length, channels).to(BF16)
+    B, C = torch.randn(2, 1, length, 1).to(BF16)
+    A = -torch.rand(channels, 1)
+
+    def run(f, u: Tensor, dt: Tensor, z: Tensor) -> Tensor:
+        rows = [t.expand(u.shape[0], -1, -1) for t in (B, C)]
+        rest = {"D": A[:, 0], "z": z, "dt_bias": None, "doc_ids": None, "initial_state": None}
+        limits = {"dt_softplus": True, "dt_limit": (0.0, float("inf")), "return_final_state": False}
+        return f(u, dt, A, *rows, n_docs=u.shape[0], **rest, **limits)[0]
+
+    small = [t.clone().requires_grad_() for t in (u, dt, z)]
+    y = run(scan_reference.selective_scan, *small)
+    expected = [t[..., -kept:] for t in (y, *torch.autograd.grad(y, small, dy))]
+    big = [mostly_zero(batch, length, channels, tail=t) for t in (u, dt, z)]
+    large_dy = mostly_zero(batch, length, channels, tail=dy)
+    with ExitStack() as stack:
+        if lanes:
+            n16 = pytest.importorskip("ssmtrain.kernels.selective_scan.triton_n16")
+            n16_back = pytest.importorskip("ssmtrain.kernels.selective_scan.triton_n16_backward")
+            monkeypatch.setattr(tuned, "architecture", lambda device: "sm_90")
+            stack.enter_context(on_cpu(n16, n16.forward, n16_back.backward, last=1))
+        found = ends(
+            lambda *inputs: run(selective_scan, *inputs), big, large_dy, lambda t: t[-1:, :, -kept:], 2
+        )
     assert_near(found, expected)
