@@ -93,6 +93,20 @@ def copy_pairs(to, base, t, size):
 
 
 @gluon.jit
+def ring_of_rows(dtype: gl.constexpr, TILE: gl.constexpr):
+    """Return shared memory for two tiles (2, TILE, channels), and the same as spans (.., SPAN, channels)."""
+    tiles = gl.allocate_shared_memory(dtype, [2, TILE, BE], BANKS)
+    return tiles, tiles._reinterpret(dtype, [2 * TILE // SPAN, SPAN, BE], BANKS)
+
+
+@gluon.jit
+def ring_of_pairs(TILE: gl.constexpr):
+    """Return shared memory for the B and C of two tiles (2, TILE, 32), and the same as (4 * TILE, 4, 4)."""
+    tiles = gl.allocate_shared_memory(gl.float32, [2, TILE, 32], LINES)
+    return tiles, tiles._reinterpret(gl.float32, [4 * TILE, 4, 4], LINES)
+
+
+@gluon.jit
 def places(block, E, N, pitch):
     """Return where (4, 4, channels) lie among states (.., N, E), which exist, and where in a tile of ours."""
     n4 = gl.arange(0, 4, gl.SliceLayout(1, gl.SliceLayout(2, STATES)))[:, None, None]
@@ -167,6 +181,18 @@ def advance(h, A, step, fed, keys):
     return gl.exp2(A * step) * h + keys * fed
 
 
+@gluon.jit
+def walk(h, A, steps, feds, pairs, t):
+    """Return the states before each token of a span, the first of which is t in its buffers, and after."""
+    before = ()
+    for i in gl.static_range(SPAN // 2):
+        both_steps, both_feds = two(steps, i), two(feds, i)
+        for j in gl.static_range(2):
+            before = before + (h,)
+            h = advance(h, A, both_steps[j], both_feds[j], pair(pairs, 2 * (t + 2 * i + j)))
+    return before + (h,)
+
+
 @gluon.jit(do_not_specialize=["length", "tokens"])
 def forward(
     u, dt, A,
@@ -191,15 +217,11 @@ def forward(
     block = gl.program_id(0) % blocks
     at_state, inside, own = places(block, E, N, E)
     rates, skip, shift = parameters(A, D, bias, at_state, inside, block, E)
-    ring_u = gl.allocate_shared_memory(dtype, [2, TILE, BE], BANKS)
-    ring_dt = gl.allocate_shared_memory(dtype, [2, TILE, BE], BANKS)
+    ring_u, inputs = ring_of_rows(dtype, TILE)
+    ring_dt, raws = ring_of_rows(dtype, TILE)
     if z is not None:
-        ring_z = gl.allocate_shared_memory(dtype, [2, TILE, BE], BANKS)
-        gates = ring_z._reinterpret(dtype, [2 * TILE // SPAN, SPAN, BE], BANKS)
-    ring = gl.allocate_shared_memory(gl.float32, [2, TILE, 32], LINES)
-    inputs = ring_u._reinterpret(dtype, [2 * TILE // SPAN, SPAN, BE], BANKS)
-    raws = ring_dt._reinterpret(dtype, [2 * TILE // SPAN, SPAN, BE], BANKS)
-    pairs = ring._reinterpret(gl.float32, [4 * TILE, 4, 4], LINES)
+        ring_z, gates = ring_of_rows(dtype, TILE)
+    ring, pairs = ring_of_pairs(TILE)
     steps = gl.allocate_shared_memory(gl.float32, [2, BE, 2], LINES)
     feds = gl.allocate_shared_memory(gl.float32, [2, BE, 2], LINES)
     q = gl.arange(0, SPAN, gl.SliceLayout(1, SPANS))[:, None]

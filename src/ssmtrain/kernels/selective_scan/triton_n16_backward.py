@@ -22,14 +22,12 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from ssmtrain.kernels.selective_scan.triton_n16 import (
-    BANKS,
     BE,
     LINES,
     LOG2E,
     SPAN,
     SPANS,
     STATES,
-    advance,
     barrier,
     copy_pairs,
     copy_rows,
@@ -39,10 +37,13 @@ from ssmtrain.kernels.selective_scan.triton_n16 import (
     pair,
     parameters,
     places,
+    ring_of_pairs,
+    ring_of_rows,
     sigmoid,
     spread,
     step_of,
     two,
+    walk,
     window,
 )
 
@@ -109,17 +110,12 @@ def backward(
     block = gl.program_id(0) % blocks
     at_state, inside, own = places(block, E, N, E)
     rates, skip, shift = parameters(A, D, bias, at_state, inside, block, E)
-    ring_u = gl.allocate_shared_memory(dtype, [2, TILE, BE], BANKS)
-    ring_dt = gl.allocate_shared_memory(dtype, [2, TILE, BE], BANKS)
-    ring_dy = gl.allocate_shared_memory(dtype, [2, TILE, BE], BANKS)
-    inputs = ring_u._reinterpret(dtype, [RING, SPAN, BE], BANKS)
-    raws = ring_dt._reinterpret(dtype, [RING, SPAN, BE], BANKS)
-    grads = ring_dy._reinterpret(dtype, [RING, SPAN, BE], BANKS)
+    ring_u, inputs = ring_of_rows(dtype, TILE)
+    ring_dt, raws = ring_of_rows(dtype, TILE)
+    ring_dy, grads = ring_of_rows(dtype, TILE)
     if z is not None:
-        ring_z = gl.allocate_shared_memory(dtype, [2, TILE, BE], BANKS)
-        gates = ring_z._reinterpret(dtype, [RING, SPAN, BE], BANKS)
-    ring = gl.allocate_shared_memory(gl.float32, [2, TILE, 32], LINES)
-    pairs = ring._reinterpret(gl.float32, [4 * TILE, 4, 4], LINES)
+        ring_z, gates = ring_of_rows(dtype, TILE)
+    ring, pairs = ring_of_pairs(TILE)
     held = gl.allocate_shared_memory(gl.float32, [2, 2, 4, HALF, 4], HELD)
     held_line = held._reinterpret(gl.float32, [2, 16 * BE], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     steps = gl.allocate_shared_memory(gl.float32, [2, BE, 2], LINES)
@@ -186,11 +182,7 @@ def backward(
                         step, _slope = step_of(raw, (q >= 0) & (e < E), shift, low, high, SOFTPLUS)
                         spread(steps, step * LOG2E)
                         spread(feds, step * x)
-                        for i in gl.static_range(SPAN // 2):
-                            both_steps, both_feds = two(steps, i), two(feds, i)
-                            for j in gl.static_range(2):
-                                keys = pair(pairs, 2 * (now * TILE + k * SPAN + 2 * i + j))
-                                h = advance(h, rates, both_steps[j], both_feds[j], keys)
+                        h = walk(h, rates, steps, feds, pairs, now * TILE + k * SPAN)[SPAN]
             # The tile with the last span is there or on its way, but for what only the way back needs.
             last = (spans - 1) * SPAN // TILE
             async_copy.wait_group(0)
@@ -236,13 +228,8 @@ def backward(
                 spread(pulls, pull)
                 h = gl.reshape(held.index(s % 2).permute((1, 3, 2, 0)).load(HELD_BY_LANE), [4, 4, BE])
                 h = gl.convert_layout(h, STATES)
-                before = ()
-                for i in gl.static_range(SPAN // 2):
-                    both_steps, both_feds = two(steps, i), two(feds, i)
-                    for j in gl.static_range(2):
-                        before = before + (h,)
-                        keys = pair(pairs, 2 * (t % (2 * TILE) + 2 * i + j))
-                        h = advance(h, rates, both_steps[j], both_feds[j], keys)
+                before = walk(h, rates, steps, feds, pairs, t % (2 * TILE))
+                h = before[SPAN]
                 throughs, bents, outs = (), (), ()
                 for i in gl.static_range(SPAN // 2 - 1, -1, -1):
                     both_steps, both_feds, both_pulls = two(steps, i), two(feds, i), two(pulls, i)

@@ -13,7 +13,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from ssmtrain.kernels.selective_scan.triton_n16 import (
-    BANKS,
     BE,
     LINES,
     LOG2E,
@@ -21,7 +20,6 @@ from ssmtrain.kernels.selective_scan.triton_n16 import (
     SPANS,
     STATES,
     TILE,
-    advance,
     barrier,
     copy_pairs,
     copy_rows,
@@ -30,10 +28,13 @@ from ssmtrain.kernels.selective_scan.triton_n16 import (
     pair,
     parameters,
     places,
+    ring_of_pairs,
+    ring_of_rows,
     sigmoid,
     spread,
     step_of,
     two,
+    walk,
     window,
 )
 
@@ -65,12 +66,9 @@ def ends(
     if (begin < end) & (end < after):
         at_state, inside, _own = places(block, E, N, E)
         rates, _skip, shift = parameters(A, None, bias, at_state, inside, block, E)
-        ring_u = gl.allocate_shared_memory(dtype, [2, TILE, BE], BANKS)
-        ring_dt = gl.allocate_shared_memory(dtype, [2, TILE, BE], BANKS)
-        ring = gl.allocate_shared_memory(gl.float32, [2, TILE, 32], LINES)
-        inputs = ring_u._reinterpret(dtype, [2 * PER_TILE, SPAN, BE], BANKS)
-        raws = ring_dt._reinterpret(dtype, [2 * PER_TILE, SPAN, BE], BANKS)
-        pairs = ring._reinterpret(gl.float32, [4 * TILE, 4, 4], LINES)
+        ring_u, inputs = ring_of_rows(dtype, TILE)
+        ring_dt, raws = ring_of_rows(dtype, TILE)
+        ring, pairs = ring_of_pairs(TILE)
         steps = gl.allocate_shared_memory(gl.float32, [2, BE, 2], LINES)
         feds = gl.allocate_shared_memory(gl.float32, [2, BE, 2], LINES)
         q = gl.arange(0, SPAN, gl.SliceLayout(1, SPANS))[:, None]
@@ -99,11 +97,7 @@ def ends(
                 total += step
                 spread(steps, step * LOG2E)
                 spread(feds, step * x)
-                for i in gl.static_range(SPAN // 2):
-                    both_steps, both_feds = two(steps, i), two(feds, i)
-                    for j in gl.static_range(2):
-                        keys = pair(pairs, 2 * (now * TILE + k * SPAN + 2 * i + j))
-                        h = advance(h, rates, both_steps[j], both_feds[j], keys)
+                h = walk(h, rates, steps, feds, pairs, now * TILE + k * SPAN)[SPAN]
         gl.store(left + w.to(gl.int64) * E * N + at_state, h, mask=inside)
         e = block * BE + gl.arange(0, BE, gl.SliceLayout(0, SPANS))
         gl.store(steps_of + w.to(gl.int64) * E + e, gl.sum(total, 0), mask=e < E)
@@ -134,15 +128,11 @@ def starts(
     if (begin < end) & (begin != first):
         at_state, inside, _own = places(block, E, N, E)
         rates, _skip, shift = parameters(A, None, bias, at_state, inside, block, E)
-        ring_dy = gl.allocate_shared_memory(dtype, [2, TILE, BE], BANKS)
-        ring_dt = gl.allocate_shared_memory(dtype, [2, TILE, BE], BANKS)
+        ring_dy, grads = ring_of_rows(dtype, TILE)
+        ring_dt, raws = ring_of_rows(dtype, TILE)
         if z is not None:
-            ring_z = gl.allocate_shared_memory(dtype, [2, TILE, BE], BANKS)
-            gates = ring_z._reinterpret(dtype, [2 * PER_TILE, SPAN, BE], BANKS)
-        ring = gl.allocate_shared_memory(gl.float32, [2, TILE, 32], LINES)
-        grads = ring_dy._reinterpret(dtype, [2 * PER_TILE, SPAN, BE], BANKS)
-        raws = ring_dt._reinterpret(dtype, [2 * PER_TILE, SPAN, BE], BANKS)
-        pairs = ring._reinterpret(gl.float32, [4 * TILE, 4, 4], LINES)
+            ring_z, gates = ring_of_rows(dtype, TILE)
+        ring, pairs = ring_of_pairs(TILE)
         steps = gl.allocate_shared_memory(gl.float32, [2, BE, 2], LINES)
         pulls = gl.allocate_shared_memory(gl.float32, [2, BE, 2], LINES)
         q = gl.arange(0, SPAN, gl.SliceLayout(1, SPANS))[:, None]
