@@ -38,5 +38,16 @@ def architecture(device: torch.device) -> str:
 
 
 @functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Return how many multiprocessors the device has, as many as an H100 under the interpreter.
+
+    For how work is handed out only: no bit of a result may depend on it.
+    """
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
 def _table() -> dict[str, dict[str, dict[str, Config]]]:
     return json.loads((Path(__file__).parent / "tuned.json").read_text())

@@ -134,6 +134,20 @@ def _store(pointer: Pointer, data: Any, mask: Any = None) -> None:
     pointer.memory[at[live]] = data[live].as_subclass(Tensor).to(pointer.memory.dtype)
 
 
+def _add(pointer: Pointer, number: Any, sem: str) -> Any:
+    before = _load(pointer)
+    _store(pointer, before + number)
+    return before
+
+
+def _compare(pointer: Pointer, expected: Any, data: Any, sem: str) -> Any:
+    before = _load(pointer)
+    # Programs run to their end one after the other: nobody could still bring what is waited for.
+    assert before == expected, "waits for a program that comes later"
+    _store(pointer, data)
+    return before
+
+
 def _copy(to: Shared, pointer: Pointer, mask: Any = None) -> None:
     to.store(_load(pointer, mask) if pointer.memory.numel() else torch.zeros_like(to.data))
 
@@ -157,7 +171,7 @@ def _two(function: Any) -> Any:
     return lambda a, b: value(function(torch.as_tensor(a), torch.as_tensor(b)))
 
 
-def _language(program: tuple[int, ...]) -> SimpleNamespace:
+def _language(program: tuple[int, ...], grid: tuple[int, ...]) -> SimpleNamespace:
     layouts = ("NVMMADistributedLayout", "DotOperandLayout", "BlockedLayout", "NVMMASharedLayout")
     same = ("float32", "bfloat16", "int32", "int64", "exp2", "rsqrt", "abs")
     return SimpleNamespace(
@@ -172,6 +186,10 @@ def _language(program: tuple[int, ...]) -> SimpleNamespace:
         permute=lambda data, order: data.permute(tuple(order)),
         sum=lambda data, axis: data.sum(axis),
         program_id=lambda axis: value(torch.tensor(program[axis], dtype=torch.int32)),
+        num_programs=lambda axis: value(torch.tensor(grid[axis], dtype=torch.int32)),
+        atomic_add=_add,
+        atomic_cas=_compare,
+        atomic_xchg=lambda pointer, data, sem: _store(pointer, data),
         arange=_arange,
         zeros=lambda shape, dtype, layout: value(torch.zeros(shape, dtype=dtype)),
         full=lambda shape, number, dtype, layout: value(torch.full(shape, number, dtype=dtype)),
@@ -229,7 +247,7 @@ def on_cpu(host: ModuleType, *kernels: Any, last: int | None = None) -> Iterator
                 for module in modules:
                     for language in ("gl", "tl"):
                         if hasattr(module, language):
-                            stack.enter_context(mock.patch.object(module, language, _language((at,))))
+                            stack.enter_context(mock.patch.object(module, language, _language((at,), grid)))
                 kernel.fn(*pointers, **constants)
         return None
 

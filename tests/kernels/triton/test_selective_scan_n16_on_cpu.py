@@ -66,10 +66,30 @@ def check(inputs: Inputs, rows: list[list[int]] | None, dtype: torch.dtype = FP3
 def test_documents_and_windows(
     window: int, every: int, rows: list[list[int]] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ours, "window_length", lambda channels: window)
+    monkeypatch.setattr(ours, "window_length", lambda channels, length: window)
     monkeypatch.setattr(n16, "EVERY", every)
     n_docs = documents(rows)[1] or 2
     check(draw(49, n_docs, channels=80, N=16), rows)
+
+
+@pytest.mark.parametrize("turn", [16, 32])
+@pytest.mark.parametrize("rows", [None, [[3, 16, 1, 29], [1, 48]], [[49], [17, 32]]], ids=str)
+def test_turns_change_no_bit(
+    rows: list[list[int]] | None, turn: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chain that is gone back through in turns gives what it gives in one, and what the oracle says."""
+    monkeypatch.setattr(ours, "window_length", lambda channels, length: 64)
+    monkeypatch.setattr(n16, "EVERY", 16)
+    monkeypatch.setattr(n16, "TURN", turn)
+    doc_ids, n_docs = documents(rows)
+    inputs = rounded(draw(49, n_docs or 2, channels=80, N=16), CPU)
+    expected = pulled(call(ours, doc_ids, n_docs), inputs)
+    monkeypatch.setattr(tuned, "multiprocessors", lambda device: 1)
+    assert n16.turns(ours.plan(inputs["u"], inputs["dt"], inputs["A"].t(), None, "backward"), CPU) > 1
+    found = pulled(call(ours, doc_ids, n_docs), inputs)
+    for name, one in expected.items():
+        assert torch.equal(found[name], one), name
+    assert_all_close(found, oracle(inputs, doc_ids), 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
@@ -88,7 +108,7 @@ def test_options(options: dict[str, object], dtype: torch.dtype) -> None:
 def test_packed_documents_have_the_bits_of_documents_alone(
     window: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ours, "window_length", lambda channels: window)
+    monkeypatch.setattr(ours, "window_length", lambda channels, length: window)
     monkeypatch.setattr(n16, "EVERY", 16)
     doc_ids, n_docs = documents([[3, 1, 36], [40]])
     assert doc_ids is not None and n_docs is not None
@@ -97,7 +117,7 @@ def test_packed_documents_have_the_bits_of_documents_alone(
 
 def test_nothing_crosses_a_boundary(monkeypatch: pytest.MonkeyPatch) -> None:
     """A document of infinities leaves its neighbours' outputs and gradients finite."""
-    monkeypatch.setattr(ours, "window_length", lambda channels: 16)
+    monkeypatch.setattr(ours, "window_length", lambda channels, length: 16)
     doc_ids, n_docs = documents([[18, 5, 17]])
     inputs = rounded(draw(40, 3, batch=1, channels=16, N=16), CPU)
     clean = pulled(call(ours, doc_ids, n_docs), inputs)

@@ -52,7 +52,7 @@ def use(monkeypatch: pytest.MonkeyPatch, window: int = 8, every: int = 4, **conf
     """Cut a few tokens as the kernels cut thousands."""
     real = tuned.lookup
     changes = {"BE": 8, "UNROLL": 2, "SPAN": 2} | config
-    monkeypatch.setattr(ours, "window_length", lambda channels: window)
+    monkeypatch.setattr(ours, "window_length", lambda channels, length: window)
     monkeypatch.setattr(ours, "EVERY", every)
     monkeypatch.setattr(tuned, "lookup", lambda *asked: real(*asked) | changes)
 
@@ -382,6 +382,20 @@ def test_every_size_on_a_gpu(N: int, channels: int) -> None:
 def test_packed_documents_have_the_bits_of_documents_alone_on_a_gpu(length: int, dtype: torch.dtype) -> None:
     doc_ids, n_docs = cut_rows(2, length)
     assert_alone(doc_ids, n_docs, rounded(draw(length, n_docs, **SIZES), CUDA, dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "documents"])
+def test_multiprocessors_change_no_bit(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor into how many turns the backward pass takes a window: as on a GPU of one, and of very many."""
+    doc_ids, n_docs = cut_rows(2, 2600) if packed else (None, None)
+    inputs = rounded(draw(2600, n_docs or 2, channels=1600, N=16), CUDA, BF16)
+    found = []
+    for multiprocessors in (1, 2**20, 1):
+        monkeypatch.setattr(tuned, "multiprocessors", lambda device, n=multiprocessors: n)
+        found.append(pulled(call(ours, doc_ids, n_docs), inputs))
+    for name, one in found[0].items():
+        assert all(torch.equal(one, other[name]) for other in found[1:]), name
 
 
 @pytest.mark.gpu

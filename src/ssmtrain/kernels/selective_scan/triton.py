@@ -147,9 +147,12 @@ class Plan(NamedTuple):
         return {"W": self.W} | {name: value for name, value in self.config.items() if name in wanted}
 
 
-def window_length(channels: int) -> int:
-    """Return W: windows of fewer tokens where channels are few, so that multiprocessors are not idle."""
-    return max(512, min(4096, triton.next_power_of_2(channels)))
+def window_length(channels: int, length: int) -> int:
+    """Return W: windows of fewer tokens where channels are few, so that multiprocessors are not idle.
+
+    No longer than a row: a window's documents are walked one after the other.
+    """
+    return max(512, min(4096, triton.next_power_of_2(channels), triton.next_power_of_2(length)))
 
 
 def plan(u: Tensor, dt: Tensor, A: Tensor, z: Tensor | None, kernel: str) -> Plan:
@@ -167,7 +170,7 @@ def plan(u: Tensor, dt: Tensor, A: Tensor, z: Tensor | None, kernel: str) -> Pla
     dtype = str(u.dtype).removeprefix("torch.")
     config = tuned.lookup(f"selective_scan_{kernel}", u.device, f"N={BN},dtype={dtype}", fallback)
     lanes = n16 is not None and n16.fits(N, *(t for t in (u, dt, z) if t is not None))
-    return Plan(batch, length, channels, N, window_length(channels), config, lanes)
+    return Plan(batch, length, channels, N, window_length(channels, length), config, lanes)
 
 
 EVERY = 256
@@ -247,15 +250,17 @@ def scan_back(
         _join(cut, A, doc_ids, docs, left, steps, leave, back=True)
     pitch = 16 if cut.lanes else cut.N
     shares = new(cut.tiles, cut.tokens, 2, pitch)
-    of_A, sums = new(1, cut.windows, cut.channels * cut.N), new(2, cut.windows, cut.channels)
+    of_A, sums = new(1, cut.windows, *cut.tile), new(2, cut.windows, cut.channels)
     rest = (D, z, dt_bias, doc_ids, docs, initial, _some(enter), _some(marks), leave, d_final)
     grads_of = (d_u, d_dt, _some(d_z), shares, of_A, sums, _some(d_initial))
     options = {"EVERY": cut.every, "SOFTPLUS": softplus, **strides(DY=d_y, U=u, DT=dt, Z=z)}
     counts = (*sizes, cut.windows)
     if cut.lanes:
         scratch = new(cut.windows * cut.tiles, cut.every // n16.SPAN.value, cut.tile[1])
-        tensors = (d_y, u, dt, A, B, *rest, scratch, *grads_of)
-        n16.run(cut, n16_back.backward, *tensors, *counts, *shape[:2], low, high, **options)
+        n_turns = n16.turns(cut, u.device)
+        tensors = (d_y, u, dt, A, B, *rest, scratch, *grads_of, *n16.carried(cut, n_turns, u.device))
+        limits = (*shape[:2], low, high)
+        n16.run(cut, n16_back.backward, *tensors, *counts, n_turns, *limits, **options, n_turns=n_turns)
     else:
         tile = cut.config["BE"] * cut.config["BN"]
         scratch = new(cut.grid[0], cut.every // cut.config["SPAN"], tile)
@@ -270,7 +275,8 @@ def scan_back(
         )
     grid = (triton.cdiv(2 * pitch * cut.tokens, 1024),)
     launch(add_shares, grid, shares, d_B, d_C, cut.tokens, cut.tiles, cut.N, PITCH=pitch, BLOCK=1024)
-    d_A.copy_(_added(of_A).view(A.shape))
+    of_A = _added(of_A.flatten(2))
+    d_A.copy_(n16.ordered(of_A, cut) if cut.lanes else of_A.view(A.shape))
     of_D, of_bias = _added(sums)
     if D is not None:
         d_D.copy_(of_D)

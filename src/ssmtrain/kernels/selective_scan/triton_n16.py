@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 import triton
 from torch import Tensor
 from triton.experimental import gluon
@@ -44,6 +45,12 @@ EVERY = 128
 """Tokens from one state that is kept for the backward pass to the next: half a byte a channel and token."""
 CHANNELS = 64
 """Of a program: 16 for each of four warps."""
+PLACES = 3
+"""Programs of the backward pass on a multiprocessor."""
+TURN = 256
+"""Tokens after which a program of the backward pass may leave the rest of its window to another."""
+WINDOW = gl.constexpr(2**13)
+"""More tokens than a piece has, and a tile."""
 BE = gl.constexpr(CHANNELS)
 SPAN = gl.constexpr(4)
 TILE = gl.constexpr(16)
@@ -75,9 +82,13 @@ def copy_rows(to, base, STRIDE: gl.constexpr, t, size, column, columns):
     wide: gl.constexpr = gl.BlockedLayout([1, WORD], [WORD // 2, 64 // WORD], [4, 1], [1, 0])
     i = gl.arange(0, to.shape[0], gl.SliceLayout(1, wide))
     e = gl.arange(0, 64, gl.SliceLayout(0, wide))
+    # Added in this order a lane keeps an offset in 32 bits, and not an address for each tensor.
+    rows = (t + i)[:, None]
+    if STRIDE * WINDOW >= 2**31:
+        rows = rows.to(gl.int64)
     async_copy.async_copy_global_to_shared(
         to,
-        base + t * STRIDE + column + (i[:, None] * STRIDE + e[None, :]),
+        base + column + (rows * STRIDE + e[None, :]),
         mask=(t + i < size)[:, None] & (column + e < columns)[None, :],
     )
 
@@ -88,7 +99,7 @@ def copy_pairs(to, base, t, size):
     i = gl.arange(0, to.shape[0], gl.SliceLayout(1, PAIRS))
     n = gl.arange(0, 32, gl.SliceLayout(0, PAIRS))
     async_copy.async_copy_global_to_shared(
-        to, base + t * 32 + (i[:, None] * 32 + n[None, :]), mask=(t + i < size)[:, None] & (n >= 0)[None, :]
+        to, base + ((t + i)[:, None] * 32 + n[None, :]), mask=(t + i < size)[:, None] & (n >= 0)[None, :]
     )
 
 
@@ -298,7 +309,34 @@ def fits(N: int, *tensors: Tensor) -> bool:
     )
 
 
-def run(cut: Plan, kernel: Any, like: Tensor, *args: object, **constants: object) -> None:
+def ordered(states: Tensor, cut: Plan) -> Tensor:
+    """Return states that lie as in `places`, tile after tile, as (N, E)."""
+    lanes = states.view(cut.tiles, 2, 4, CHANNELS // 2, 4)  # (tiles, e % 2, n // 4, e // 2, n % 4)
+    return lanes.permute(2, 4, 0, 3, 1).reshape(16, -1)[: cut.N, : cut.channels]
+
+
+def turns(cut: Plan, device: torch.device) -> int:
+    """Return into how many turns the backward pass takes a chain, a window's 64 channels.
+
+    Chains that do not all find a place at once would leave the GPU half empty at the end. Then each ends
+    after a while and the next of those that began longest ago goes on: what it computes stays the same, to
+    the bit, whatever the number of turns.
+    """
+    chains = cut.windows * cut.tiles
+    return 1 if chains <= PLACES * tuned.multiprocessors(device) else max(1, cut.W // TURN)
+
+
+def carried(cut: Plan, n_turns: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Return `turns`, `ends` and `carry` of the backward kernel; of one turn, no more than their types."""
+    chains = cut.windows * cut.tiles if n_turns > 1 else 0
+    return (
+        torch.zeros(1 + chains, dtype=torch.int32, device=device),
+        torch.empty(chains, dtype=torch.int64, device=device),
+        torch.empty(chains, 40 * CHANNELS, dtype=torch.float32, device=device),
+    )
+
+
+def run(cut: Plan, kernel: Any, like: Tensor, *args: object, n_turns: int = 1, **constants: int) -> None:
     """Launch a kernel, whose first argument is (B, L, E), for all windows and blocks of channels."""
     name = kernel.__name__
     # Five programs to a multiprocessor; three of the backward pass, which with fewer registers spills, and
@@ -308,4 +346,4 @@ def run(cut: Plan, kernel: Any, like: Tensor, *args: object, **constants: object
         fallback["TILE"] = 16 if like.dtype.itemsize == 2 else 8
     key = f"dtype={str(like.dtype).removeprefix('torch.')}"
     config = tuned.lookup(f"selective_scan_n16_{name}", like.device, key, fallback)
-    launch(kernel, (cut.windows * cut.tiles,), like, *args, W=cut.W, **constants, **config)
+    launch(kernel, (n_turns * cut.windows * cut.tiles,), like, *args, W=cut.W, **constants, **config)

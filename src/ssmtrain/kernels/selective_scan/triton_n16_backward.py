@@ -78,13 +78,19 @@ def stacked(token, next_token):
 
 
 @gluon.jit
-def copy_held(to, scratch):
+def copy_held(to, scratch, s):
     """Begin to copy the states (16 * BE) with which a span begins into shared memory."""
     i = gl.arange(0, 16 * BE, LINEAR)
-    async_copy.async_copy_global_to_shared(to, scratch + i)
+    async_copy.async_copy_global_to_shared(to, scratch + (s * (16 * BE) + i))
 
 
-@gluon.jit(do_not_specialize=["length", "tokens", "n_windows"])
+@gluon.jit
+def tile_of(q):
+    """Return where (SPAN, channels) lie in a tile of ours."""
+    return q * BE + gl.arange(0, BE, gl.SliceLayout(0, SPANS))[None, :]
+
+
+@gluon.jit(do_not_specialize=["length", "tokens", "n_windows", "n_turns"])
 def backward(
     d_y, u, dt, A,
     BC,  # (B * L, 2, 16), fp32
@@ -94,20 +100,32 @@ def backward(
     scratch,  # (programs, EVERY // SPAN, 16 * BE)
     d_u, d_dt, d_z,  # (B, L, E); d_z or None
     shares,  # (blocks, tokens, 2, 16): of dB and dC
-    d_A,  # (windows, N, E)
+    d_A,  # (windows, blocks, 16 * BE), as marks
     sums,  # (2, windows, E): of dD and d_bias
     d_initial,  # (n_docs, N, E) or None
-    length, tokens, n_windows, E, N, low, high,
+    turns,  # (1 + chains,), zeros: turns begun; of each chain, a window's 64 channels, turns done
+    ends,  # (chains,): where a chain's next turn begins, int64
+    carry,  # (chains, 40 * BE): what a chain's turn leaves to the next; unused, as both before, with one turn
+    length, tokens, n_windows, n_turns, E, N, low, high,
     S_DY: gl.constexpr, S_U: gl.constexpr, S_DT: gl.constexpr, S_Z: gl.constexpr,
     W: gl.constexpr, EVERY: gl.constexpr, TILE: gl.constexpr, SOFTPLUS: gl.constexpr,
 ):  # fmt: skip
-    """Go back through the pieces of one window for 64 channels."""
+    """Go back through a turn's share of the pieces of one window for 64 channels."""
     PACKED: gl.constexpr = ids is not None
     dtype: gl.constexpr = u.dtype.element_ty
     RING: gl.constexpr = 2 * TILE // SPAN  # spans
     blocks = (E + BE - 1) // BE
-    w = gl.program_id(0) // blocks
-    block = gl.program_id(0) % blocks
+    chains = gl.num_programs(0) // n_turns
+    # The number of turns is no constant: compiled for it, sums might round in another way.
+    chain = gl.program_id(0)
+    turn = chain // chains
+    if n_turns > 1:
+        # Taken in the order in which programs begin, so that whoever is waited for has begun.
+        ticket = gl.atomic_add(turns, 1, sem="relaxed")
+        chain = ticket % chains
+        turn = ticket // chains
+    w = chain // blocks
+    block = chain % blocks
     at_state, inside, own = places(block, E, N, E)
     rates, skip, shift = parameters(A, D, bias, at_state, inside, block, E)
     ring_u, inputs = ring_of_rows(dtype, TILE)
@@ -129,145 +147,162 @@ def backward(
         gl.arange(0, 8 * SPAN, gl.SliceLayout(1, COLUMNS))[:, None] * 4
         + gl.arange(0, 4, gl.SliceLayout(0, COLUMNS))[None, :]
     )
-    scratch += gl.program_id(0).to(gl.int64) * (EVERY // SPAN * 16 * BE)
+    scratch += chain.to(gl.int64) * (EVERY // SPAN * 16 * BE)
     shares += block.to(gl.int64) * tokens * 32
-    all_A = gl.zeros([4, 4, BE], gl.float32, STATES)
+    all_A, g = gl.zeros([4, 4, BE], gl.float32, STATES), gl.zeros([4, 4, BE], gl.float32, STATES)
     sum_D, sum_bias = gl.zeros([SPAN, BE], gl.float32, SPANS), gl.zeros([SPAN, BE], gl.float32, SPANS)
     begin = window(ids, docs, w, length, tokens, W, PACKED)
     end = window(ids, docs, w + 1, length, tokens, W, PACKED)
-    while end > begin:
+    stop = begin + (end - begin) * (n_turns - 1 - turn) // n_turns
+    if turn > 0:
+        done = gl.atomic_cas(turns + 1 + chain, turn, turn, sem="acquire")
+        while done < turn:
+            done = gl.atomic_cas(turns + 1 + chain, turn, turn, sem="acquire")
+        end = gl.load(ends + chain)
+        room = carry + chain.to(gl.int64) * (40 * BE)
+        g, all_A = gl.load(room + own), gl.load(room + 16 * BE + own)
+        sum_D, sum_bias = gl.load(room + 32 * BE + tile_of(q)), gl.load(room + 36 * BE + tile_of(q))
+    while end > stop:
         d, first, after = document(ids, docs, end - 1, length, PACKED)
         start = first + (end - 1 - first) // W * W
-        size = (end - start).to(gl.int32)
-        g = gl.zeros([4, 4, BE], gl.float32, STATES)
-        if d_final is not None:
-            g = kept(d_final, d, at_state, inside & (end == after), E, N)
-        if leave is not None:
-            g += kept(leave, w.to(gl.int64), at_state, inside & (end != after), E, N)
-        for back in range((size + EVERY - 1) // EVERY):
-            base = ((size + EVERY - 1) // EVERY - 1 - back) * EVERY
-            at = start + base
-            rest = gl.minimum(size - base, EVERY)  # tokens of this block
-            spans = (rest + SPAN - 1) // SPAN
-            barrier()
-            copy_rows(ring_u.index(0), u + at * S_U, S_U, 0, rest, block * BE, E)
-            copy_rows(ring_dt.index(0), dt + at * S_DT, S_DT, 0, rest, block * BE, E)
-            copy_pairs(ring.index(0), BC + at * 32, 0, rest)
-            async_copy.commit_group()
-            h = gl.zeros([4, 4, BE], gl.float32, STATES)
-            if initial is not None:
-                h = kept(initial, d, at_state, inside & (start == first) & (base == 0), E, N)
-            if enter is not None:
-                h += kept(enter, w.to(gl.int64), at_state, inside & (start != first) & (base == 0), E, N)
-            if marks is not None:
-                h += gl.load(
-                    marks + (at // EVERY * blocks + block) * (16 * BE) + own,
-                    mask=(own >= 0) & (base > 0),
-                    other=0.0,
-                )
-            for ahead in range(0, (spans - 1) * SPAN, TILE):
-                async_copy.wait_group(0)
-                barrier()
-                now = ahead // TILE % 2
-                copy_rows(ring_u.index(1 - now), u + at * S_U, S_U, ahead + TILE, rest, block * BE, E)
-                copy_rows(ring_dt.index(1 - now), dt + at * S_DT, S_DT, ahead + TILE, rest, block * BE, E)
-                copy_pairs(ring.index(1 - now), BC + at * 32, ahead + TILE, rest)
-                async_copy.commit_group()
-                for k in gl.static_range(TILE // SPAN):
-                    s = ahead // SPAN + k
-                    if s < spans - 1:
-                        gl.store(scratch + s * (16 * BE) + own, h)
-                        x = inputs.index(now * (TILE // SPAN) + k).load(SPANS).to(gl.float32)
-                        raw = raws.index(now * (TILE // SPAN) + k).load(SPANS)
-                        step, _slope = step_of(raw, (q >= 0) & (e < E), shift, low, high, SOFTPLUS)
-                        spread(steps, step * LOG2E)
-                        spread(feds, step * x)
-                        h = walk(h, rates, steps, feds, pairs, now * TILE + k * SPAN)[SPAN]
-            # The tile with the last span is there or on its way, but for what only the way back needs.
-            last = (spans - 1) * SPAN // TILE
+        last_of = gl.minimum(start + W, after)
+        if end == last_of:
+            g = gl.zeros([4, 4, BE], gl.float32, STATES)
+            if d_final is not None:
+                g = kept(d_final, d, at_state, inside & (end == after), E, N)
+            if leave is not None:
+                g += kept(leave, w.to(gl.int64), at_state, inside & (end != after), E, N)
+        base = ((end - start).to(gl.int32) - 1) // EVERY * EVERY
+        at = start + base
+        rest = (end - at).to(gl.int32)  # tokens of this block
+        spans = (rest + SPAN - 1) // SPAN
+        barrier()
+        copy_rows(ring_u.index(0), u + at * S_U, S_U, 0, rest, block * BE, E)
+        copy_rows(ring_dt.index(0), dt + at * S_DT, S_DT, 0, rest, block * BE, E)
+        copy_pairs(ring.index(0), BC + at * 32, 0, rest)
+        async_copy.commit_group()
+        h = gl.zeros([4, 4, BE], gl.float32, STATES)
+        if initial is not None:
+            h = kept(initial, d, at_state, inside & (start == first) & (base == 0), E, N)
+        if enter is not None:
+            h += kept(enter, w.to(gl.int64), at_state, inside & (start != first) & (base == 0), E, N)
+        if marks is not None:
+            h += gl.load(
+                marks + (at // EVERY * blocks + block) * (16 * BE) + own,
+                mask=(own >= 0) & (base > 0),
+                other=0.0,
+            )
+        for ahead in range(0, (spans - 1) * SPAN, TILE):
             async_copy.wait_group(0)
             barrier()
-            copy_rows(ring_dy.index(last % 2), d_y + at * S_DY, S_DY, last * TILE, rest, block * BE, E)
-            if z is not None:
-                copy_rows(ring_z.index(last % 2), z + at * S_Z, S_Z, last * TILE, rest, block * BE, E)
+            now = ahead // TILE % 2
+            copy_rows(ring_u.index(1 - now), u + at * S_U, S_U, ahead + TILE, rest, block * BE, E)
+            copy_rows(ring_dt.index(1 - now), dt + at * S_DT, S_DT, ahead + TILE, rest, block * BE, E)
+            copy_pairs(ring.index(1 - now), BC + at * 32, ahead + TILE, rest)
             async_copy.commit_group()
-            by_lane = gl.convert_layout(gl.reshape(h, [4, 4, HALF, 2]), HELD_BY_LANE)
-            held.index((spans - 1) % 2).permute((1, 3, 2, 0)).store(by_lane)
-            sum_A = gl.zeros([4, 4, BE], gl.float32, STATES)
-            for back_span in range(spans):
-                s = spans - 1 - back_span
-                t = s * SPAN
-                async_copy.wait_group(0)
-                barrier()
-                if ((t + SPAN) % TILE == 0) | (back_span == 0):
-                    # Rows before the block's first are none.
-                    over = t // TILE - 1
-                    some = gl.where(over >= 0, rest, over * TILE)
-                    other = (over + 2) % 2
-                    copy_rows(ring_u.index(other), u + at * S_U, S_U, over * TILE, some, block * BE, E)
-                    copy_rows(ring_dt.index(other), dt + at * S_DT, S_DT, over * TILE, some, block * BE, E)
-                    copy_rows(ring_dy.index(other), d_y + at * S_DY, S_DY, over * TILE, some, block * BE, E)
+            for k in gl.static_range(TILE // SPAN):
+                s = ahead // SPAN + k
+                if s < spans - 1:
+                    gl.store(scratch + s * (16 * BE) + own, h)
+                    x = inputs.index(now * (TILE // SPAN) + k).load(SPANS).to(gl.float32)
+                    raw = raws.index(now * (TILE // SPAN) + k).load(SPANS)
+                    step, _slope = step_of(raw, (q >= 0) & (e < E), shift, low, high, SOFTPLUS)
+                    spread(steps, step * LOG2E)
+                    spread(feds, step * x)
+                    h = walk(h, rates, steps, feds, pairs, now * TILE + k * SPAN)[SPAN]
+        # The tile with the last span is there or on its way, but for what only the way back needs.
+        last = (spans - 1) * SPAN // TILE
+        async_copy.wait_group(0)
+        barrier()
+        copy_rows(ring_dy.index(last % 2), d_y + at * S_DY, S_DY, last * TILE, rest, block * BE, E)
+        if z is not None:
+            copy_rows(ring_z.index(last % 2), z + at * S_Z, S_Z, last * TILE, rest, block * BE, E)
+        async_copy.commit_group()
+        by_lane = gl.convert_layout(gl.reshape(h, [4, 4, HALF, 2]), HELD_BY_LANE)
+        held.index((spans - 1) % 2).permute((1, 3, 2, 0)).store(by_lane)
+        sum_A = gl.zeros([4, 4, BE], gl.float32, STATES)
+        for back_span in range(spans):
+            s = spans - 1 - back_span
+            t = s * SPAN
+            async_copy.wait_group(0)
+            barrier()
+            if ((t + SPAN) % TILE == 0) | (back_span == 0):
+                # Rows before the block's first are none.
+                over = t // TILE - 1
+                some = gl.where(over >= 0, rest, over * TILE)
+                other = (over + 2) % 2
+                copy_rows(ring_u.index(other), u + at * S_U, S_U, over * TILE, some, block * BE, E)
+                copy_rows(ring_dt.index(other), dt + at * S_DT, S_DT, over * TILE, some, block * BE, E)
+                copy_rows(ring_dy.index(other), d_y + at * S_DY, S_DY, over * TILE, some, block * BE, E)
+                if z is not None:
+                    copy_rows(ring_z.index(other), z + at * S_Z, S_Z, over * TILE, some, block * BE, E)
+                copy_pairs(ring.index(other), BC + at * 32, over * TILE, some)
+            copy_held(held_line.index((s + 1) % 2), scratch, gl.maximum(s - 1, 0))
+            async_copy.commit_group()
+            here = s % RING
+            live = (t + q < rest) & (e < E)
+            x = inputs.index(here).load(SPANS).to(gl.float32)
+            step, slope = step_of(raws.index(here).load(SPANS), live, shift, low, high, SOFTPLUS)
+            pull = grads.index(here).load(SPANS).to(gl.float32)
+            if z is not None:
+                gate = gates.index(here).load(SPANS).to(gl.float32)
+                bend = sigmoid(gate)
+                swish = gate * bend
+                d_gate = pull * (bend + swish * (1.0 - bend))
+                pull *= swish
+            spread(steps, step * LOG2E)
+            spread(feds, step * x)
+            spread(pulls, pull)
+            h = gl.reshape(held.index(s % 2).permute((1, 3, 2, 0)).load(HELD_BY_LANE), [4, 4, BE])
+            h = gl.convert_layout(h, STATES)
+            before = walk(h, rates, steps, feds, pairs, t % (2 * TILE))
+            h = before[SPAN]
+            throughs, bents, outs = (), (), ()
+            for i in gl.static_range(SPAN // 2 - 1, -1, -1):
+                both_steps, both_feds, both_pulls = two(steps, i), two(feds, i), two(pulls, i)
+                mine = ()
+                for j in gl.static_range(1, -1, -1):
+                    at_pair = 2 * (t % (2 * TILE) + 2 * i + j)
+                    keys, reads = pair(pairs, at_pair), pair(pairs, at_pair + 1)
                     if z is not None:
-                        copy_rows(ring_z.index(other), z + at * S_Z, S_Z, over * TILE, some, block * BE, E)
-                    copy_pairs(ring.index(other), BC + at * 32, over * TILE, some)
-                copy_held(held_line.index((s + 1) % 2), scratch + gl.maximum(s - 1, 0) * (16 * BE))
-                async_copy.commit_group()
-                here = s % RING
-                live = (t + q < rest) & (e < E)
-                x = inputs.index(here).load(SPANS).to(gl.float32)
-                step, slope = step_of(raws.index(here).load(SPANS), live, shift, low, high, SOFTPLUS)
-                pull = grads.index(here).load(SPANS).to(gl.float32)
-                if z is not None:
-                    gate = gates.index(here).load(SPANS).to(gl.float32)
-                    bend = sigmoid(gate)
-                    swish = gate * bend
-                    d_gate = pull * (bend + swish * (1.0 - bend))
-                    pull *= swish
-                spread(steps, step * LOG2E)
-                spread(feds, step * x)
-                spread(pulls, pull)
-                h = gl.reshape(held.index(s % 2).permute((1, 3, 2, 0)).load(HELD_BY_LANE), [4, 4, BE])
-                h = gl.convert_layout(h, STATES)
-                before = walk(h, rates, steps, feds, pairs, t % (2 * TILE))
-                h = before[SPAN]
-                throughs, bents, outs = (), (), ()
-                for i in gl.static_range(SPAN // 2 - 1, -1, -1):
-                    both_steps, both_feds, both_pulls = two(steps, i), two(feds, i), two(pulls, i)
-                    mine = ()
-                    for j in gl.static_range(1, -1, -1):
-                        at_pair = 2 * (t % (2 * TILE) + 2 * i + j)
-                        keys, reads = pair(pairs, at_pair), pair(pairs, at_pair + 1)
-                        if z is not None:
-                            outs = (gl.sum(h * reads, 1),) + outs
-                        g += reads * both_pulls[j]
-                        mine = (shared(g * both_feds[j], h * both_pulls[j]),) + mine
-                        throughs = (gl.sum(g * keys, 1),) + throughs
-                        g *= gl.exp2(rates * both_steps[j])
-                        h = before[2 * i + j]
-                        bent = g * h  # gradients of step * A
-                        bents = (gl.sum(bent * rates, 1),) + bents
-                        sum_A += bent * both_steps[j]
-                    parts.slice(16 * i, 16, 0).store(stacked(mine[0], mine[1]))
-                through = gathered(throughs)
-                d_raw = (through * x + gathered(bents)) * slope
-                sum_bias += d_raw
-                sum_D += pull * x
-                to = at + t
-                gl.store(d_dt + to * E + tile, d_raw.to(d_dt.dtype.element_ty), mask=live)
-                d_x = through * step + skip * pull
-                gl.store(d_u + to * E + tile, d_x.to(d_u.dtype.element_ty), mask=live)
-                if z is not None:
-                    d_gate *= gathered(outs) + skip * x
-                    gl.store(d_z + to * E + tile, d_gate.to(d_z.dtype.element_ty), mask=live)
-                total = gl.sum(gl.reshape(parts.load(ADD), [8 * SPAN, HALF, 4]), 1)
-                gl.store(
-                    shares + to * 32 + column, gl.convert_layout(total, COLUMNS), mask=column // 32 < rest - t
-                )
-            all_A += sum_A
+                        outs = (gl.sum(h * reads, 1),) + outs
+                    g += reads * both_pulls[j]
+                    mine = (shared(g * both_feds[j], h * both_pulls[j]),) + mine
+                    throughs = (gl.sum(g * keys, 1),) + throughs
+                    g *= gl.exp2(rates * both_steps[j])
+                    h = before[2 * i + j]
+                    bent = g * h  # gradients of step * A
+                    bents = (gl.sum(bent * rates, 1),) + bents
+                    sum_A += bent * both_steps[j]
+                parts.slice(16 * i, 16, 0).store(stacked(mine[0], mine[1]))
+            through = gathered(throughs)
+            d_raw = (through * x + gathered(bents)) * slope
+            sum_bias += d_raw
+            sum_D += pull * x
+            to = at + t
+            gl.store(d_dt + to * E + tile, d_raw.to(d_dt.dtype.element_ty), mask=live)
+            d_x = through * step + skip * pull
+            gl.store(d_u + to * E + tile, d_x.to(d_u.dtype.element_ty), mask=live)
+            if z is not None:
+                d_gate *= gathered(outs) + skip * x
+                gl.store(d_z + to * E + tile, d_gate.to(d_z.dtype.element_ty), mask=live)
+            total = gl.convert_layout(gl.sum(gl.reshape(parts.load(ADD), [8 * SPAN, HALF, 4]), 1), COLUMNS)
+            gl.store(shares + at * 32 + (t * 32 + column), total, mask=column // 32 < rest - t)
+        all_A += sum_A
         if d_initial is not None:
-            gl.store(d_initial + d * E * N + at_state, g, mask=inside & (start == first))
-        end = start
-    gl.store(d_A + w.to(gl.int64) * E * N + at_state, all_A * (1.0 / LOG2E), mask=inside)
-    e = block * BE + gl.arange(0, BE, gl.SliceLayout(0, SPANS))
-    gl.store(sums + w.to(gl.int64) * E + e, gl.sum(sum_D, 0), mask=e < E)
-    gl.store(sums + (n_windows + w).to(gl.int64) * E + e, gl.sum(sum_bias, 0), mask=e < E)
+            gl.store(d_initial + d * E * N + at_state, g, mask=inside & (at == first))
+        end = at
+    if turn < n_turns - 1:
+        gl.store(ends + chain, end)
+        room = carry + chain.to(gl.int64) * (40 * BE)
+        gl.store(room + own, g)
+        gl.store(room + 16 * BE + own, all_A)
+        gl.store(room + 32 * BE + tile_of(q), sum_D)
+        gl.store(room + 36 * BE + tile_of(q), sum_bias)
+        barrier()  # all threads have written before one of them says so
+        gl.atomic_xchg(turns + 1 + chain, turn + 1, sem="release")
+    else:
+        gl.store(d_A + chain.to(gl.int64) * (16 * BE) + own, all_A * (1.0 / LOG2E))
+        c = block * BE + gl.arange(0, BE, gl.SliceLayout(0, SPANS))
+        gl.store(sums + w.to(gl.int64) * E + c, gl.sum(sum_D, 0), mask=c < E)
+        gl.store(sums + (n_windows + w).to(gl.int64) * E + c, gl.sum(sum_bias, 0), mask=c < E)
