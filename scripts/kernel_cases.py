@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ssmtrain.kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
-from ssmtrain.kernels.gated_norm import gated_norm
+from ssmtrain.kernels.gated_norm import gated_norm, stream_norm
+from ssmtrain.kernels.linear_cross_entropy import linear_cross_entropy
 from ssmtrain.kernels.selective_scan import selective_scan, selective_scan_step
 from ssmtrain.kernels.ssd import ssd, ssd_step
 
@@ -195,6 +196,20 @@ def norm_case(
     return Case(name, "gated_norm", make, call, shape={"B": B, "L": L, "E": E})
 
 
+def stream_norm_case(B: int, L: int, E: int, *, dtype: torch.dtype = torch.float32) -> Case:
+    """The norm at a block's entry under bf16 autocast, the stream going on beside it."""
+
+    def make(device: torch.device | str) -> Inputs:
+        x = torch.randn(B, L, E, device=device, dtype=dtype)
+        return leaves({"x": x, "weight": torch.ones(E, device=device)})
+
+    def call(inputs: Inputs) -> tuple[Tensor, ...]:
+        return stream_norm(**inputs, out_dtype=BF16)  # type: ignore[arg-type]
+
+    name = named(f"stream norm B{B} L{L} E{E}", dtype, {})
+    return Case(name, "gated_norm", make, call, shape={"B": B, "L": L, "E": E})
+
+
 def selective_case(
     B: int,
     L: int,
@@ -251,13 +266,32 @@ def selective_step_case(B: int, E: int, N: int = 16) -> Case:
     return Case(name, "selective_scan", make, lambda i: (selective_scan_step(**i),), backward=False)  # type: ignore[arg-type]
 
 
+def head_case(T: int, D: int, V: int, *, dtype: torch.dtype = BF16, grads: bool = True) -> Case:
+    """The loss of T rows; without `grads` its value alone."""
+
+    def make(device: torch.device | str) -> Inputs:
+        hidden = torch.randn(T, D, device=device, dtype=dtype)
+        weight = torch.randn(V, D, device=device, dtype=dtype) * D**-0.5
+        labels = torch.randint(0, V, (T,), device=device)
+        both: Inputs = {"hidden": hidden, "weight": weight}
+        return (leaves(both) if grads else both) | {"labels": labels}
+
+    def call(inputs: Inputs) -> tuple[Tensor, ...]:
+        return (linear_cross_entropy(**inputs)[0],)  # type: ignore[arg-type]
+
+    name = named(f"head T{T} D{D} V{V}", dtype, {"value": not grads})
+    return Case(name, "linear_cross_entropy", make, call, backward=grads, shape={"T": T, "D": D, "V": V})
+
+
 def to_compile(quick: bool = False) -> Iterator[Case]:
     """Cases that between them reach every kernel, on the shapes of published models and on odd ones."""
     yield from smallest()
     yield ssd_case(8, 4096, 80, 64, 128)
     yield conv_case(8, 4096, 5376, parent=10576)
     yield norm_case(8, 4096, 5120, parent=10576)
+    yield stream_norm_case(8, 4096, 2560)
     yield selective_case(8, 4096, 5120)
+    yield head_case(32768, 768, 50288)
     if quick:
         return
     wide = {"documents": 512, "state": True}
@@ -282,6 +316,9 @@ def to_compile(quick: bool = False) -> Iterator[Case]:
     yield norm_case(2, 1000, 5120, gate=False)
     yield norm_case(2, 1000, 8192, n_groups=8, norm_before_gate=True)
     yield norm_case(2, 1000, 768, dtype=torch.float32)
+    for E in (768, 1000, 2048, 8192, 20480):
+        yield stream_norm_case(2, 1000, E)
+    yield stream_norm_case(2, 1000, 2560, dtype=BF16)
     yield norm_case(2, 1000, 20480)
     yield norm_case(1, 7, 120)
     yield selective_case(1, 32768, 5120)
@@ -291,6 +328,10 @@ def to_compile(quick: bool = False) -> Iterator[Case]:
     for N in (64, 256):
         yield selective_case(2, 4096, 768, N, documents=100)
     yield selective_step_case(64, 5120)
+    yield head_case(32768, 768, 50288, grads=False)
+    yield head_case(1000, 768, 50257, dtype=torch.float16)
+    yield head_case(1000, 768, 32000, dtype=torch.float32)
+    yield head_case(4096, 256, 257)
 
 
 def smallest() -> Iterator[Case]:
@@ -301,8 +342,10 @@ def smallest() -> Iterator[Case]:
         yield conv_case(1, 1, 1, dtype=dtype, documents=1)
         yield conv_case(1, 1, 8, dtype=dtype, state=True)
         yield norm_case(1, 1, 1, dtype=dtype)
+        yield stream_norm_case(1, 1, 1, dtype=dtype)
         yield selective_case(1, 1, 1, 1, dtype=dtype, documents=1, state=True)
         yield selective_case(1, 1, 1, 1, dtype=dtype)
+        yield head_case(1, 1, 1, dtype=dtype)
     yield ssd_case(1, 1, 1, 64, 64, state=True)
     yield ssd_step_case(1, 1, 1, 1)
     yield conv_step_case(1, 1)

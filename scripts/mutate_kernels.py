@@ -61,6 +61,13 @@ def norm(name: str, old: str, new: str, occurrence: int = 0, tests: str = "") ->
     return Mutation(f"norm: {name}", file, old, new, tuple(found.split()), occurrence)
 
 
+def head(name: str, old: str, new: str, occurrence: int = 0) -> Mutation:
+    """A mutation of the linear cross-entropy."""
+    file = f"{KERNELS}/linear_cross_entropy/triton.py"
+    found = "tests/kernels/triton/test_triton_linear_cross_entropy.py"
+    return Mutation(f"head: {name}", file, old, new, (found,), occurrence)
+
+
 def ssd(name: str, part: str, old: str, new: str, occurrence: int = 0, tests: str = "") -> Mutation:
     """A mutation of ssd/triton{part}.py."""
     found = tests or "tests/kernels/triton/test_triton_ssd.py"
@@ -170,6 +177,14 @@ NORM = [
     norm("the mean back", "tl.sum(share, 1, keep_dims=True) / CHANNELS", "tl.sum(share, 1, keep_dims=True)"),
     norm("channels past the group", "live & (at < CHANNELS)", "live", 0),
     norm("rows past the end of a run", "(run < runs) & (channel < WIDTH)", "(channel < WIDTH)"),
+    norm("rounded to x's dtype", "x.new_empty(x.shape, dtype=out_dtype)", "x.new_empty(x.shape)"),
+    norm("the stream's gradient is dropped", "scales, 1, False, dx)", "scales, 1, False, None)"),
+    norm("the kernel drops the stream's gradient", "inner_grad += more", "inner_grad += 0.0 * more"),
+    norm("the stream's gradient is scaled too", "inner_grad += more", "inner_grad += more * scale"),
+    norm("the stream's gradient by x's strides", "row * add_stride * UNIT", "row * x_stride * UNIT"),
+    norm(
+        "no gradient of a stream that nothing else reads", "return dx, None, None, None", "return (None,) * 4"
+    ),
 ]
 
 PROPERTIES = "tests/kernels/triton/test_triton_ssd_properties.py"
@@ -727,8 +742,26 @@ N16 = [
     n16(
         "back: initial gradients of every piece",
         "_backward",
-        "mask=inside & (start == first))",
+        "mask=inside & (at == first))",
         "mask=inside)",
+    ),
+    n16("back: a turn begins with the window", "_backward", "end = gl.load(ends + chain)", "end = end"),
+    n16(
+        "back: a turn begins with no gradient",
+        "_backward",
+        "g, all_A = gl.load(room + own),",
+        "g, all_A = g,",
+    ),
+    n16("back: a turn forgets D", "_backward", "gl.store(room + 32 * BE + tile_of(q), sum_D)", "pass"),
+    n16("back: a turn's piece begins anew", "_backward", "if end == last_of:", "if end > begin:"),
+    n16(
+        "back: turns of 32 bits", "_backward", "room = carry + chain.to(gl.int64)", "room = carry + chain * 0"
+    ),
+    n16(
+        "back: states of A out of order",
+        "",
+        "lanes.permute(2, 4, 0, 3, 1)",
+        "lanes.permute(2, 4, 0, 1, 3)",
     ),
     n16(
         "back: blocks begin with nothing",
@@ -747,7 +780,33 @@ N16 = [
 ]
 """Of selective_scan/triton_n16*.py."""
 
-MUTATIONS = CONV + NORM + SSD + HOPPER + SELECTIVE + N16
+KNOWN = "(label >= 0) & (label < vocab)"
+SCALED = "other=0.0) * scale"
+HEAD = [
+    head("32-bit rows", "tl.program_id(0).to(tl.int64)", "tl.program_id(0)"),
+    head("what is beyond the vocabulary counts", 'tl.where(at < vocab, logit, float("-inf"))', "logit"),
+    head("no scale of the label's logit", SCALED, "other=0.0)"),
+    head("no scale in the first sweep", SCALED, "other=0.0)", 1),
+    head("no scale in the second sweep", SCALED, "other=0.0)", 2),
+    head("ignored labels are unknown", "live = label != ignored", "live = label == label"),
+    head("ignored rows have a loss", "tl.where(live, top - own + tl.log(total), 0.0)", "top - own"),
+    head("ignored rows have gradients", "tl.where(live, tl.where(at", "tl.where(row >= 0, tl.where(at"),
+    head("labels below the vocabulary are looked up", KNOWN, "label < vocab"),
+    head("labels beyond the vocabulary are looked up", KNOWN, "label >= 0"),
+    head("unknown labels pass for ignored ones", 'float("nan")', "1.0"),
+    head("the wrong half of a label", "tl.where(live & known, label, -1)", "label"),
+    head("sums of blocks are of different maxima", "sums * tl.exp2((tops - higher) * LOG2E)", "sums"),
+    head("sums of lanes are of different maxima", "sums * tl.exp2((tops - top) * LOG2E)", "sums"),
+    head("no maximum", "higher = tl.maximum(tops, tl.max(logit, 1))", "higher = tl.maximum(tops, 0.0)"),
+    head("the last block's maximum", "tl.maximum(tops, tl.max(logit, 1))", "tl.max(logit, 1)"),
+    head("no onehot", "share - 1.0", "share"),
+    head("shares do not add up to one", "* LOG2E) * inverse", "* LOG2E)"),
+    head("a row of whole blocks from its end on", "(pitch - 1) // BLOCK", "pitch // BLOCK"),
+    head("writes beyond the row", "mask=at < pitch)", "mask=at >= 0)"),
+    head("gradients of the first chunk's rows", "self._p[:rows, :vocab]", "self._p[:, :vocab]"),
+]
+
+MUTATIONS = CONV + NORM + HEAD + SSD + HOPPER + SELECTIVE + N16
 
 
 def mutated(source: str, mutation: Mutation) -> str | None:

@@ -95,7 +95,7 @@ def test_triton_by_name_names_the_ops_without_it(monkeypatch: pytest.MonkeyPatch
 def test_the_ops_of_this_version(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    for op in ("ssd", "selective_scan", "causal_conv1d", "gated_norm"):
+    for op in ("ssd", "selective_scan", "causal_conv1d", "gated_norm", "linear_cross_entropy"):
         assert backend.has_triton(op)
     assert backend.configure("triton", "cpu").ops["selective_scan"] == "triton"
     assert set(backend.configure("auto", "cpu").ops.values()) == {"reference"}

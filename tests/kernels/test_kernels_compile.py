@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels.cases import assert_all_close, cut_rows, outputs_and_grads
 from ssmtrain.kernels import backend
 from ssmtrain.kernels.causal_conv1d import causal_conv1d
-from ssmtrain.kernels.gated_norm import gated_norm
+from ssmtrain.kernels.gated_norm import gated_norm, stream_norm
 from ssmtrain.kernels.ssd import ssd
 
 LENGTH = 70
@@ -37,6 +37,15 @@ def norm(leaves: dict[str, Tensor]) -> tuple[Tensor]:
     return (gated_norm(**leaves, n_groups=2),)
 
 
+def low_norm(leaves: dict[str, Tensor]) -> tuple[Tensor]:
+    return (gated_norm(**leaves, out_dtype=torch.float32),)
+
+
+def stream(leaves: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    x, y = stream_norm(leaves["x"] * 2, leaves["weight"])
+    return x * 3, y
+
+
 CASES: dict[str, tuple[Callable, dict[str, Tensor]]] = {
     "ssd": (
         scan,
@@ -60,6 +69,8 @@ CASES: dict[str, tuple[Callable, dict[str, Tensor]]] = {
         },
     ),
     "gated_norm": (norm, {"x": normal(2, 9, 8), "z": normal(2, 9, 8), "weight": normal(8)}),
+    "gated_norm, rounded": (low_norm, {"x": normal(2, 9, 8), "z": normal(2, 9, 8), "weight": normal(8)}),
+    "stream_norm": (stream, {"x": normal(2, 9, 8), "weight": normal(8)}),
 }
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.cases import assert_all_close, outputs_and_grads
-from ssmtrain.kernels.gated_norm import gated_norm, reference
+from ssmtrain.kernels.gated_norm import gated_norm, reference, stream_norm
 
 
 def oracle(
@@ -114,8 +114,47 @@ def test_half_precision_is_computed_in_fp32() -> None:
     assert x.grad.dtype == torch.bfloat16 and torch.isfinite(x.grad).all()
 
 
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_out_dtype_rounds_once(dtype: torch.dtype, gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "CACHE", 12 * 4 * 5)
+    for own in (torch.float32, torch.bfloat16):
+        inputs = {name: t.to(own) for name, t in make_inputs(gated).items()}
+        ours = outputs_and_grads(lambda leaves: run(leaves, out_dtype=dtype), inputs)
+        plain = outputs_and_grads(
+            lambda leaves: (run({name: t.float() for name, t in leaves.items()})[0].to(dtype),), inputs
+        )
+        assert ours["output 0"].dtype == dtype and ours["grad x"].dtype == own
+        assert all(torch.equal(ours[name], plain[name]) for name in plain)
+
+
+@pytest.mark.parametrize("used", [(0, 1), (0,), (1,)])
+def test_stream_norm_is_the_stream_and_its_norm(used: tuple[int, ...]) -> None:
+    options = {"eps": 1e-5, "n_groups": 1, "norm_before_gate": False}
+
+    def pick(*outputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(outputs[i] for i in used)
+
+    inputs = make_inputs(gated=False)
+    truth = outputs_and_grads(lambda leaves: pick(leaves["x"] + 0, oracle(**leaves, **options)), inputs)
+    ours = outputs_and_grads(lambda leaves: pick(*stream_norm(leaves["x"] + 0, leaves["weight"])), inputs)
+    assert_all_close(ours, truth, 1e-12)
+    single = {name: t.float() for name, t in inputs.items()}
+    for dtype, tolerance in ((None, 2e-6), (torch.bfloat16, 4e-3)):
+        near = outputs_and_grads(
+            lambda leaves, dtype=dtype: pick(
+                *stream_norm(leaves["x"] + 0, leaves["weight"], out_dtype=dtype)
+            ),
+            single,
+        )
+        assert_all_close(near, truth, tolerance)
+        assert near["grad x"].dtype == torch.float32
+
+
 def test_shapes_that_disagree_are_named() -> None:
     inputs = make_inputs()
+    with pytest.raises(ValueError, match="stream_norm"):
+        stream_norm(inputs["x"], inputs["weight"][:-1])
     with pytest.raises(ValueError, match="n_groups"):
         gated_norm(inputs["x"], inputs["z"], inputs["weight"], n_groups=5)
     with pytest.raises(ValueError, match="differ"):

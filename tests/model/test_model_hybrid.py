@@ -117,8 +117,8 @@ def test_multipliers() -> None:
     tokens = torch.randint(31, (2, 6))
     x = plain.input(tokens) * 3.0
     block = plain.blocks[0]
-    x = x + 0.5 * block.mixer(block.mixer_norm(x), Context())[0]
-    x = x + 0.5 * block.ffn(block.ffn_norm(x), Context())[0]
+    x = x + 0.5 * block.mixer(block.mixer_norm(x)[1], Context())[0]
+    x = x + 0.5 * block.ffn(block.ffn_norm(x)[1], Context())[0]
     expected = nn.functional.linear(plain.head.norm(x), plain.head.weight) * 0.25
     torch.testing.assert_close(scaled(tokens).logits, expected)
 

@@ -18,8 +18,8 @@ import torch
 
 Name = Literal["auto", "reference", "triton"]
 
-NATIVE = frozenset({"attention", "grouped_gemm", "linear_cross_entropy"})
-"""Ops whose torch form is the fast one on a GPU too: FlexAttention and SDPA, grouped_mm, chunked matmuls."""
+NATIVE = frozenset({"attention", "grouped_gemm"})
+"""Ops whose torch form is the fast one on a GPU too: FlexAttention and SDPA, grouped_mm."""
 
 log = logging.getLogger(__name__)
 

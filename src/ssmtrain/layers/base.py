@@ -47,6 +47,9 @@ class ParamSpec:
 class Layer(nn.Module):
     """An nn.Module whose own parameters each carry a ParamSpec under their name."""
 
+    reads_fp32: ClassVar[bool] = False
+    """Whether it computes with its input in fp32 even under autocast, so that a norm must not round it."""
+
     def __init__(self) -> None:
         super().__init__()
         self.param_specs: dict[str, ParamSpec] = {}

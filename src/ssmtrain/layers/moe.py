@@ -85,6 +85,7 @@ class MoeConfig(FfnConfig):
 class Moe(Ffn):
     """y = sum over a token's experts of weight * expert(x), plus shared(x)."""
 
+    reads_fp32 = True  # the router's logits: a tie in bf16 would send tokens elsewhere
     selection_bias: Tensor
     router: Tensor
     w_in: Tensor

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ssmtrain.config.schema import BlockConfig
 from ssmtrain.layers.base import Context, Ffn, Mixer, State, Stats
-from ssmtrain.layers.norm import RMSNorm
+from ssmtrain.layers.norm import RMSNorm, StreamNorm
 
 
 class Block(nn.Module):
@@ -26,16 +26,19 @@ class Block(nn.Module):
         self.ffn = None
         for name, layer in (("mixer", config.mixer), ("ffn", config.ffn)):
             if layer is not None:
-                setattr(self, name, layer.build(d_model))
+                module = layer.build(d_model)
+                setattr(self, name, module)
                 if config.norm != "post":
-                    setattr(self, f"{name}_norm", RMSNorm(d_model, eps))
+                    setattr(self, f"{name}_norm", StreamNorm(d_model, eps, keep_fp32=module.reads_fp32))
                 if config.norm != "pre":
-                    setattr(self, f"{name}_post_norm", RMSNorm(d_model, eps))
+                    # What it gives is added to the stream, not read by a Linear.
+                    setattr(self, f"{name}_post_norm", RMSNorm(d_model, eps, keep_fp32=True))
         self.has_pre = config.norm != "post"
         self.has_post = config.norm != "pre"
 
-    def _enter(self, name: str, x: Tensor) -> Tensor:
-        return getattr(self, f"{name}_norm")(x) if self.has_pre else x
+    def _enter(self, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The stream, and what the branch reads of it."""
+        return getattr(self, f"{name}_norm")(x) if self.has_pre else (x, x)
 
     def _leave(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         if self.has_post:
@@ -52,10 +55,12 @@ class Block(nn.Module):
         stats: Stats = {}
         new_state: State | None = None
         if self.mixer is not None:
-            y, new_state = self.mixer(self._enter("mixer", x), ctx, state)  # (B, L, D)
+            x, h = self._enter("mixer", x)
+            y, new_state = self.mixer(h, ctx, state)  # (B, L, D)
             x = self._leave("mixer", x, y)
         if self.ffn is not None:
-            y, stats = self.ffn(self._enter("ffn", x), ctx)  # (B, L, D)
+            x, h = self._enter("ffn", x)
+            y, stats = self.ffn(h, ctx)  # (B, L, D)
             x = self._leave("ffn", x, y)
         return x, new_state, stats
 
@@ -63,9 +68,11 @@ class Block(nn.Module):
         """Map one token x (B, 1, D), updating the mixer's state in place."""
         if self.mixer is not None:
             assert state is not None, "decoding needs a state: call HybridModel.init_states first"
-            x = self._leave("mixer", x, self.mixer.step(self._enter("mixer", x), ctx, state))
+            x, h = self._enter("mixer", x)
+            x = self._leave("mixer", x, self.mixer.step(h, ctx, state))
         if self.ffn is not None:
-            y, _ = self.ffn(self._enter("ffn", x), ctx)
+            x, h = self._enter("ffn", x)
+            y, _ = self.ffn(h, ctx)
             x = self._leave("ffn", x, y)
         return x
 

@@ -21,7 +21,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_the_main_shapes_compile_and_fit(arch: str) -> None:
     done = run("--quick", "--arch", arch)
     assert done.returncode == 0, done.stdout + done.stderr
-    for op in ("ssd", "causal_conv1d", "gated_norm"):
+    for op in ("ssd", "causal_conv1d", "gated_norm", "linear_cross_entropy"):
         assert f"\n{op}." in done.stdout, f"no kernel of {op} was compiled"
 
 

@@ -12,10 +12,11 @@ from torch import Tensor
 from ssmtrain.kernels import backend
 from ssmtrain.kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
 from ssmtrain.kernels.gated_norm import gated_norm
+from ssmtrain.kernels.linear_cross_entropy import linear_cross_entropy
 from ssmtrain.kernels.selective_scan import selective_scan, selective_scan_step
 from ssmtrain.kernels.ssd import ssd, ssd_step
 
-OPS = ["causal_conv1d", "gated_norm", "selective_scan", "ssd"]
+OPS = ["causal_conv1d", "gated_norm", "linear_cross_entropy", "selective_scan", "ssd"]
 H, P, N, K = 2, 16, 16, 4
 
 
@@ -67,12 +68,18 @@ def norm(device: torch.device) -> Tensor:
     return gated_norm(x, z, torch.ones(32, device=device))
 
 
+def head(device: torch.device) -> Tensor:
+    hidden, weight = torch.randn(2, 9, 16).to(device)
+    return linear_cross_entropy(hidden, weight, torch.arange(9, device=device))[0]
+
+
 CALLS = {
     "ssd.ssd": scan,
     "ssd.ssd_step": scan_step,
     "causal_conv1d.causal_conv1d": conv,
     "causal_conv1d.causal_conv1d_step": conv_step,
     "gated_norm.gated_norm": norm,
+    "linear_cross_entropy.linear_cross_entropy": head,
     "selective_scan.selective_scan": selective,
     "selective_scan.selective_scan_step": selective_step,
 }

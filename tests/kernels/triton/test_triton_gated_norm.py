@@ -50,6 +50,35 @@ def exact(tensors: dict[str, Tensor], gate: str, **options) -> dict[str, Tensor]
     return run({name: t.double() for name, t in tensors.items()}, gate, reference.gated_norm, **options)
 
 
+STREAM = {
+    "ours": ours.stream_norm,
+    "apart": lambda x, *rest, **options: (x, reference.gated_norm(x, None, *rest, **options)),
+}
+
+
+def run_stream(
+    tensors: dict[str, Tensor], used: str = "both", norm: str = "ours", out_dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """The norm of a stream, and all gradients where both outputs, or one, are read on."""
+    x, weight = (tensors[name].detach().requires_grad_() for name in ("x", "weight"))
+    rest = {} if norm == "ours" else {"n_groups": 1, "norm_before_gate": False}
+    stream, y = STREAM[norm](x, weight, eps=1e-5, out_dtype=out_dtype, **rest)
+    found = {"stream": stream, "y": y}
+    grads = {"stream": tensors["dx"], "y": tensors["dy"].to(y.dtype)}
+    read = ["stream", "y"] if used == "both" else [used]
+    torch.autograd.backward([found[name] for name in read], [grads[name] for name in read])
+    found |= {f"d{name}": t.grad for name, t in (("x", x), ("weight", weight)) if t.grad is not None}
+    return {name: t.detach() for name, t in found.items()}
+
+
+def draw_stream(
+    shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """Inputs of `run_stream`, the stream's gradient among them."""
+    tensors = draw(shape, "first", device, dtype)
+    return tensors | {"dx": tensors.pop("z")}
+
+
 def use(monkeypatch: pytest.MonkeyPatch, **changes: int) -> None:
     """Put a launch configuration in the place of the one for the shape."""
     known = ("BLOCK", "PIECES", "ROWS", "num_warps", "STAGES", "maxnreg")
@@ -196,6 +225,115 @@ def test_float64_is_the_reference(device: torch.device) -> None:
     assert all(torch.equal(found[name], truth[name]) for name in truth)
 
 
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_out_dtype_rounds_once(gate: str, dtype: torch.dtype, device: torch.device) -> None:
+    """From fp32, with the bits of the fp32 result rounded; and up from bf16."""
+    tensors = draw((5, 96), gate, device)
+    plain = run(tensors, gate, out_dtype=torch.float32)
+    assert all(torch.equal(value, run(tensors, gate)[name]) for name, value in plain.items())
+    low = tensors | {"dy": tensors["dy"].to(dtype)}
+    found = run(low, gate, out_dtype=dtype)
+    assert found["y"].dtype == dtype and torch.equal(found["y"], plain["y"].to(dtype))
+    same = run(low | {"dy": low["dy"].float()}, gate)
+    assert_all_close(found | {"y": same["y"]}, same, 1e-6)
+    up = {name: t if name == "dy" else t.to(dtype) for name, t in tensors.items()}
+    found = run(up, gate, out_dtype=torch.float32)
+    assert found["y"].dtype == torch.float32 and found["dx"].dtype == dtype
+    assert distance(found["y"], exact(up, gate)["y"]) < 1e-6
+
+
+@pytest.mark.parametrize("used", ["both", "stream", "y"])
+@pytest.mark.parametrize("shape", [(3, 8), (2, 9, 80), (1, 164), (5, 3)])
+def test_stream_norm_matches_float64(shape: tuple[int, ...], used: str, device: torch.device) -> None:
+    tensors = draw_stream(shape, device)
+    truth = run_stream({name: t.double() for name, t in tensors.items()}, used, "apart")
+    assert_all_close(run_stream(tensors, used), truth, 1e-6)
+    low = run_stream(tensors, used, out_dtype=torch.bfloat16)
+    assert low["y"].dtype == torch.bfloat16 and low["stream"].dtype == torch.float32
+    assert low["dx"].dtype == torch.float32
+    assert_all_close(low, truth, 5e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_stream_norm_rounds_its_sum_once(dtype: torch.dtype, device: torch.device) -> None:
+    """The sum is of fp32 numbers: in bf16 it errs less than the sum of rounded ones."""
+    tensors = draw_stream((48, 96), device, dtype)
+    truth = run_stream({name: t.double() for name, t in tensors.items()}, norm="apart")["dx"]
+    found, apart = run_stream(tensors)["dx"], run_stream(tensors, norm="apart")["dx"]
+    assert found.dtype == dtype
+    if dtype == torch.bfloat16:
+        assert torch.equal(found, truth.to(dtype)) or distance(found, truth) < 0.9 * distance(apart, truth)
+    else:
+        assert distance(found, truth) < 1e-7
+
+
+def test_stream_norm_of_rows_wider_than_a_program(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch, BLOCK=16, PIECES=2, ROWS=1)
+    tensors = draw_stream((2, 72), device)
+    truth = run_stream({name: t.double() for name, t in tensors.items()}, norm="apart")
+    assert_all_close(run_stream(tensors), truth, 1e-6)
+    assert_all_close(run_stream(tensors, out_dtype=torch.bfloat16), truth, 5e-3)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_an_added_gradient_joins_that_of_x_alone(gate: str, device: torch.device) -> None:
+    tensors = draw((9, 48), gate, device)
+    x, z, weight, dy = (tensors.get(name) for name in ("x", "z", "weight", "dy"))
+    _, scales = ours._norm(x, z, weight, 1e-5, 3, gate == "last", None)
+    inputs = dy, x, z, weight, scales, 3, gate == "last"
+    plain, found = ours._norm_back(*inputs, None), ours._norm_back(*inputs, 100 * x)
+    torch.testing.assert_close(found[0], plain[0] + 100 * x, rtol=1e-6, atol=1e-6)
+    assert torch.equal(found[1], plain[1]) and torch.equal(found[2], plain[2])
+
+
+def test_stream_norm_takes_any_layout_and_touches_no_input(device: torch.device) -> None:
+    tensors = draw_stream((3, 4, 16), device)
+    truth = run_stream(tensors)
+    sliced = dict(tensors)
+    for name, pad in (("x", 8), ("dy", 16), ("dx", 24)):
+        nan = torch.full((3, 4, pad), float("nan"), device=device)
+        sliced[name] = torch.cat([nan, tensors[name], nan], -1)[..., pad : 16 + pad]
+    turned = {
+        name: t.transpose(0, 1).contiguous().transpose(0, 1) if t.dim() == 3 else t
+        for name, t in tensors.items()
+    }
+    before = {name: t.clone() for name, t in tensors.items()}
+    for change in (sliced, turned):
+        same = run_stream(change)
+        assert all(torch.equal(same[name], truth[name]) for name in truth)
+    assert all(torch.equal(t, before[name]) for name, t in tensors.items())
+    one = tensors | {"dx": torch.ones(1, 1, 1, device=device).expand(3, 4, 16)}
+    wide = {name: t.double() for name, t in one.items()}
+    assert_all_close(run_stream(one), run_stream(wide, norm="apart"), 1e-6)
+    assert run_stream({name: t[:0] if t.dim() == 3 else t for name, t in tensors.items()})["dx"].numel() == 0
+
+
+def test_stream_norm_gives_x_itself_and_only_the_gradients_wanted(device: torch.device) -> None:
+    tensors = draw_stream((3, 8), device)
+    x, weight = tensors["x"], tensors["weight"].requires_grad_()
+    for leaf in (x, x.clone().requires_grad_()):
+        stream, y = ours.stream_norm(leaf, weight, eps=1e-5)
+        assert stream.data_ptr() == leaf.data_ptr() and torch.equal(stream, leaf)
+        (stream * tensors["dx"] + y * tensors["dy"]).sum().backward()
+        assert (leaf.grad is None) == (leaf is x)
+    assert distance(weight.grad, 2 * run_stream(tensors)["dweight"]) < 1e-6
+    with torch.no_grad():
+        stream, y = ours.stream_norm(x, weight, eps=1e-5)
+    assert not y.requires_grad and torch.equal(stream, x)
+
+
+def test_stream_norm_recomputes(device: torch.device) -> None:
+    tensors = draw_stream((2, 5, 16), device)
+    plain = run_stream(tensors)
+    leaves = [tensors[name].detach().requires_grad_() for name in ("x", "weight")]
+    stream, y = checkpoint(ours.stream_norm, *leaves, eps=1e-5, use_reentrant=False)
+    torch.autograd.backward([stream, y], [tensors["dx"], tensors["dy"]])
+    assert torch.equal(leaves[0].grad, plain["dx"]) and torch.equal(leaves[1].grad, plain["dweight"])
+
+
 def test_no_rows(device: torch.device) -> None:
     found = run(draw((2, 0, 8), "first", device), "first")
     assert found["y"].shape == found["dx"].shape == found["dz"].shape == (2, 0, 8)
@@ -225,7 +363,7 @@ def test_tiles() -> None:
             tile = ours._tile(channels, most)
             assert tile["BLOCK"] * tile["PIECES"] == channels
     for channels in (80, 768, 5120, 10240, 16384, 65536):
-        for item_bytes in (4, 6, 8, 12):
+        for item_bytes in (4, 6, 8, 10, 12):
             config = ours._backward_config(channels, item_bytes)
             ahead = config["BLOCK"] * config["PIECES"] * config["ROWS"] * item_bytes * (config["STAGES"] - 1)
             assert ahead <= ours.PIPELINE_BYTES
@@ -243,7 +381,12 @@ def test_opcheck(device: torch.device) -> None:
         tensors = draw((2, 8), gate, device)
         names = ("x", "z", "weight")
         inputs = [tensors[name].requires_grad_() if name in tensors else None for name in names]
-        torch.library.opcheck(ours._norm, (*inputs, 1e-5, 2, gate == "last"))
+        for out_dtype in (None, torch.bfloat16):
+            torch.library.opcheck(ours._norm, (*inputs, 1e-5, 2, gate == "last", out_dtype))
+        x, z, weight = (None if t is None else t.detach() for t in inputs)
+        scales = ours._norm(x, z, weight, 1e-5, 2, False, None)[1]
+        for add in (None, tensors["dy"]):
+            torch.library.opcheck(ours._norm_back, (tensors["dy"], x, z, weight, scales, 2, False, add))
 
 
 def test_compiles_whole_and_recomputes(device: torch.device) -> None:
@@ -288,6 +431,26 @@ def test_wide_rows(width: int, gate: str, dtype: torch.dtype, device: torch.devi
     tensors = draw((67, width), gate, device, dtype)
     truth, found = exact(tensors, gate), run(tensors, gate)
     assert_all_close(found, truth, 1e-6 if dtype == torch.float32 else 5e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [768, 1000, 2048, 2560, 5120, 10240, 20480])
+def test_stream_norm_of_real_widths(
+    width: int, dtype: torch.dtype, out_dtype: torch.dtype | None, device: torch.device
+) -> None:
+    """Near float64, and the same bits ten times."""
+    tensors = draw_stream((3, 700, width), device, dtype)
+    truth = run_stream({name: t.double() for name, t in tensors.items()}, norm="apart")
+    found = run_stream(tensors, out_dtype=out_dtype)
+    apart = run_stream(tensors, norm="apart", out_dtype=out_dtype)
+    for name, value in found.items():
+        assert value.dtype == apart[name].dtype
+        assert distance(value, truth[name]) <= 2 * distance(apart[name], truth[name]) + 1e-6, name
+    for _ in range(10):
+        again = run_stream(tensors, out_dtype=out_dtype)
+        assert all(torch.equal(again[name], found[name]) for name in found)
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""Gated RMSNorm: the norm between a Mamba-2 mixer's scan and its output projection."""
+"""RMSNorm: gated, between a Mamba-2 mixer's scan and its output projection; plain, where a branch begins."""
 
 from __future__ import annotations
 
@@ -17,17 +17,16 @@ def gated_norm(
     eps: float = 1e-5,
     n_groups: int = 1,
     norm_before_gate: bool = False,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """RMSNorm with a SiLU gate, each of n_groups groups of channels normalised by itself (Dao & Gu 2024,
     sec. 7).
 
     x, z (..., E), z None for no gate; weight (E,). norm(x * silu(z)) * weight or, with norm_before_gate,
-    norm(x) * weight * silu(z). Computed in fp32 (float64 stays); the result has x's shape and dtype.
-    ValueError when n_groups does not divide E or shapes disagree.
+    norm(x) * weight * silu(z). Computed in fp32 (float64 stays) and rounded once, to out_dtype (None: x's);
+    the result has x's shape. ValueError when n_groups does not divide E or shapes disagree.
     """
-    width = x.shape[-1]
-    if width % n_groups or weight.shape != (width,):
-        raise ValueError(f"gated_norm: width {width}, n_groups {n_groups}, weight {tuple(weight.shape)}")
+    _check("gated_norm", x, weight, n_groups)
     if z is not None and z.shape != x.shape:
         raise ValueError(f"gated_norm: x {tuple(x.shape)} and z {tuple(z.shape)} differ")
     if backend.chosen("gated_norm", x.device.type) == "triton":
@@ -35,4 +34,37 @@ def gated_norm(
     else:
         run = reference.gated_norm
     with torch.autocast(x.device.type, enabled=False):
-        return run(x, z, weight, eps=eps, n_groups=n_groups, norm_before_gate=norm_before_gate)
+        return run(
+            x,
+            z,
+            weight,
+            eps=eps,
+            n_groups=n_groups,
+            norm_before_gate=norm_before_gate,
+            out_dtype=out_dtype,
+        )
+
+
+def stream_norm(
+    x: Tensor, weight: Tensor, *, eps: float = 1e-5, out_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """RMSNorm of a residual stream that goes on beside it: returns x and norm(x) * weight, whose gradients
+    the Triton backward adds up in its one pass.
+
+    x (..., E), weight (E,); the stream has to be read on from the x returned. Precision, out_dtype and errors
+    as in `gated_norm`, to which this is equal but for how often memory is read.
+    """
+    _check("stream_norm", x, weight, 1)
+    # A compiler sees the sum and the norm, and fuses what it can.
+    if torch.compiler.is_compiling() or backend.chosen("gated_norm", x.device.type) != "triton":
+        return x, gated_norm(x, None, weight, eps=eps, out_dtype=out_dtype)
+    from ssmtrain.kernels.gated_norm.triton import stream_norm as run
+
+    with torch.autocast(x.device.type, enabled=False):
+        return run(x, weight, eps=eps, out_dtype=out_dtype)
+
+
+def _check(op: str, x: Tensor, weight: Tensor, n_groups: int) -> None:
+    width = x.shape[-1]
+    if width % n_groups or weight.shape != (width,):
+        raise ValueError(f"{op}: width {width}, n_groups {n_groups}, weight {tuple(weight.shape)}")

@@ -16,13 +16,20 @@ CACHE = 512 * 1024
 
 
 def gated_norm(
-    x: Tensor, z: Tensor | None, weight: Tensor, *, eps: float, n_groups: int, norm_before_gate: bool
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    *,
+    eps: float,
+    n_groups: int,
+    norm_before_gate: bool,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Compute `kernels.gated_norm` (same arguments)."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     width = x.shape[-1]
     rows, gates = x.reshape(-1, width), None if z is None else z.reshape(-1, width)  # (T, E)
-    y = GatedNorm.apply(rows, gates, weight.to(dtype), eps, n_groups, norm_before_gate)
+    y = GatedNorm.apply(rows, gates, weight.to(dtype), eps, n_groups, norm_before_gate, out_dtype or x.dtype)
     return y.view(x.shape)
 
 
@@ -31,10 +38,17 @@ class GatedNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, z: Tensor | None, weight: Tensor, eps: float, n_groups: int, norm_first: bool
+        ctx,
+        x: Tensor,
+        z: Tensor | None,
+        weight: Tensor,
+        eps: float,
+        n_groups: int,
+        norm_first: bool,
+        out_dtype: torch.dtype,
     ) -> Tensor:
-        """Norm x (T, E) with gate z (T, E) and weight (E,), which sets the dtype inside; returns y like x."""
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        """Norm x (T, E) with gate z (T, E) and weight (E,), which sets the dtype inside; returns y (T, E)."""
+        y = torch.empty(x.shape, dtype=out_dtype, device=x.device)
         scales = weight.new_empty(x.shape[0], n_groups, 1)
         buffer = Scratch(weight)
         for part in _pieces(x):
@@ -93,6 +107,7 @@ class GatedNorm(torch.autograd.Function):
             grad_x.to(x.dtype),
             None if grad_z is None else grad_z.to(z.dtype),
             grad_weight,
+            None,
             None,
             None,
             None,

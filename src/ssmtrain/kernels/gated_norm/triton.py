@@ -28,6 +28,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ssmtrain.kernels import tuned
 from ssmtrain.kernels.gated_norm import reference
@@ -45,14 +46,39 @@ PIPELINE_BYTES = 96 * 1024
 
 
 def gated_norm(
-    x: Tensor, z: Tensor | None, weight: Tensor, *, eps: float, n_groups: int, norm_before_gate: bool
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    *,
+    eps: float,
+    n_groups: int,
+    norm_before_gate: bool,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Compute `kernels.gated_norm`: x, z (..., E), weight (E,); float64 is left to the reference."""
     if x.dtype == torch.float64:
         return reference.gated_norm(
-            x, z, weight, eps=eps, n_groups=n_groups, norm_before_gate=norm_before_gate
+            x,
+            z,
+            weight,
+            eps=eps,
+            n_groups=n_groups,
+            norm_before_gate=norm_before_gate,
+            out_dtype=out_dtype,
         )
-    return _norm(x, z, weight.float().contiguous(), eps, n_groups, norm_before_gate)[0]
+    return _norm(x, z, weight.float().contiguous(), eps, n_groups, norm_before_gate, out_dtype)[0]
+
+
+def stream_norm(
+    x: Tensor, weight: Tensor, *, eps: float, out_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """Compute `kernels.stream_norm`: x (..., E), weight (E,); float64 is left to the reference."""
+    if x.dtype == torch.float64:
+        y = reference.gated_norm(
+            x, None, weight, eps=eps, n_groups=1, norm_before_gate=False, out_dtype=out_dtype
+        )
+        return x, y
+    return _StreamNorm.apply(x, weight.float().contiguous(), eps, out_dtype)
 
 
 @triton.jit
@@ -161,7 +187,7 @@ def _forward(
             _finish(y + at, weight + at, inner, gate, scale, live, at < CHANNELS, WHOLE, GATE)
 
 
-@triton.jit(do_not_specialize=["rows", "run", "dy_stride", "x_stride", "z_stride"])
+@triton.jit(do_not_specialize=["rows", "run", "dy_stride", "x_stride", "z_stride", "add_stride"])
 def _backward(
     dy,  # (rows, E)
     x,  # (rows, E)
@@ -169,6 +195,7 @@ def _backward(
     weight,  # (E,)
     scales,  # (rows, G)
     means,  # (rows, G): of weight * d(normed) * normed; or None
+    add,  # (rows, E): what dx is added to; or None
     dx,  # (rows, E) contiguous
     dz,  # (rows, E) contiguous; unused without a gate
     parts,  # (runs, E)
@@ -177,6 +204,7 @@ def _backward(
     dy_stride,  # in UNITs
     x_stride,
     z_stride,
+    add_stride,
     UNIT: tl.constexpr,
     GROUPS: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -223,6 +251,9 @@ def _backward(
             inner = plain
             gate = plain
             opening = plain
+            more = plain
+            if add is not None:
+                more = _load(add + (row * add_stride * UNIT + channel) + at, inside, WHOLE)
             if GATE != "none":
                 logit = _load(z + (row * z_stride * UNIT + channel) + at, inside, WHOLE)
                 opening = _sigmoid(logit)
@@ -236,7 +267,7 @@ def _backward(
             weight_grad = grad * (inner * scale)
             sums = sums + (before[piece] + weight_grad,)
             share += weight_grad * weights[piece]
-            kept = kept + ((plain, grad, gate, opening),)
+            kept = kept + ((plain, grad, gate, opening, more),)
         if means is None:
             mean = tl.sum(share, 1, keep_dims=True) / CHANNELS
         else:
@@ -245,15 +276,18 @@ def _backward(
         for piece in tl.static_range(PIECES):
             at = piece * BLOCK + lane
             inside = live & (at < room)
-            plain, grad, gate, opening = kept[piece]
+            plain, grad, gate, opening, more = kept[piece]
             inner_grad = grad * (weights[piece] * scale)
             if GATE == "first":
                 inner_grad -= plain * (gate * pull)
                 slope = opening + gate * (1.0 - opening)
-                _store(dx + out + at, inner_grad * gate, inside, WHOLE)
                 _store(dz + out + at, inner_grad * plain * slope, inside, WHOLE)
+                inner_grad *= gate
             else:
-                _store(dx + out + at, inner_grad - plain * pull, inside, WHOLE)
+                inner_grad -= plain * pull
+            if add is not None:
+                inner_grad += more
+            _store(dx + out + at, inner_grad, inside, WHOLE)
     for piece in tl.static_range(PIECES):
         at = piece * BLOCK + tl.arange(0, BLOCK)
         part = parts + index * (GROUPS * CHANNELS) + channel + at
@@ -378,13 +412,19 @@ def _strides(*rows: Tensor) -> tuple[int, list[int]]:
 
 @torch.library.custom_op("ssmtrain::gated_norm", mutates_args=())
 def _norm(
-    x: Tensor, z: Tensor | None, weight: Tensor, eps: float, n_groups: int, norm_before_gate: bool
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    n_groups: int,
+    norm_before_gate: bool,
+    out_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
-    """The normed x, and the scales (rows, G)."""
+    """The normed x in out_dtype (None: x's), and the scales (rows, G)."""
     plain = _rows(x)
     logits = plain if z is None else _rows(z)
     rows, channels = plain.shape[0], plain.shape[1] // n_groups
-    y, scales = x.new_empty(x.shape), x.new_empty((rows, n_groups), dtype=torch.float32)
+    y, scales = _results(x, n_groups, out_dtype)
     config = tuned.lookup("gated_norm_forward", x.device, _key(x, n_groups), _forward_config(channels))
     pieces = triton.cdiv(channels, config["BLOCK"])
     unit, strides = _strides(plain, logits)
@@ -408,15 +448,16 @@ def _norm_back(
     scales: Tensor,
     n_groups: int,
     norm_before_gate: bool,
+    add: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, of z (empty without a gate) and of weight."""
+    """Gradients of x (with `add` added, like x), of z (empty without a gate) and of weight."""
     dx, dz, dweight = x.new_empty(x.shape), _like(z, x), torch.empty_like(weight)
     grad, plain = _rows(dy), _rows(x)
-    logits = plain if z is None else _rows(z)
+    logits, more = (plain if other is None else _rows(other) for other in (z, add))
     (rows, width), channels = plain.shape, plain.shape[1] // n_groups
     if rows == 0:
         return dx, dz, dweight.zero_()
-    item_bytes = dy.element_size() + x.element_size() + (0 if z is None else z.element_size())
+    item_bytes = sum(tensor.element_size() for tensor in (dy, x, z, add) if tensor is not None)
     fallback = _backward_config(channels, item_bytes)
     config = tuned.lookup("gated_norm_backward", x.device, _key(x, n_groups), fallback)
     pieces, slices = (triton.cdiv(channels, n * config["BLOCK"]) for n in (1, config["PIECES"]))
@@ -424,20 +465,20 @@ def _norm_back(
     runs = triton.cdiv(rows, run)
     parts = weight.new_empty(runs, width)
     means = None if slices == 1 else torch.empty_like(scales)
-    unit, strides = _strides(grad, plain, logits)
+    unit, strides = _strides(grad, plain, logits, more)
     shape = {"UNIT": unit, "GROUPS": n_groups, "CHANNELS": channels, "GATE": _gate(z, norm_before_gate)}
     inputs = grad, plain, logits, weight, scales, means
     with torch.cuda.device_of(x):
         if means is not None:
             _means[(rows * n_groups,)](
-                *(*inputs, *strides),
+                *(*inputs, *strides[:3]),
                 **shape,
                 PIECES=pieces,
                 BLOCK=config["BLOCK"],
                 num_warps=config["num_warps"],
             )
         _backward[(runs * n_groups * slices,)](
-            *(*inputs, dx, dz, parts, rows, run, *strides), **shape, **config
+            *(*inputs, None if add is None else more, dx, dz, parts, rows, run, *strides), **shape, **config
         )
         _add[(triton.cdiv(width, 16),)](parts, dweight, runs, WIDTH=width, BLOCK=16, ROWS=256, num_warps=8)
     return dx, dz, dweight
@@ -448,12 +489,23 @@ def _like(z: Tensor | None, x: Tensor) -> Tensor:
     return x.new_empty(0) if z is None else z.new_empty(z.shape)
 
 
+def _results(x: Tensor, n_groups: int, out_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    """Room for the normed x and for the scales."""
+    scales = x.new_empty((x.numel() // x.shape[-1], n_groups), dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=out_dtype), scales
+
+
 @_norm.register_fake
 def _(
-    x: Tensor, z: Tensor | None, weight: Tensor, eps: float, n_groups: int, norm_before_gate: bool
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    n_groups: int,
+    norm_before_gate: bool,
+    out_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
-    scales = x.new_empty((x.numel() // x.shape[-1], n_groups), dtype=torch.float32)
-    return x.new_empty(x.shape), scales
+    return _results(x, n_groups, out_dtype)
 
 
 @_norm_back.register_fake
@@ -462,17 +514,39 @@ def _(dy: Tensor, x: Tensor, z: Tensor | None, weight: Tensor, *rest: Any) -> tu
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    x, z, weight, _, *ctx.options = inputs
+    x, z, weight, _, *ctx.options, _ = inputs
     ctx.save_for_backward(x, z, weight, output[1])
     ctx.set_materialize_grads(False)  # none for the scales, which nothing else reads
 
 
 def _differentiate(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return (None,) * 6
+        return (None,) * 7
     x, z, weight, scales = ctx.saved_tensors
-    dx, dz, dweight = _norm_back(dy, x, z, weight, scales, *ctx.options)
-    return dx, None if z is None else dz, dweight, None, None, None
+    dx, dz, dweight = _norm_back(dy, x, z, weight, scales, *ctx.options, None)
+    return dx, None if z is None else dz, dweight, None, None, None, None
 
 
 _norm.register_autograd(_differentiate, setup_context=_save)
+
+
+class _StreamNorm(torch.autograd.Function):
+    """x as it is and its norm, around the ops: a custom op may not return its input."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype | None
+    ) -> tuple[Tensor, Tensor]:
+        y, scales = _norm(x, None, weight, eps, 1, False, out_dtype)
+        ctx.save_for_backward(x, weight, scales)
+        ctx.set_materialize_grads(False)  # an output that nothing reads costs no array of zeros
+        return x, y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dx: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return dx, None, None, None
+        x, weight, scales = ctx.saved_tensors
+        total, _, dweight = _norm_back(dy, x, None, weight, scales, 1, False, dx)
+        return total, dweight, None, None

@@ -21,7 +21,8 @@ def linear_cross_entropy(
 
     The loss is an fp32 scalar (float64 for float64), n_valid an int64 scalar; rows labelled ignore_index
     count for neither. `chunk` rows of logits exist at a time, by default about 2^24 / V (2^26 / V on a GPU).
-    Labels outside [0, V) raise as in torch's cross_entropy. Gradients are computed in the forward pass.
+    Labels outside [0, V) raise as in torch's cross_entropy; in Triton they make NaN of the loss and of the
+    gradients that their rows enter. Gradients are computed in the forward pass.
     """
     if chosen("linear_cross_entropy", hidden.device.type) == "triton":
         from ssmtrain.kernels.linear_cross_entropy.triton import linear_cross_entropy as run

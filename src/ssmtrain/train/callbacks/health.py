@@ -140,7 +140,7 @@ def _inputs(model: HybridModel) -> Iterator[dict[int, Tensor]]:
         if isinstance(block.mixer, nn.Module):
 
             def keep(module: nn.Module, args: Any, i: int = i) -> None:
-                found[i] = args[0]
+                found[i] = args[0].float()  # bf16 under autocast, where the figures are not taken
 
             handles.append(block.mixer.register_forward_pre_hook(keep))
     try:
