@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ssmtrain.kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
 from ssmtrain.layers.base import Context, Layer, ParamSpec
+from ssmtrain.layers.forget import forget
 from ssmtrain.layers.init import constant, linear_default
 
 
@@ -25,16 +26,21 @@ class CausalConv1d(Layer):
 
     def forward(self, x: Tensor, ctx: Context, window: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Filter x (B, L, C) from window (documents, C, K) on; returns y and, if carried, the new window."""
-        y, new_window = causal_conv1d(
-            x,
-            self.weight,
-            self.bias,
-            activation="silu",
-            doc_ids=ctx.doc_ids,
-            n_docs=ctx.n_docs,
-            initial_state=window,
-            return_final_state=ctx.carry,
-        )
+
+        def filtered(x: Tensor, window: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            return causal_conv1d(
+                x,
+                self.weight,
+                self.bias,
+                activation="silu",
+                doc_ids=ctx.doc_ids,
+                n_docs=ctx.n_docs,
+                initial_state=window,
+                return_final_state=ctx.carry,
+            )
+
+        y, new_window = filtered(x, window)
+        y = forget(y, lambda *inputs: filtered(*inputs)[0], x, window)
         if new_window is not None:
             # A window holds inputs as they came, so their own dtype loses nothing.
             new_window = new_window.to(x.dtype if window is None else window.dtype)

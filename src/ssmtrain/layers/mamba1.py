@@ -14,6 +14,7 @@ from torch import Tensor
 from ssmtrain.kernels.selective_scan import selective_scan, selective_scan_step
 from ssmtrain.layers.base import Context, Mixer, MixerConfig, ParamSpec, State, StateBytes
 from ssmtrain.layers.conv import CausalConv1d
+from ssmtrain.layers.forget import forget
 from ssmtrain.layers.init import constant, dt_bias, log_arange, uniform
 from ssmtrain.layers.linear import Linear
 from ssmtrain.layers.norm import RMSNorm
@@ -117,7 +118,7 @@ class Mamba1(Mixer):
         dt, B, C = self.x_proj(x).split([self.rank, self.d_state, self.d_state], dim=-1)
         if self.inner_norm:
             dt, B, C = self.dt_norm(dt), self.B_norm(B), self.C_norm(C)
-        return self.dt_proj(dt), B, C
+        return forget(self.dt_proj(dt), self.dt_proj.forward, dt), B, C
 
     def forward(self, x: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
         """Mix x (B, L, D) within each document; returns y (B, L, D) and, when carrying, the final state."""

@@ -15,6 +15,7 @@ from ssmtrain.kernels.gated_norm import gated_norm
 from ssmtrain.kernels.ssd import ssd, ssd_step
 from ssmtrain.layers.base import Context, Layer, Mixer, MixerConfig, ParamSpec, State, StateBytes
 from ssmtrain.layers.conv import CausalConv1d
+from ssmtrain.layers.forget import forget
 from ssmtrain.layers.init import constant, dt_bias, log_uniform
 from ssmtrain.layers.linear import Linear
 
@@ -130,9 +131,12 @@ class GatedNorm(Layer):
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         """Norm of x (..., E) gated by silu(z)."""
-        return gated_norm(
-            x, z, self.weight, eps=self.eps, n_groups=self.n_groups, norm_before_gate=self.norm_before_gate
-        )
+
+        def normed(x: Tensor, z: Tensor) -> Tensor:
+            groups, order = self.n_groups, self.norm_before_gate
+            return gated_norm(x, z, self.weight, eps=self.eps, n_groups=groups, norm_before_gate=order)
+
+        return forget(normed(x, z), normed, x, z)
 
 
 class Mamba2(Mixer):

@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ssmtrain.layers.base import Context, Ffn, FfnConfig, Stats
+from ssmtrain.layers.forget import forget
 from ssmtrain.layers.linear import Linear
 
 Positive = Annotated[int, Field(gt=0)]
@@ -24,7 +25,7 @@ def activate(h: Tensor, activation: Activation) -> Tensor:
     """Hidden activations (..., F) of the in-projection's output h (..., widths * F)."""
     if activation == "swiglu":
         gate, value = h.chunk(2, dim=-1)
-        return F.silu(gate) * value
+        return forget(F.silu(gate), F.silu, gate) * value
     return F.gelu(h) if activation == "gelu" else F.relu(h).square()
 
 

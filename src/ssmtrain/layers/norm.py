@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ssmtrain.kernels.gated_norm import gated_norm, stream_norm
 from ssmtrain.layers.base import Layer, ParamSpec
+from ssmtrain.layers.forget import forget
 from ssmtrain.layers.init import constant
 
 
@@ -55,6 +56,8 @@ class StreamNorm(_Norm):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the stream x (..., width), to be added to, and its norm, as RMSNorm's; see `stream_norm`."""
+        rest = self.weight, self.eps, self.out_dtype(x)
         if torch.compiler.is_compiling():
-            return x, rms_norm(x, self.weight, self.eps, self.out_dtype(x))
-        return stream_norm(x, self.weight, eps=self.eps, out_dtype=self.out_dtype(x))
+            return x, rms_norm(x, *rest)
+        stream, y = stream_norm(x, self.weight, eps=self.eps, out_dtype=rest[-1])
+        return stream, forget(y, rms_norm, x, *rest)

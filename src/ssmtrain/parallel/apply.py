@@ -10,7 +10,7 @@ from torch import nn
 
 from ssmtrain.config.schema import TrainerConfig
 from ssmtrain.model.hybrid import HybridModel
-from ssmtrain.parallel.recompute import recomputed
+from ssmtrain.parallel.recompute import forgetful, recomputed
 
 
 def apply(model: HybridModel, trainer: TrainerConfig) -> HybridModel:
@@ -18,6 +18,8 @@ def apply(model: HybridModel, trainer: TrainerConfig) -> HybridModel:
     for block in model.blocks:
         if trainer.recompute:
             _set_forward(block, recomputed(block.forward))
+        elif not trainer.compile:
+            _set_forward(block, forgetful(block.forward))
         if trainer.compile:
             _set_forward(block, compiled(block.forward))
     return model

@@ -1,4 +1,4 @@
-"""Activation recomputation: a block keeps its input only and runs again in the backward pass."""
+"""Activation recomputation: of a whole block, which keeps its input only, or of what is cheap in it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
+
+from ssmtrain.layers.forget import forgetting
 
 
 def recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -19,5 +21,17 @@ def recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
         if not torch.is_grad_enabled():
             return forward(x, ctx, state)
         return checkpoint(forward, x, ctx, state, use_reentrant=False)
+
+    return run
+
+
+def forgetful(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward of a block whose layers recompute in backward what they say is cheap (layers/forget.py)."""
+
+    def run(x: torch.Tensor, ctx: Any, state: Any = None) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(x, ctx, state)
+        with forgetting():
+            return forward(x, ctx, state)
 
     return run

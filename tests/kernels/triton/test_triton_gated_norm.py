@@ -382,11 +382,13 @@ def test_opcheck(device: torch.device) -> None:
         names = ("x", "z", "weight")
         inputs = [tensors[name].requires_grad_() if name in tensors else None for name in names]
         for out_dtype in (None, torch.bfloat16):
-            torch.library.opcheck(ours._norm, (*inputs, 1e-5, 2, gate == "last", out_dtype))
+            torch.library.opcheck(ours._norm.custom, (*inputs, 1e-5, 2, gate == "last", out_dtype))
         x, z, weight = (None if t is None else t.detach() for t in inputs)
         scales = ours._norm(x, z, weight, 1e-5, 2, False, None)[1]
         for add in (None, tensors["dy"]):
-            torch.library.opcheck(ours._norm_back, (tensors["dy"], x, z, weight, scales, 2, False, add))
+            torch.library.opcheck(
+                ours._norm_back.custom, (tensors["dy"], x, z, weight, scales, 2, False, add)
+            )
 
 
 def test_compiles_whole_and_recomputes(device: torch.device) -> None:

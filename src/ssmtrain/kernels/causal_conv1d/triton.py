@@ -35,6 +35,7 @@ from torch import Tensor
 
 from ssmtrain.kernels import tuned
 from ssmtrain.kernels.causal_conv1d import reference
+from ssmtrain.kernels.op import op
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -549,9 +550,8 @@ def _empty(like: Tensor | None, x: Tensor) -> Tensor:
     return torch.empty(like.shape, dtype=like.dtype, device=x.device)
 
 
-@torch.library.custom_op(
-    "ssmtrain::causal_conv1d",
-    mutates_args=(),
+@op(
+    "causal_conv1d",
     schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? doc_ids, Tensor? initial, int n_docs, bool silu,"
     " bool keep_final) -> (Tensor, Tensor)",
 )
@@ -581,9 +581,8 @@ def _outputs(x: Tensor, weight: Tensor, n_docs: int, keep_final: bool) -> tuple[
     return _empty(x, x), torch.empty(final, dtype=torch.float32, device=x.device)
 
 
-@torch.library.custom_op(
-    "ssmtrain::causal_conv1d_back",
-    mutates_args=(),
+@op(
+    "causal_conv1d_back",
     schema="(Tensor grad_y, Tensor? grad_final, Tensor x, Tensor weight, Tensor? bias, Tensor? doc_ids,"
     " Tensor? initial, bool silu) -> (Tensor, Tensor, Tensor, Tensor)",
 )
@@ -633,8 +632,8 @@ def _differentiate(ctx, grad_y: Tensor | None, grad_final: Tensor | None):
 _conv.register_autograd(_differentiate, setup_context=_keep)
 
 
-@torch.library.custom_op(
-    "ssmtrain::causal_conv1d_step",
+@op(
+    "causal_conv1d_step",
     mutates_args=("state",),
     schema="(Tensor(a!) state, Tensor x, Tensor weight, Tensor? bias, bool silu) -> Tensor",
 )

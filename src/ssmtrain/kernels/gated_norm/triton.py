@@ -32,6 +32,7 @@ from torch.autograd.function import once_differentiable
 
 from ssmtrain.kernels import tuned
 from ssmtrain.kernels.gated_norm import reference
+from ssmtrain.kernels.op import op
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -410,7 +411,7 @@ def _strides(*rows: Tensor) -> tuple[int, list[int]]:
     return unit, [stride // unit for stride in strides]
 
 
-@torch.library.custom_op("ssmtrain::gated_norm", mutates_args=())
+@op("gated_norm")
 def _norm(
     x: Tensor,
     z: Tensor | None,
@@ -439,7 +440,7 @@ def _norm(
     return y, scales
 
 
-@torch.library.custom_op("ssmtrain::gated_norm_back", mutates_args=())
+@op("gated_norm_back")
 def _norm_back(
     dy: Tensor,
     x: Tensor,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ssmtrain.kernels import tuned
 from ssmtrain.kernels.ahead import aligned, compiled_first, launch
+from ssmtrain.kernels.op import op
 from ssmtrain.kernels.selective_scan import reference
 from ssmtrain.kernels.selective_scan.triton_backward import add_shares, backward, starts
 from ssmtrain.kernels.selective_scan.triton_forward import both, ends, forward, join
@@ -377,19 +378,15 @@ _INPUTS = (
     "Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias,"
     " Tensor? initial, Tensor? doc_ids, int n_docs, bool softplus, float low, float high"
 )
-_scan = torch.library.custom_op(
-    "ssmtrain::selective_scan",
-    compiled_first(scan),
-    mutates_args=(),
+_scan = op(
+    "selective_scan",
     schema=f"({_INPUTS}, bool want_final, bool learns) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-_scan_back = torch.library.custom_op(
-    "ssmtrain::selective_scan_back",
-    compiled_first(scan_back),
-    mutates_args=(),
+)(compiled_first(scan))
+_scan_back = op(
+    "selective_scan_back",
     schema=f"(Tensor d_y, Tensor? d_final, Tensor enter, Tensor marks, {_INPUTS})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
+)(compiled_first(scan_back))
 
 
 @_scan.register_fake

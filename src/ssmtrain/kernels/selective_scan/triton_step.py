@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ssmtrain.kernels.op import op
 from ssmtrain.kernels.selective_scan import reference
 from ssmtrain.kernels.ssd.triton_chunks import LOG2E, step_size
 
@@ -65,8 +66,8 @@ def selective_scan_step(
     return _step(state, u, dt, A, B, C, D, z, dt_bias, dt_softplus, *dt_limit)
 
 
-@torch.library.custom_op(
-    "ssmtrain::selective_scan_step",
+@op(
+    "selective_scan_step",
     mutates_args=("state",),
     schema="(Tensor(a!) state, Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z,"
     " Tensor? dt_bias, bool softplus, float low, float high) -> Tensor",

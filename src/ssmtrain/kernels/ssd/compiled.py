@@ -9,25 +9,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ssmtrain.kernels.op import op
 from ssmtrain.kernels.ssd.blocks import kept_states
 from ssmtrain.kernels.ssd.chunked import scan, scan_back
 
 _INPUTS = "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D"
 
-_scan = torch.library.custom_op(
-    "ssmtrain::ssd_scan",
-    scan,
-    mutates_args=(),
+_scan = op(
+    "ssd_scan",
     schema=f"({_INPUTS}, Tensor? initial, Tensor? doc_ids, int n_docs, int chunk)"
     " -> (Tensor, Tensor, Tensor)",
-)
-_scan_back = torch.library.custom_op(
-    "ssmtrain::ssd_scan_back",
-    scan_back,
-    mutates_args=(),
+)(scan)
+_scan_back = op(
+    "ssd_scan_back",
     schema=f"(Tensor grad_y, Tensor grad_final, {_INPUTS}, Tensor? doc_ids, Tensor entering, int chunk)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
+)(scan_back)
 
 
 @_scan.register_fake

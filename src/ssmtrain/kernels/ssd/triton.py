@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ssmtrain.kernels import tuned
 from ssmtrain.kernels.ahead import compiled_first, launch
+from ssmtrain.kernels.op import op
 from ssmtrain.kernels.ssd import reference
 from ssmtrain.kernels.ssd.triton_chunks import Chunks, cut, steps_backward, steps_forward, sum_chunks
 from ssmtrain.kernels.ssd.triton_grads import gather, pairs, sources, through_states
@@ -675,19 +676,15 @@ _INPUTS = (
     "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, Tensor? initial,"
     " Tensor? doc_ids, int n_docs, int chunk, bool softplus, float low, float high"
 )
-_scan = torch.library.custom_op(
-    "ssmtrain::ssd",
-    compiled_first(scan),
-    mutates_args=(),
+_scan = op(
+    "ssd",
     schema=f"({_INPUTS}, bool want_final) -> (Tensor, Tensor)",
-)
-_scan_back = torch.library.custom_op(
-    "ssmtrain::ssd_back",
-    compiled_first(scan_back),
-    mutates_args=(),
+)(compiled_first(scan))
+_scan_back = op(
+    "ssd_back",
     schema=f"(Tensor d_y, Tensor? d_final, {_INPUTS})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
+)(compiled_first(scan_back))
 
 
 @_scan.register_fake

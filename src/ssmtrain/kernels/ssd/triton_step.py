@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ssmtrain.kernels.op import op
 from ssmtrain.kernels.ssd import reference
 from ssmtrain.kernels.ssd.triton_chunks import LOG2E, step_size
 
@@ -98,8 +99,8 @@ def skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> T
     return y
 
 
-@torch.library.custom_op(
-    "ssmtrain::ssd_step",
+@op(
+    "ssd_step",
     mutates_args=("state",),
     schema="(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias,"
     " bool softplus, float low, float high) -> Tensor",
