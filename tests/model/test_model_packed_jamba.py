@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ssmtrain.config.schema import ModelConfig
-from ssmtrain.kernels import backend
+from ssmtrain.kernels import backend, tuned
 from ssmtrain.layers.base import Context
 from ssmtrain.model.hybrid import HybridModel
 from ssmtrain.model.init import init_weights
@@ -64,6 +64,7 @@ def test_packed_documents_train_like_documents_alone() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.skipif(not tuned.interpreting(), reason="the gpu test runs them compiled")
 def test_through_the_triton_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """In Triton's interpreter, the kernels of the Mamba layer."""
     ops = {
@@ -77,4 +78,5 @@ def test_through_the_triton_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.gpu
 def test_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "_current", None)
-    compare(torch.float32, "cuda", 2e-5)
+    # A GPU's exponential is good to 2^-22, torch's to 2^-24.
+    compare(torch.float32, "cuda", 5e-5)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from ssmtrain.kernels.parts import parts
 from ssmtrain.kernels.selective_scan import selective_scan, selective_scan_step
 from ssmtrain.layers.base import Context, Mixer, MixerConfig, ParamSpec, State, StateBytes
 from ssmtrain.layers.conv import CausalConv1d
@@ -122,7 +123,7 @@ class Mamba1(Mixer):
 
     def forward(self, x: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
         """Mix x (B, L, D) within each document; returns y (B, L, D) and, when carrying, the final state."""
-        u, z = self.in_proj(x).chunk(2, dim=-1)  # (B, L, E) each
+        u, z = parts(self.in_proj(x), [self.inner, self.inner])  # (B, L, E) each
         u, window = self.conv(u, ctx, state["conv"] if state else None)
         dt, B, C = self.select(u)  # (B, L, E), (B, L, N), (B, L, N)
         y, ssm = selective_scan(

@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ssmtrain.kernels.gated_norm import gated_norm
+from ssmtrain.kernels.parts import parts
 from ssmtrain.kernels.ssd import ssd, ssd_step
 from ssmtrain.layers.base import Context, Layer, Mixer, MixerConfig, ParamSpec, State, StateBytes
 from ssmtrain.layers.conv import CausalConv1d
@@ -172,7 +173,7 @@ class Mamba2(Mixer):
 
     def forward(self, x: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
         """Mix x (B, L, D) within each document; returns y (B, L, D) and, when carrying, the final state."""
-        z, xBC, dt = self.in_proj(x).split(self.sizes, dim=-1)  # (B, L, E), (B, L, E + 2GN), (B, L, H)
+        z, xBC, dt = parts(self.in_proj(x), self.sizes)  # (B, L, E), (B, L, E + 2GN), (B, L, H)
         xBC, window = self.conv(xBC, ctx, state["conv"] if state else None)
         x, B, C = self.heads(xBC)  # (B, L, H, P), (B, L, G, N), (B, L, G, N)
         y, ssm = ssd(

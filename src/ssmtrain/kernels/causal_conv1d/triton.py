@@ -27,6 +27,9 @@ backward an initial state is K - 1 inputs before the first: what would be writte
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -36,6 +39,7 @@ from torch import Tensor
 from ssmtrain.kernels import tuned
 from ssmtrain.kernels.causal_conv1d import reference
 from ssmtrain.kernels.op import op
+from ssmtrain.kernels.parts import claim
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -277,10 +281,10 @@ def _advance(now, grad, window, pending, sums, taps, shift, SILU: tl.constexpr, 
 @triton.jit
 def _deliver(value, token, began, document, when, sinks, bounds, C, c, K: tl.constexpr):
     """Write an input's gradient: to dx, or to dinitial where `token` lies before its document's first."""
-    dx, dinitial = sinks
+    dx, dinitial, step = sinks
     low, high = bounds
     live = when & (token >= began) & (token >= low) & (token < high)
-    tl.store(dx + token * C + c, value.to(dx.dtype.element_ty), mask=live)
+    tl.store(dx + token * step + c, value.to(dx.dtype.element_ty), mask=live)
     if dinitial is not None:
         # Documents that begin past this run are the next one's to write.
         live = when & (token < began) & (began < high)
@@ -305,7 +309,7 @@ def _group(
             done, window, pending, sums = _advance(now, grad, window, pending, sums, taps, shift, SILU, K)
             token = t + i - (K - 1)
             live = inside & (token >= bounds[0]) & (token < bounds[1])
-            tl.store(sinks[0] + token * C + c, done.to(sinks[0].dtype.element_ty), mask=live)
+            tl.store(sinks[0] + token * sinks[2] + c, done.to(sinks[0].dtype.element_ty), mask=live)
     else:
         for s in range(t, t + COUNT):
             document = _document(ids, row, s, L)
@@ -339,7 +343,7 @@ def _group(
     return window, pending, sums, began
 
 
-@triton.jit(do_not_specialize=[*_SIZES, "dy_row", "dy_step"])
+@triton.jit(do_not_specialize=[*_SIZES, "dy_row", "dy_step", "dx_step"])
 def _backward(
     x,  # (B, L, C), row and token strides in units of ALIGN
     dy,  # (B, L, C), likewise
@@ -348,10 +352,10 @@ def _backward(
     ids,  # (B, L) or None
     initial,  # (n_docs, K, C) or None
     dfinal,  # (n_docs, K, C) or None
-    dx,  # (B, L, C)
+    dx,  # (B, L, C), token stride in units of ALIGN, rows after one another
     dinitial,  # (n_docs, K, C) or None
     partial,  # (runs, K + 1, C): gradients of the taps by lag, then of the bias
-    L, units, x_row, x_step, dy_row, dy_step,
+    L, units, x_row, x_step, dy_row, dy_step, dx_step,
     SILU: tl.constexpr, K: tl.constexpr, ALIGN: tl.constexpr, PAIRS: tl.constexpr,
     BLOCK_C: tl.constexpr, TOKENS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
@@ -362,7 +366,8 @@ def _backward(
     C = units.to(tl.int64) * ALIGN
     x = _source(x + row * x_row * ALIGN, x_step, units, ALIGN, BLOCK_C, PAIRS)
     dy = _source(dy + row * dy_row * ALIGN, dy_step, units, ALIGN, BLOCK_C, PAIRS)
-    sinks = (dx + row * L * C, dinitial)
+    step = dx_step.to(tl.int64) * ALIGN
+    sinks = (dx + row * L * step, dinitial, step)
     taps = _taps(weight, c, inside, K)
     shift = 0.0
     if bias is not None:
@@ -581,17 +586,14 @@ def _outputs(x: Tensor, weight: Tensor, n_docs: int, keep_final: bool) -> tuple[
     return _empty(x, x), torch.empty(final, dtype=torch.float32, device=x.device)
 
 
-@op(
-    "causal_conv1d_back",
-    schema="(Tensor grad_y, Tensor? grad_final, Tensor x, Tensor weight, Tensor? bias, Tensor? doc_ids,"
-    " Tensor? initial, bool silu) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-def _conv_back(grad_y, grad_final, x, weight, bias, doc_ids, initial, silu):
-    """Return the gradients of x, weight, bias and initial, empty for what is None."""
+def conv_back(grad_y, grad_final, x, weight, bias, doc_ids, initial, silu, room=None):
+    """Return the gradients of x (in `room` if given), weight, bias and initial, empty for what is None."""
     channels, taps = weight.shape
-    dx, dweight, dbias, dinitial = (_empty(t, x) for t in (x, weight, bias, initial))
+    dx = _empty(x, x) if room is None else room
+    dweight, dbias, dinitial = (_empty(t, x) for t in (weight, bias, initial))
     x, grad_y = _rowwise(x), _rowwise(grad_y)
-    align, sizes = _aligned(channels, x, grad_y)
+    align, sizes = _aligned(channels, x, grad_y, dx)
+    del sizes[-2]  # between rows of dx, which follow one another
     pairs = _pairs(align, x, grad_y)
     config = _config("causal_conv1d_backward", x, taps, pairs, doc_ids, initial, grad_final)
     runs = x.shape[0] * -(-x.shape[1] // config["TOKENS"])
@@ -606,6 +608,13 @@ def _conv_back(grad_y, grad_final, x, weight, bias, doc_ids, initial, silu):
     return dx, dweight, dbias, dinitial
 
 
+_conv_back = op(
+    "causal_conv1d_back",
+    schema="(Tensor grad_y, Tensor? grad_final, Tensor x, Tensor weight, Tensor? bias, Tensor? doc_ids,"
+    " Tensor? initial, bool silu) -> (Tensor, Tensor, Tensor, Tensor)",
+)(conv_back)
+
+
 @_conv_back.register_fake
 def _(grad_y, grad_final, x, weight, bias, doc_ids, initial, silu):
     """Shapes of `_conv_back`."""
@@ -614,6 +623,7 @@ def _(grad_y, grad_final, x, weight, bias, doc_ids, initial, silu):
 
 def _keep(ctx, inputs, output) -> None:
     *kept, _, ctx.silu, ctx.keep_final = inputs
+    ctx.place = claim(inputs[0])
     ctx.save_for_backward(*kept)
     ctx.set_materialize_grads(False)
 
@@ -624,7 +634,10 @@ def _differentiate(ctx, grad_y: Tensor | None, grad_final: Tensor | None):
     if grad_y is None:
         grad_y = torch.zeros_like(x, memory_format=torch.contiguous_format)
     grad_final = grad_final if ctx.keep_final else None
-    dx, dweight, dbias, dinitial = _conv_back(grad_y, grad_final, *saved, ctx.silu)
+    back: Callable[..., Any] = _conv_back
+    if ctx.place is not None:
+        back = partial(conv_back, room=ctx.place.room())
+    dx, dweight, dbias, dinitial = back(grad_y, grad_final, *saved, ctx.silu)
     absent = None if bias is None else dbias, None, None if initial is None else dinitial
     return dx, dweight, *absent, None, None, None
 

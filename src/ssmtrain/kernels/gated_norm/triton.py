@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from torch.autograd.function import once_differentiable
 from ssmtrain.kernels import tuned
 from ssmtrain.kernels.gated_norm import reference
 from ssmtrain.kernels.op import op
+from ssmtrain.kernels.parts import claim
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -188,7 +190,7 @@ def _forward(
             _finish(y + at, weight + at, inner, gate, scale, live, at < CHANNELS, WHOLE, GATE)
 
 
-@triton.jit(do_not_specialize=["rows", "run", "dy_stride", "x_stride", "z_stride", "add_stride"])
+@triton.jit(do_not_specialize=["rows", "run", "dy_stride", "x_stride", "z_stride", "add_stride", "dz_stride"])
 def _backward(
     dy,  # (rows, E)
     x,  # (rows, E)
@@ -198,7 +200,7 @@ def _backward(
     means,  # (rows, G): of weight * d(normed) * normed; or None
     add,  # (rows, E): what dx is added to; or None
     dx,  # (rows, E) contiguous
-    dz,  # (rows, E) contiguous; unused without a gate
+    dz,  # (rows, E); unused without a gate
     parts,  # (runs, E)
     rows,
     run,
@@ -206,6 +208,7 @@ def _backward(
     x_stride,
     z_stride,
     add_stride,
+    dz_stride,
     UNIT: tl.constexpr,
     GROUPS: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -240,6 +243,7 @@ def _backward(
         live = row < end
         scale = tl.load(scales + row * GROUPS + group, mask=live, other=0.0)
         out = row * (GROUPS * CHANNELS) + channel
+        gates = row * dz_stride * UNIT + channel
         share = tl.zeros((ROWS, BLOCK), tl.float32)
         kept = ()
         before = sums
@@ -263,7 +267,7 @@ def _backward(
                 inner = plain * gate
             if GATE == "last":
                 slope = opening + gate * (1.0 - opening)
-                _store(dz + out + at, grad * (plain * scale) * weights[piece] * slope, inside, WHOLE)
+                _store(dz + gates + at, grad * (plain * scale) * weights[piece] * slope, inside, WHOLE)
                 grad *= gate
             weight_grad = grad * (inner * scale)
             sums = sums + (before[piece] + weight_grad,)
@@ -282,7 +286,7 @@ def _backward(
             if GATE == "first":
                 inner_grad -= plain * (gate * pull)
                 slope = opening + gate * (1.0 - opening)
-                _store(dz + out + at, inner_grad * plain * slope, inside, WHOLE)
+                _store(dz + gates + at, inner_grad * plain * slope, inside, WHOLE)
                 inner_grad *= gate
             else:
                 inner_grad -= plain * pull
@@ -440,8 +444,7 @@ def _norm(
     return y, scales
 
 
-@op("gated_norm_back")
-def _norm_back(
+def norm_back(
     dy: Tensor,
     x: Tensor,
     z: Tensor | None,
@@ -450,9 +453,10 @@ def _norm_back(
     n_groups: int,
     norm_before_gate: bool,
     add: Tensor | None,
+    room: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x (with `add` added, like x), of z (empty without a gate) and of weight."""
-    dx, dz, dweight = x.new_empty(x.shape), _like(z, x), torch.empty_like(weight)
+    """Gradients of x (with `add` added, like x), z (in `room` if given, empty without a gate) and weight."""
+    dx, dz, dweight = x.new_empty(x.shape), _like(z, x) if room is None else room, torch.empty_like(weight)
     grad, plain = _rows(dy), _rows(x)
     logits, more = (plain if other is None else _rows(other) for other in (z, add))
     (rows, width), channels = plain.shape, plain.shape[1] // n_groups
@@ -466,7 +470,8 @@ def _norm_back(
     runs = triton.cdiv(rows, run)
     parts = weight.new_empty(runs, width)
     means = None if slices == 1 else torch.empty_like(scales)
-    unit, strides = _strides(grad, plain, logits, more)
+    gates = plain if z is None else dz.view(rows, width)
+    unit, strides = _strides(grad, plain, logits, more, gates)
     shape = {"UNIT": unit, "GROUPS": n_groups, "CHANNELS": channels, "GATE": _gate(z, norm_before_gate)}
     inputs = grad, plain, logits, weight, scales, means
     with torch.cuda.device_of(x):
@@ -483,6 +488,13 @@ def _norm_back(
         )
         _add[(triton.cdiv(width, 16),)](parts, dweight, runs, WIDTH=width, BLOCK=16, ROWS=256, num_warps=8)
     return dx, dz, dweight
+
+
+_norm_back = op(
+    "gated_norm_back",
+    schema="(Tensor dy, Tensor x, Tensor? z, Tensor weight, Tensor scales, int n_groups,"
+    " bool norm_before_gate, Tensor? add) -> (Tensor, Tensor, Tensor)",
+)(norm_back)
 
 
 def _like(z: Tensor | None, x: Tensor) -> Tensor:
@@ -516,6 +528,7 @@ def _(dy: Tensor, x: Tensor, z: Tensor | None, weight: Tensor, *rest: Any) -> tu
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     x, z, weight, _, *ctx.options, _ = inputs
+    ctx.place = None if z is None else claim(z)
     ctx.save_for_backward(x, z, weight, output[1])
     ctx.set_materialize_grads(False)  # none for the scales, which nothing else reads
 
@@ -524,7 +537,10 @@ def _differentiate(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tenso
     if dy is None:
         return (None,) * 7
     x, z, weight, scales = ctx.saved_tensors
-    dx, dz, dweight = _norm_back(dy, x, z, weight, scales, *ctx.options, None)
+    back: Callable[..., Any] = _norm_back
+    if ctx.place is not None:
+        back = functools.partial(norm_back, room=ctx.place.room())
+    dx, dz, dweight = back(dy, x, z, weight, scales, *ctx.options, None)
     return dx, None if z is None else dz, dweight, None, None, None, None
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from ssmtrain.kernels import tuned
 from ssmtrain.kernels.ahead import aligned, compiled_first, launch
 from ssmtrain.kernels.op import op
+from ssmtrain.kernels.parts import claim
 from ssmtrain.kernels.selective_scan import reference
 from ssmtrain.kernels.selective_scan.triton_backward import add_shares, backward, starts
 from ssmtrain.kernels.selective_scan.triton_forward import both, ends, forward, join
@@ -220,11 +221,19 @@ def scan(u, dt, A, B, C, D, z, dt_bias, initial, doc_ids, n_docs, softplus, low,
 
 
 def scan_back(
-    d_y, d_final, enter, marks, u, dt, A, B, C, D, z, dt_bias, initial, doc_ids, n_docs, softplus, low, high
-):
-    """Return the gradients of u, dt, A, B, C, D, z, dt_bias and initial, empty for what is None."""
+    d_y, d_final, enter, marks, u, dt, A, B, C, D, z, dt_bias, initial, doc_ids, n_docs, softplus, low, high,
+    room=None,
+):  # fmt: skip
+    """Return the gradients of u, dt, A, B, C, D, z, dt_bias and initial, empty for what is None.
+
+    That of z is in `room`, if there is any and the kernels can write there.
+    """
     cut = plan(u, dt, A, z, "backward")
-    grads = _gradients(u, dt, A, B, C, D, z, dt_bias, initial)
+    if not cut.lanes:
+        room = None
+    grads = _gradients(u, dt, A, B, C, D, z if room is None else None, dt_bias, initial)
+    if room is not None:
+        grads = (*grads[:6], room, *grads[7:])
     d_u, d_dt, d_A, d_B, d_C, d_D, d_z, d_bias, d_initial = grads
     d_y, u, dt, z = (_rows(t, cut.lanes) for t in (d_y, u, dt, z))
     B, C = _both(cut, B, C)
@@ -261,6 +270,7 @@ def scan_back(
         n_turns = n16.turns(cut, u.device)
         tensors = (d_y, u, dt, A, B, *rest, scratch, *grads_of, *n16.carried(cut, n_turns, u.device))
         limits = (*shape[:2], low, high)
+        options |= strides(DZ=_some(d_z))
         n16.run(cut, n16_back.backward, *tensors, *counts, n_turns, *limits, **options, n_turns=n_turns)
     else:
         tile = cut.config["BE"] * cut.config["BN"]
@@ -382,11 +392,12 @@ _scan = op(
     "selective_scan",
     schema=f"({_INPUTS}, bool want_final, bool learns) -> (Tensor, Tensor, Tensor, Tensor)",
 )(compiled_first(scan))
+_back = compiled_first(scan_back)
 _scan_back = op(
     "selective_scan_back",
     schema=f"(Tensor d_y, Tensor? d_final, Tensor enter, Tensor marks, {_INPUTS})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)(compiled_first(scan_back))
+)(_back)
 
 
 @_scan.register_fake
@@ -406,6 +417,7 @@ def _keep(ctx, inputs, output) -> None:
     _, _, enter, marks = output
     ctx.save_for_backward(enter, marks, *inputs[:10])
     ctx.rest, ctx.want_final = inputs[10:14], inputs[14]
+    ctx.place = None if inputs[6] is None else claim(inputs[6])
     ctx.mark_non_differentiable(enter, marks)
     ctx.set_materialize_grads(False)
 
@@ -416,7 +428,8 @@ def _differentiate(ctx, d_y, d_final, *_):
     if d_y is None:
         d_y = torch.zeros_like(u, memory_format=torch.contiguous_format)
     d_final = d_final if ctx.want_final else None
-    grads = _scan_back(d_y, d_final, enter, marks, *saved, *ctx.rest)
+    inputs = (d_y, d_final, enter, marks, *saved, *ctx.rest)
+    grads = _scan_back(*inputs) if ctx.place is None else _back(*inputs, ctx.place.room())
     found = [None if t is None else grad for t, grad in zip(saved[:9], grads, strict=True)]
     return (*found, *[None] * 7)
 

@@ -98,7 +98,7 @@ def backward(
     leave,  # (windows, N, E): gradients of the state that leaves a window's last piece; or None
     d_final,  # (n_docs, N, E) or None
     scratch,  # (programs, EVERY // SPAN, 16 * BE)
-    d_u, d_dt, d_z,  # (B, L, E); d_z or None
+    d_u, d_dt, d_z,  # (B, L, E), tokens of d_z at a distance; d_z or None
     shares,  # (blocks, tokens, 2, 16): of dB and dC
     d_A,  # (windows, blocks, 16 * BE), as marks
     sums,  # (2, windows, E): of dD and d_bias
@@ -107,7 +107,7 @@ def backward(
     ends,  # (chains,): where a chain's next turn begins, int64
     carry,  # (chains, 40 * BE): what a chain's turn leaves to the next; unused, as both before, with one turn
     length, tokens, n_windows, n_turns, E, N, low, high,
-    S_DY: gl.constexpr, S_U: gl.constexpr, S_DT: gl.constexpr, S_Z: gl.constexpr,
+    S_DY: gl.constexpr, S_U: gl.constexpr, S_DT: gl.constexpr, S_Z: gl.constexpr, S_DZ: gl.constexpr,
     W: gl.constexpr, EVERY: gl.constexpr, TILE: gl.constexpr, SOFTPLUS: gl.constexpr,
 ):  # fmt: skip
     """Go back through a turn's share of the pieces of one window for 64 channels."""
@@ -285,7 +285,7 @@ def backward(
             gl.store(d_u + to * E + tile, d_x.to(d_u.dtype.element_ty), mask=live)
             if z is not None:
                 d_gate *= gathered(outs) + skip * x
-                gl.store(d_z + to * E + tile, d_gate.to(d_z.dtype.element_ty), mask=live)
+                gl.store(d_z + at * S_DZ + ((t + q) * S_DZ + e), d_gate.to(d_z.dtype.element_ty), mask=live)
             total = gl.convert_layout(gl.sum(gl.reshape(parts.load(ADD), [8 * SPAN, HALF, 4]), 1), COLUMNS)
             gl.store(shares + at * 32 + (t * 32 + column), total, mask=column // 32 < rest - t)
         all_A += sum_A

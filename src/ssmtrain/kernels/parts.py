@@ -1,0 +1,97 @@
+"""A tensor in parts, whose gradients are written where the gradient of the whole will be.
+
+A projection makes the inputs of several ops at once, side by side. Cut by `torch.split`, their gradients come
+from different ops and are copied side by side again before the projection's backward pass: one more pass over
+the widest tensors of a layer. Cut by `parts`, an op that can write with a row's pitch asks for the room that
+its input came from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+MARK = "_ssmtrain_place"
+
+
+@dataclass
+class _Whole:
+    """The gradient of a tensor in the making."""
+
+    like: Tensor
+    """Of its shape and type, without memory."""
+    sizes: list[int]
+    device: torch.device
+    buffer: Tensor | None = None
+    taken: set[int] = field(default_factory=set)
+
+    def room(self, index: int) -> Tensor:
+        """Where the gradient of a part goes; asked for twice, another backward pass has begun."""
+        if self.buffer is None or index in self.taken:
+            self.buffer = torch.empty_like(self.like, device=self.device)
+            self.taken = set()
+        self.taken.add(index)
+        return self.buffer.split(self.sizes, dim=-1)[index]
+
+
+@dataclass
+class Place:
+    """Where the gradient of one part goes."""
+
+    whole: _Whole
+    index: int
+    claimed: bool = False
+
+    def room(self) -> Tensor:
+        """Memory for the gradient, not initialised: to be written whole, and returned."""
+        return self.whole.room(self.index)
+
+
+def parts(whole: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+    """Cut whole (.., E) along its last dimension, as torch.split does."""
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and whole.requires_grad):
+        return whole.split(sizes, dim=-1)
+    shape = torch.empty_like(whole, device="meta", memory_format=torch.contiguous_format)
+    made = _Whole(shape, sizes, whole.device)
+    cut = _Parts.apply(whole, made)
+    for index, part in enumerate(cut):
+        setattr(part, MARK, Place(made, index))
+    return cut
+
+
+def claim(part: Tensor) -> Place | None:
+    """Return where the part's gradient goes, to the first who asks: of its readers one may write there."""
+    place = getattr(part, MARK, None)
+    if place is None or place.claimed:
+        return None
+    place.claimed = True
+    return place
+
+
+class _Parts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, made: _Whole) -> tuple[Tensor, ...]:
+        ctx.made = made
+        ctx.set_materialize_grads(False)
+        return whole.split(made.sizes, dim=-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
+        made: _Whole = ctx.made
+        if all(grad is None for grad in grads):
+            return None, None
+        buffer, taken = made.buffer, made.taken
+        made.buffer, made.taken = None, set()
+        if buffer is None:
+            buffer = torch.empty_like(made.like, device=made.device)
+        for index, (room, grad) in enumerate(zip(buffer.split(made.sizes, dim=-1), grads, strict=True)):
+            if grad is None:
+                room.zero_()
+            elif index not in taken or grad.data_ptr() != room.data_ptr() or grad.stride() != room.stride():
+                room.copy_(grad)
+        return buffer, None
