@@ -137,3 +137,25 @@ def test_mixers(name: str, lanes: bool, monkeypatch: pytest.MonkeyPatch) -> None
     assert sorted(rooms) == [0, 0, 1, 1], rooms
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MIXERS)
+def test_mixers_on_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under autocast, with what is cheap forgotten: to the bit as with torch.split and everything kept."""
+    monkeypatch.setattr(backend, "_current", None)
+    torch.manual_seed(0)
+    mixer = MIXERS[name].build(256).cuda()
+    for p in mixer.parameters():
+        torch.nn.init.uniform_(p, -0.05, 0.05)
+    x, dy = torch.randn(2, 4, 700, 256, device="cuda").bfloat16()
+    found = []
+    for cut, wrap in ((parts.parts, forgetful), (lambda t, sizes: t.split(sizes, dim=-1), lambda f: f)):
+        monkeypatch.setattr("ssmtrain.layers." + name.split(",")[0] + ".parts", cut)
+        mixer.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16):
+            y = wrap(mixer.forward)(x, Context())[0]
+        y.backward(dy)
+        found.append([y.detach(), *(p.grad for p in mixer.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert all(g.isfinite().all() for g in found[0])

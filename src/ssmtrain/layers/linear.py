@@ -1,12 +1,20 @@
-"""A linear map whose weight and bias carry their initialisation."""
+"""A linear map whose weight and bias carry their initialisation, and whose weight's gradient is not rounded."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from ssmtrain.kernels.linear_cross_entropy.reference import mm
 from ssmtrain.layers.base import Draw, Layer, ParamSpec
 from ssmtrain.layers.init import constant, linear_default
+
+DEVICES = {"cuda"}
+"""Where a product of 16-bit matrices can be written in fp32."""
 
 
 class Linear(Layer):
@@ -27,4 +35,46 @@ class Linear(Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map the last axis of x from `in` to `out`."""
+        if not torch.compiler.is_compiling() and _mixes(x, self.weight):
+            return _Mixed.apply(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
+
+
+def _mixes(x: Tensor, weight: Tensor) -> bool:
+    """Whether autocast would round an fp32 weight, and with it the gradient."""
+    device = x.device.type
+    return (
+        device in DEVICES
+        and torch.is_autocast_enabled(device)
+        and torch.is_grad_enabled()
+        and weight.requires_grad
+        and weight.dtype == torch.float32
+        and torch.get_autocast_dtype(device) != torch.float32
+        and x.dtype != torch.float64
+    )
+
+
+class _Mixed(torch.autograd.Function):
+    """What autocast makes of F.linear, but that the weight's gradient stays fp32, as the product was summed:
+    autocast rounds it to 16 bits and converts it again, in a pass over all parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        device = x.device.type
+        low = torch.get_autocast_dtype(device)
+        ctx.dtypes = x.dtype, None if bias is None else bias.dtype
+        x, weight = x.to(low), weight.to(low)
+        ctx.save_for_backward(x, weight)
+        with torch.autocast(device, enabled=False):
+            return F.linear(x, weight, None if bias is None else bias.to(low))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        of_x, of_bias = ctx.dtypes
+        rows = grad.flatten(0, -2)  # (T, out)
+        dx = (grad @ weight).to(of_x) if ctx.needs_input_grad[0] else None
+        d_weight = mm(rows.t(), x.flatten(0, -2), torch.float32) if ctx.needs_input_grad[1] else None
+        d_bias = rows.sum(0, dtype=torch.float32).to(of_bias) if of_bias is not None else None
+        return dx, d_weight, d_bias
