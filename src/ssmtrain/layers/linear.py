@@ -1,4 +1,4 @@
-"""A linear map whose weight and bias carry their initialisation, and whose weight's gradient is not rounded."""
+"""A linear map whose weight and bias carry their initialisation; the weight's gradient is not rounded."""
 
 from __future__ import annotations
 
