@@ -262,7 +262,7 @@ def test_configurations() -> None:
 
 
 def test_chunks_are_whole_tiles_of_a_gpu() -> None:
-    sizes = {50288: 1280, 32000: 2048, 2**19: 128, 2**20: 64, 2**27: 1, 257: 261120}
+    sizes = {50288: 2560, 32000: 4096, 2**20: 128, 2**21: 64, 2**28: 1, 257: 522240}
     assert {vocab: reference.chunk_rows(vocab, True) for vocab in sizes} == sizes
     assert [reference.chunk_rows(vocab, False) for vocab in (50288, 2**25)] == [333, 1]
 

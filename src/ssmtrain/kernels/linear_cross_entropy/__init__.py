@@ -20,7 +20,7 @@ def linear_cross_entropy(
     """Sum the cross-entropy of logit_scale * hidden weight^T: (T, D), (V, D), labels (T,) -> loss, n_valid.
 
     The loss is an fp32 scalar (float64 for float64), n_valid an int64 scalar; rows labelled ignore_index
-    count for neither. `chunk` rows of logits exist at a time, by default about 2^24 / V (2^26 / V on a GPU).
+    count for neither. `chunk` rows of logits exist at a time, by default about 2^24 / V (2^27 / V on a GPU).
     Labels outside [0, V) raise as in torch's cross_entropy; in Triton they make NaN of the loss and of the
     gradients that their rows enter. Gradients are computed in the forward pass.
     """

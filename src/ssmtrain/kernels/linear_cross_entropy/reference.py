@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 LOGITS = 2**24
 """Elements of logits held at a time."""
-LOGITS_GPU = 2**26
+LOGITS_GPU = 2**27
 """The same on a GPU, where a product of few rows is slower than the pass over the weight's gradient."""
 ROWS_GPU = 128
 """Rows of a GPU's tiles in a matrix product: chunks of a multiple leave none partly empty."""
