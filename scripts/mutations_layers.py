@@ -167,9 +167,10 @@ PARTS = [
         "gates = out",
         tests=IN_PLACE,
     ),
-    parts("two write in one place", "place.claimed = True", "pass"),
     parts("a second pass writes over the first", "or index in self.taken", "or False"),
-    parts("what was not written is taken for it", "elif index not in taken or", "elif False and"),
+    parts(
+        "what was written elsewhere is not fetched", "elif grad.data_ptr() != room.data_ptr() or", "elif 0 *"
+    ),
     parts("what nothing reads has any gradient", "room.zero_()", "pass"),
     forget("addresses are used again", "result.dtype, reference, autocast", "result.dtype, None, autocast"),
     forget("each reader computes", "if value is None:", "if True:"),

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -119,6 +120,17 @@ def test_one_computation_serves_all_readers_of_a_pass() -> None:
         # exp keeps its own result, which is the same tensor: it is a reader too.
         assert len(calls) == times
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_computation_is_repeated_under_its_own_autocast() -> None:
+    """The backward pass runs outside of it."""
+    x, weight = torch.randn(3, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        kept = torch.autograd.grad(F.linear(x, weight).square().sum(), (x, weight))
+        with forget.forgetting():
+            loss = forget.forget(F.linear(x, weight), F.linear, x, weight).square().sum()
+    found = torch.autograd.grad(loss, (x, weight))
+    assert all(torch.equal(a, b) for a, b in zip(found, kept, strict=True))
 
 
 def test_readers_that_never_come_leave_nothing() -> None:

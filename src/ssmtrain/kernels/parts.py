@@ -30,7 +30,7 @@ class _Whole:
     taken: set[int] = field(default_factory=set)
 
     def room(self, index: int) -> Tensor:
-        """Where the gradient of a part goes; asked for twice, another backward pass has begun."""
+        """Memory for the gradient of a part; asked for twice, by another reader or pass, it is new memory."""
         if self.buffer is None or index in self.taken:
             self.buffer = torch.empty_like(self.like, device=self.device)
             self.taken = set()
@@ -44,7 +44,6 @@ class Place:
 
     whole: _Whole
     index: int
-    claimed: bool = False
 
     def room(self) -> Tensor:
         """Memory for the gradient, not initialised: to be written whole, and returned."""
@@ -64,12 +63,8 @@ def parts(whole: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
 
 
 def claim(part: Tensor) -> Place | None:
-    """Return where the part's gradient goes, to the first who asks: of its readers one may write there."""
-    place = getattr(part, MARK, None)
-    if place is None or place.claimed:
-        return None
-    place.claimed = True
-    return place
+    """Return where the gradient of a part goes; None of a tensor that is no part of another."""
+    return getattr(part, MARK, None)
 
 
 class _Parts(torch.autograd.Function):
@@ -85,13 +80,12 @@ class _Parts(torch.autograd.Function):
         made: _Whole = ctx.made
         if all(grad is None for grad in grads):
             return None, None
-        buffer, taken = made.buffer, made.taken
-        made.buffer, made.taken = None, set()
+        buffer, made.buffer, made.taken = made.buffer, None, set()
         if buffer is None:
             buffer = torch.empty_like(made.like, device=made.device)
-        for index, (room, grad) in enumerate(zip(buffer.split(made.sizes, dim=-1), grads, strict=True)):
+        for room, grad in zip(buffer.split(made.sizes, dim=-1), grads, strict=True):
             if grad is None:
                 room.zero_()
-            elif index not in taken or grad.data_ptr() != room.data_ptr() or grad.stride() != room.stride():
+            elif grad.data_ptr() != room.data_ptr() or grad.stride() != room.stride():
                 room.copy_(grad)
         return buffer, None
