@@ -168,9 +168,8 @@ PARTS = [
         tests=IN_PLACE,
     ),
     parts("a second pass writes over the first", "or index in self.taken", "or False"),
-    parts(
-        "what was written elsewhere is not fetched", "elif grad.data_ptr() != room.data_ptr() or", "elif 0 *"
-    ),
+    parts("gradients elsewhere are not fetched", "grad.data_ptr() != room.data_ptr() or", "False and"),
+    parts("gradients in place are copied", "grad.data_ptr() != room.data_ptr() or", "True or"),
     parts("what nothing reads has any gradient", "room.zero_()", "pass"),
     forget("addresses are used again", "result.dtype, reference, autocast", "result.dtype, None, autocast"),
     forget("each reader computes", "if value is None:", "if True:"),
