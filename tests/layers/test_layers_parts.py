@@ -28,7 +28,7 @@ class Written(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.place = parts.claim(x)
+        ctx.place = parts.place_of(x)
         return x * 1.0
 
     @staticmethod
@@ -94,8 +94,8 @@ def test_a_second_pass_has_memory_of_its_own() -> None:
 def test_without_gradients_and_under_a_compiler_it_is_a_split() -> None:
     x = whole(2, 3)
     with torch.no_grad():
-        assert parts.claim(parts.parts(x, [2, 3])[0]) is None
-    assert parts.claim(parts.parts(x.detach(), [2, 3])[0]) is None
+        assert parts.place_of(parts.parts(x, [2, 3])[0]) is None
+    assert parts.place_of(parts.parts(x.detach(), [2, 3])[0]) is None
     compiled = torch.compile(lambda t: parts.parts(t, [2, 3])[1] * 2, backend="eager", fullgraph=True)
     assert torch.equal(compiled(x), x[..., 2:] * 2)
 

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ssmtrain.kernels.parts import Place
+
 PLAIN = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer})
 
 
@@ -58,8 +60,15 @@ class Op:
 
         self._function = Direct
 
+    def into(self, place: Place | None) -> Callable[..., Any]:
+        """The op, or, where a gradient has a place, its function: the last parameter is where to write."""
+        if place is None:
+            return self
+        room = place.room()
+        return lambda *args: self.body(*args, room)
+
     def __call__(self, *args: Any) -> Any:
-        """Compute it; all arguments by position."""
+        """Compute it; all arguments by position, and none but the schema's."""
         if torch.compiler.is_compiling() or not _plain(args):
             return self._overload(*args)
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):

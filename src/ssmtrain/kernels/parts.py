@@ -62,7 +62,7 @@ def parts(whole: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
     return cut
 
 
-def claim(part: Tensor) -> Place | None:
+def place_of(part: Tensor) -> Place | None:
     """Return where the gradient of a part goes; None of a tensor that is no part of another."""
     return getattr(part, MARK, None)
 

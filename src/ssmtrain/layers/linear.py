@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ssmtrain.kernels.linear_cross_entropy.reference import mm
+from ssmtrain.kernels.matmul import mm
 from ssmtrain.layers.base import Draw, Layer, ParamSpec
 from ssmtrain.layers.init import constant, linear_default
 

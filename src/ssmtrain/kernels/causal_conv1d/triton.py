@@ -27,9 +27,6 @@ backward an initial state is K - 1 inputs before the first: what would be writte
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
-from typing import Any
 
 import torch
 import triton
@@ -39,7 +36,7 @@ from torch import Tensor
 from ssmtrain.kernels import tuned
 from ssmtrain.kernels.causal_conv1d import reference
 from ssmtrain.kernels.op import op
-from ssmtrain.kernels.parts import claim
+from ssmtrain.kernels.parts import place_of
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -586,7 +583,12 @@ def _outputs(x: Tensor, weight: Tensor, n_docs: int, keep_final: bool) -> tuple[
     return _empty(x, x), torch.empty(final, dtype=torch.float32, device=x.device)
 
 
-def conv_back(grad_y, grad_final, x, weight, bias, doc_ids, initial, silu, room=None):
+@op(
+    "causal_conv1d_back",
+    schema="(Tensor grad_y, Tensor? grad_final, Tensor x, Tensor weight, Tensor? bias, Tensor? doc_ids,"
+    " Tensor? initial, bool silu) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _conv_back(grad_y, grad_final, x, weight, bias, doc_ids, initial, silu, room=None):
     """Return the gradients of x (in `room` if given), weight, bias and initial, empty for what is None."""
     channels, taps = weight.shape
     dx = _empty(x, x) if room is None else room
@@ -608,13 +610,6 @@ def conv_back(grad_y, grad_final, x, weight, bias, doc_ids, initial, silu, room=
     return dx, dweight, dbias, dinitial
 
 
-_conv_back = op(
-    "causal_conv1d_back",
-    schema="(Tensor grad_y, Tensor? grad_final, Tensor x, Tensor weight, Tensor? bias, Tensor? doc_ids,"
-    " Tensor? initial, bool silu) -> (Tensor, Tensor, Tensor, Tensor)",
-)(conv_back)
-
-
 @_conv_back.register_fake
 def _(grad_y, grad_final, x, weight, bias, doc_ids, initial, silu):
     """Shapes of `_conv_back`."""
@@ -623,7 +618,7 @@ def _(grad_y, grad_final, x, weight, bias, doc_ids, initial, silu):
 
 def _keep(ctx, inputs, output) -> None:
     *kept, _, ctx.silu, ctx.keep_final = inputs
-    ctx.place = claim(inputs[0])
+    ctx.place = place_of(inputs[0])
     ctx.save_for_backward(*kept)
     ctx.set_materialize_grads(False)
 
@@ -634,9 +629,7 @@ def _differentiate(ctx, grad_y: Tensor | None, grad_final: Tensor | None):
     if grad_y is None:
         grad_y = torch.zeros_like(x, memory_format=torch.contiguous_format)
     grad_final = grad_final if ctx.keep_final else None
-    back: Callable[..., Any] = _conv_back
-    if ctx.place is not None:
-        back = partial(conv_back, room=ctx.place.room())
+    back = _conv_back.into(ctx.place)
     dx, dweight, dbias, dinitial = back(grad_y, grad_final, *saved, ctx.silu)
     absent = None if bias is None else dbias, None, None if initial is None else dinitial
     return dx, dweight, *absent, None, None, None

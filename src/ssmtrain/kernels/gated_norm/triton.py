@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ from torch.autograd.function import once_differentiable
 from ssmtrain.kernels import tuned
 from ssmtrain.kernels.gated_norm import reference
 from ssmtrain.kernels.op import op
-from ssmtrain.kernels.parts import claim
+from ssmtrain.kernels.parts import place_of
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -444,7 +443,12 @@ def _norm(
     return y, scales
 
 
-def norm_back(
+@op(
+    "gated_norm_back",
+    schema="(Tensor dy, Tensor x, Tensor? z, Tensor weight, Tensor scales, int n_groups,"
+    " bool norm_before_gate, Tensor? add) -> (Tensor, Tensor, Tensor)",
+)
+def _norm_back(
     dy: Tensor,
     x: Tensor,
     z: Tensor | None,
@@ -490,13 +494,6 @@ def norm_back(
     return dx, dz, dweight
 
 
-_norm_back = op(
-    "gated_norm_back",
-    schema="(Tensor dy, Tensor x, Tensor? z, Tensor weight, Tensor scales, int n_groups,"
-    " bool norm_before_gate, Tensor? add) -> (Tensor, Tensor, Tensor)",
-)(norm_back)
-
-
 def _like(z: Tensor | None, x: Tensor) -> Tensor:
     """Room for z's gradient; an op returns no None."""
     return x.new_empty(0) if z is None else z.new_empty(z.shape)
@@ -528,7 +525,7 @@ def _(dy: Tensor, x: Tensor, z: Tensor | None, weight: Tensor, *rest: Any) -> tu
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     x, z, weight, _, *ctx.options, _ = inputs
-    ctx.place = None if z is None else claim(z)
+    ctx.place = None if z is None else place_of(z)
     ctx.save_for_backward(x, z, weight, output[1])
     ctx.set_materialize_grads(False)  # none for the scales, which nothing else reads
 
@@ -537,10 +534,7 @@ def _differentiate(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tenso
     if dy is None:
         return (None,) * 7
     x, z, weight, scales = ctx.saved_tensors
-    back: Callable[..., Any] = _norm_back
-    if ctx.place is not None:
-        back = functools.partial(norm_back, room=ctx.place.room())
-    dx, dz, dweight = back(dy, x, z, weight, scales, *ctx.options, None)
+    dx, dz, dweight = _norm_back.into(ctx.place)(dy, x, z, weight, scales, *ctx.options, None)
     return dx, None if z is None else dz, dweight, None, None, None, None
 
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ssmtrain.kernels.matmul import mm
+
 LOGITS = 2**24
 """Elements of logits held at a time."""
 LOGITS_GPU = 2**27
@@ -141,16 +143,6 @@ def matmul_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(device) and common != torch.float64:
         return torch.get_autocast_dtype(device)
     return common
-
-
-def mm(a: Tensor, b: Tensor, wide: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """a @ b in `wide`, (M, K) by (K, N), in `out` if given; a GPU sums and returns it without rounding."""
-    if a.dtype == wide:
-        return torch.mm(a, b, out=out)
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=wide, out=out)
-    product = a @ b
-    return product.to(wide) if out is None else out.copy_(product)
 
 
 def _add_mm(total: Tensor | None, a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:

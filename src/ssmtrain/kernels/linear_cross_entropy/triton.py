@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ssmtrain.kernels import tuned
 from ssmtrain.kernels.linear_cross_entropy import reference
+from ssmtrain.kernels.matmul import mm
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.4028234663852886e38)
@@ -130,7 +131,7 @@ class _Residual:
         if self._logits is None:  # the first chunk is the largest
             self._logits = torch.empty(rows, pitch, dtype=losses.dtype, device=h.device)
             self._p = torch.empty(rows, pitch, dtype=h.dtype, device=h.device) if wanted else None
-        reference.mm(h, W.t(), losses.dtype, out=self._logits[:rows, :vocab])
+        mm(h, W.t(), losses.dtype, out=self._logits[:rows, :vocab])
         with torch.cuda.device_of(h):
             _softmax[(rows,)](
                 *(self._logits, labels.contiguous(), losses, self._p),

@@ -17,7 +17,7 @@ from torch import Tensor
 from ssmtrain.kernels import tuned
 from ssmtrain.kernels.ahead import aligned, compiled_first, launch
 from ssmtrain.kernels.op import op
-from ssmtrain.kernels.parts import claim
+from ssmtrain.kernels.parts import place_of
 from ssmtrain.kernels.selective_scan import reference
 from ssmtrain.kernels.selective_scan.triton_backward import add_shares, backward, starts
 from ssmtrain.kernels.selective_scan.triton_forward import both, ends, forward, join
@@ -392,12 +392,11 @@ _scan = op(
     "selective_scan",
     schema=f"({_INPUTS}, bool want_final, bool learns) -> (Tensor, Tensor, Tensor, Tensor)",
 )(compiled_first(scan))
-_back = compiled_first(scan_back)
 _scan_back = op(
     "selective_scan_back",
     schema=f"(Tensor d_y, Tensor? d_final, Tensor enter, Tensor marks, {_INPUTS})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)(_back)
+)(compiled_first(scan_back))
 
 
 @_scan.register_fake
@@ -417,7 +416,7 @@ def _keep(ctx, inputs, output) -> None:
     _, _, enter, marks = output
     ctx.save_for_backward(enter, marks, *inputs[:10])
     ctx.rest, ctx.want_final = inputs[10:14], inputs[14]
-    ctx.place = None if inputs[6] is None else claim(inputs[6])
+    ctx.place = None if inputs[6] is None else place_of(inputs[6])
     ctx.mark_non_differentiable(enter, marks)
     ctx.set_materialize_grads(False)
 
@@ -428,8 +427,7 @@ def _differentiate(ctx, d_y, d_final, *_):
     if d_y is None:
         d_y = torch.zeros_like(u, memory_format=torch.contiguous_format)
     d_final = d_final if ctx.want_final else None
-    inputs = (d_y, d_final, enter, marks, *saved, *ctx.rest)
-    grads = _scan_back(*inputs) if ctx.place is None else _back(*inputs, ctx.place.room())
+    grads = _scan_back.into(ctx.place)(d_y, d_final, enter, marks, *saved, *ctx.rest)
     found = [None if t is None else grad for t, grad in zip(saved[:9], grads, strict=True)]
     return (*found, *[None] * 7)
 
