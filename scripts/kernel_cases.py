@@ -196,17 +196,21 @@ def norm_case(
     return Case(name, "gated_norm", make, call, shape={"B": B, "L": L, "E": E})
 
 
-def stream_norm_case(B: int, L: int, E: int, *, dtype: torch.dtype = torch.float32) -> Case:
-    """The norm at a block's entry under bf16 autocast, the stream going on beside it."""
+def stream_norm_case(
+    B: int, L: int, E: int, *, dtype: torch.dtype = torch.float32, branch: bool = True
+) -> Case:
+    """The norm at a block's entry under bf16 autocast, the stream going on beside it, with what the block
+    before adds to it."""
 
     def make(device: torch.device | str) -> Inputs:
         x = torch.randn(B, L, E, device=device, dtype=dtype)
-        return leaves({"x": x, "weight": torch.ones(E, device=device)})
+        more = {"branch": torch.randn(B, L, E, device=device, dtype=BF16)} if branch else {}
+        return leaves({"x": x, "weight": torch.ones(E, device=device)} | more)
 
     def call(inputs: Inputs) -> tuple[Tensor, ...]:
         return stream_norm(**inputs, out_dtype=BF16)  # type: ignore[arg-type]
 
-    name = named(f"stream norm B{B} L{L} E{E}", dtype, {})
+    name = named(f"stream norm B{B} L{L} E{E}", dtype, {"alone": not branch})
     return Case(name, "gated_norm", make, call, shape={"B": B, "L": L, "E": E})
 
 
@@ -318,6 +322,7 @@ def to_compile(quick: bool = False) -> Iterator[Case]:
     yield norm_case(2, 1000, 768, dtype=torch.float32)
     for E in (768, 1000, 2048, 8192, 20480):
         yield stream_norm_case(2, 1000, E)
+    yield stream_norm_case(2, 1000, 2560, branch=False)
     yield stream_norm_case(2, 1000, 2560, dtype=BF16)
     yield norm_case(2, 1000, 20480)
     yield norm_case(1, 7, 120)

@@ -121,13 +121,20 @@ NORM = [
     norm("channels past the group", "live & (at < CHANNELS)", "live", 0),
     norm("rows past the end of a run", "(run < runs) & (channel < WIDTH)", "(channel < WIDTH)"),
     norm("rounded to x's dtype", "x.new_empty(x.shape, dtype=out_dtype)", "x.new_empty(x.shape)"),
-    norm("the stream's gradient is dropped", "scales, 1, False, dx)", "scales, 1, False, None)"),
+    norm("the stream's gradient is dropped", "scales, d_stream, *rest)", "scales, None, *rest)"),
     norm("the kernel drops the stream's gradient", "inner_grad += more", "inner_grad += 0.0 * more"),
     norm("the stream's gradient is scaled too", "inner_grad += more", "inner_grad += more * scale"),
     norm("the stream's gradient by x's strides", "row * add_stride * UNIT", "row * x_stride * UNIT"),
     norm(
-        "no gradient of a stream that nothing else reads", "return dx, None, None, None", "return (None,) * 4"
+        "no gradient of a stream that nothing else reads",
+        "dx, d_branch, d_weight = d_stream, d_stream, None",
+        "dx, d_branch, d_weight = None, None, None",
     ),
+    norm("branches are not scaled", "+ factor * branch", "+ branch"),
+    norm("the norm of a sum that is not rounded", ".to(total.dtype.element_ty).to(tl.float32)", ""),
+    norm("a branch's gradient is not scaled", "inner_grad * factor", "inner_grad"),
+    norm("nor where only the stream is read", "(dx * ctx.factor).to(branch)", "dx.to(branch)"),
+    norm("a scaled branch has the stream's gradient", " or ctx.factor != 1.0", ""),
 ]
 
 

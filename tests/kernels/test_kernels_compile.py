@@ -42,7 +42,7 @@ def low_norm(leaves: dict[str, Tensor]) -> tuple[Tensor]:
 
 
 def stream(leaves: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    x, y = stream_norm(leaves["x"] * 2, leaves["weight"])
+    x, y = stream_norm(leaves["x"] * 2, leaves["weight"], branch=leaves.get("branch"), scale=0.5)
     return x * 3, y
 
 
@@ -71,6 +71,10 @@ CASES: dict[str, tuple[Callable, dict[str, Tensor]]] = {
     "gated_norm": (norm, {"x": normal(2, 9, 8), "z": normal(2, 9, 8), "weight": normal(8)}),
     "gated_norm, rounded": (low_norm, {"x": normal(2, 9, 8), "z": normal(2, 9, 8), "weight": normal(8)}),
     "stream_norm": (stream, {"x": normal(2, 9, 8), "weight": normal(8)}),
+    "stream_norm, of a sum": (
+        stream,
+        {"x": normal(2, 9, 8), "weight": normal(8), "branch": normal(2, 9, 8)},
+    ),
 }
 
 

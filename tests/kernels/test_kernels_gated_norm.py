@@ -151,8 +151,32 @@ def test_stream_norm_is_the_stream_and_its_norm(used: tuple[int, ...]) -> None:
         assert near["grad x"].dtype == torch.float32
 
 
+@pytest.mark.parametrize("used", [(0, 1), (0,), (1,)])
+def test_stream_norm_of_a_sum(used: tuple[int, ...]) -> None:
+    options = {"eps": 1e-5, "n_groups": 1, "norm_before_gate": False}
+    inputs = make_inputs(gated=False)
+    inputs["branch"] = inputs["x"].flip(0) - 0.5
+
+    def plain(x: Tensor, branch: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        total = x + 0.25 * branch
+        return tuple((total, oracle(total, weight=weight, z=None, **options))[i] for i in used)
+
+    def ours(leaves: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        found = stream_norm(leaves["x"], leaves["weight"], branch=leaves["branch"], scale=0.25)
+        return tuple(found[i] for i in used)
+
+    truth = outputs_and_grads(lambda leaves: plain(**leaves), inputs)
+    assert_all_close(outputs_and_grads(ours, inputs), truth, 1e-12)
+    mixed = {name: t.float() for name, t in inputs.items()} | {"branch": inputs["branch"].bfloat16()}
+    near = outputs_and_grads(ours, mixed)
+    assert near["output 0"].dtype == torch.float32 and near["grad branch"].dtype == torch.bfloat16
+    assert_all_close(near, truth, 4e-3)
+
+
 def test_shapes_that_disagree_are_named() -> None:
     inputs = make_inputs()
+    with pytest.raises(ValueError, match="branch"):
+        stream_norm(inputs["x"], inputs["weight"], branch=inputs["x"][:1])
     with pytest.raises(ValueError, match="stream_norm"):
         stream_norm(inputs["x"], inputs["weight"][:-1])
     with pytest.raises(ValueError, match="n_groups"):

@@ -51,7 +51,7 @@ def gradients(block: Block, forward: Callable[..., Any], autocast: bool, packed:
         ids = torch.tensor([[0] * 4 + [1] * 5, [2] * 9], dtype=torch.int32)
         ctx = Context(doc_ids=ids, n_docs=3)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        y = forward(x, ctx)[0]
+        y = forward(norm.Stream(x), ctx)[0].total(1.0)
     block.zero_grad()
     (y * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
     found = {f"grad {name}": p.grad for name, p in block.named_parameters()}
@@ -86,13 +86,13 @@ def test_what_is_forgotten_is_gone(name: str, forgotten: int, monkeypatch: pytes
         monkeypatch.setattr(module, "forget", spy)
     x = torch.randn(1, 7, 16, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
-        y = forgetful(block.forward)(x, Context())[0]
+        y = forgetful(block.forward)(norm.Stream(x), Context())[0].total(1.0)
         assert len(seen) == forgotten
         # What is returned, or added to what is, is there as long as that.
         alive = [ref for ref in seen if not ref.expired()]
         assert len(alive) == 0
         seen.clear()
-        kept = block.forward(x, Context())[0]
+        kept = block.forward(norm.Stream(x), Context())[0].total(1.0)
     assert any(not ref.expired() for ref in seen)
     assert torch.equal(y, kept)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssmtrain.layers.norm import RMSNorm, StreamNorm
+from ssmtrain.layers.norm import RMSNorm, Stream, StreamNorm
 
 BF16 = torch.bfloat16
 
@@ -29,7 +29,7 @@ def formula(x: Tensor, weight: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, BF16, torch.float16])
 def test_without_autocast_the_dtype_stays(dtype: torch.dtype) -> None:
     x, norm, stream_norm = draw().to(dtype), make(RMSNorm), make(StreamNorm)
-    y, (stream, n) = norm(x), stream_norm(x)
+    y, (stream, n) = norm(x), stream_norm(Stream(x))
     assert y.dtype == n.dtype == dtype and torch.equal(y, n) and torch.equal(stream, x)
     eps = max(torch.finfo(dtype).eps, 1e-7)
     torch.testing.assert_close(
@@ -42,8 +42,8 @@ def test_autocast_rounds_an_fp32_stream_once(dtype: torch.dtype) -> None:
     x, norm, stream_norm = draw(), make(RMSNorm), make(StreamNorm)
     plain = norm(x)
     with torch.autocast("cpu", dtype):
-        y, (stream, n) = norm(x), stream_norm(x)
-        kept, (_, kept_n) = make(RMSNorm, keep_fp32=True)(x), make(StreamNorm, keep_fp32=True)(x)
+        y, (stream, n) = norm(x), stream_norm(Stream(x))
+        kept, (_, kept_n) = make(RMSNorm, keep_fp32=True)(x), make(StreamNorm, keep_fp32=True)(Stream(x))
         wide = norm(x.double())
     assert y.dtype == n.dtype == dtype and stream.dtype == torch.float32
     assert torch.equal(y, plain.to(dtype)) and torch.equal(n, y)
@@ -61,7 +61,7 @@ def test_gradients_of_stream_and_norm(autocast: bool) -> None:
     norm, x = make(StreamNorm), draw().requires_grad_()
     dx, dn = draw(2), draw(3).to(BF16)
     with torch.autocast("cpu", BF16, enabled=autocast):
-        stream, n = norm(x)
+        stream, n = norm(Stream(x))
         torch.autograd.backward([stream, n], [dx, dn.to(n.dtype)])
     wide, weight = x.detach().double().requires_grad_(), norm.weight.detach().double().requires_grad_()
     torch.autograd.backward([wide, formula(wide, weight)], [dx.double(), dn.double()])
@@ -70,11 +70,25 @@ def test_gradients_of_stream_and_norm(autocast: bool) -> None:
     torch.testing.assert_close(norm.weight.grad.double(), weight.grad, rtol=1e-5, atol=1e-5)
 
 
+def test_a_branch_is_scaled_and_added_before_the_norm() -> None:
+    x, branch = draw().requires_grad_(), draw(4).to(BF16).requires_grad_()
+    norm = StreamNorm(x.shape[-1], scale=0.25)
+    torch.nn.init.constant_(norm.weight, 1.0)
+    with torch.autocast("cpu", BF16):
+        stream, n = norm(Stream(x, branch))
+    total = x.detach() + 0.25 * branch.detach().float()
+    assert n.dtype == BF16 and torch.equal(stream, total)
+    assert torch.equal(stream, Stream(x, branch).total(0.25)) and torch.equal(Stream(x).total(0.25), x)
+    torch.testing.assert_close(n.double(), formula(total.double(), norm.weight.double()), rtol=4e-3, atol=0)
+    (stream * draw(2)).sum().backward()
+    assert torch.equal(x.grad, draw(2)) and torch.equal(branch.grad, (0.25 * draw(2)).to(BF16))
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_compiled_as_eager(autocast: bool) -> None:
     norm, x = make(StreamNorm), draw()
     torch._dynamo.reset()
     compiled = torch.compile(norm, backend="aot_eager", fullgraph=True)
     with torch.autocast("cpu", BF16, enabled=autocast):
-        for found, expected in zip(compiled(x), norm(x), strict=True):
+        for found, expected in zip(compiled(Stream(x)), norm(Stream(x)), strict=True):
             assert found.dtype == expected.dtype and torch.equal(found, expected)

@@ -15,7 +15,7 @@ from ssmtrain.kernels import backend
 from ssmtrain.kernels.gated_norm import gated_norm
 from ssmtrain.kernels.tuned import interpreting
 from ssmtrain.layers.base import Context
-from ssmtrain.layers.norm import RMSNorm, StreamNorm
+from ssmtrain.layers.norm import RMSNorm, Stream, StreamNorm
 from ssmtrain.model.block import Block
 from ssmtrain.model.hybrid import HybridModel
 from ssmtrain.model.init import init_weights
@@ -53,7 +53,7 @@ def results(block: Block, forward: Callable[..., Any], x: Tensor, autocast: bool
     block.zero_grad()
     x = x.detach().requires_grad_()
     with torch.autocast(x.device.type, BF16, enabled=autocast):
-        y = forward(x, Context(), None)[0]
+        y = forward(Stream(x), Context(), None)[0].total(block.multiplier)
     y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(3)).to(y))
     grads = {name: p.grad.clone() for name, p in block.named_parameters() if p.grad is not None}
     assert len(grads) == len(list(block.parameters()))
@@ -66,12 +66,13 @@ def in_steps(block: Block) -> Callable[..., Any]:
     def norm(module: StreamNorm, x: Tensor) -> Tensor:
         return gated_norm(x, None, module.weight, eps=module.eps)
 
-    def forward(x: Tensor, ctx: Context, state: None) -> tuple[Tensor]:
+    def forward(stream: Stream, ctx: Context, state: None) -> tuple[Stream]:
+        x = stream.x
         if block.mixer is not None:
             x = x + block.mixer(norm(block.mixer_norm, x), ctx, None)[0]
         if block.ffn is not None:
             x = x + block.ffn(norm(block.ffn_norm, x), ctx)[0]
-        return (x,)
+        return (Stream(x),)
 
     return forward
 
@@ -132,12 +133,12 @@ def test_in_fp32_on_the_cpu_the_bits_are_those_of_norm_and_sum(layout: str) -> N
 @pytest.mark.parametrize("norm", ["post", "sandwich"])
 def test_post_norms_leave_the_stream_alone(norm: str) -> None:
     block, x = make("A", norm).blocks[0], stream()
-    passed, h = block._enter("mixer", x)
+    passed, h = block._enter("mixer", Stream(x))
     assert passed is x and (h is x) == (norm == "post")
     with torch.autocast("cpu", BF16):
         # In the dtype that they are given: they go to the sum, and no Linear reads them.
         assert block.mixer_post_norm(x).dtype == torch.float32
-        assert block(x, Context())[0].dtype == torch.float32
+        assert block(Stream(x), Context())[0].x.dtype == torch.float32
 
 
 @contextmanager
@@ -166,9 +167,9 @@ def test_through_the_triton_norm(layout: str, autocast: bool, monkeypatch: pytes
     block = make(layout).blocks[0]
     expected = results(block, block.forward, stream(), autocast)
     added: list[bool] = []
-    back = ours._norm_back.body
-    spy = lambda *args: added.append(args[7] is not None) or back(*args)  # noqa: E731
-    monkeypatch.setattr(ours._norm_back, "body", spy)
+    back = ours._stream_norm_back.body
+    spy = lambda *args: added.append(args[4] is not None) or back(*args)  # noqa: E731
+    monkeypatch.setattr(ours._stream_norm_back, "body", spy)
     with triton_norms("cpu"):
         found = results(block, block.forward, stream(), autocast)
         assert sum(added) == (block.mixer is not None) + (block.ffn is not None)

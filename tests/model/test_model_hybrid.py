@@ -8,6 +8,7 @@ from torch import nn
 
 from ssmtrain.config.schema import ModelConfig
 from ssmtrain.layers.base import Context
+from ssmtrain.layers.norm import Stream
 from ssmtrain.model.count import build_meta, count_params, count_training
 from ssmtrain.model.hybrid import HybridModel
 from ssmtrain.model.init import init_weights, n_branches
@@ -107,7 +108,7 @@ def test_where_norms_sit(norm: str) -> None:
 
     y = block.ffn(rms(x) if norm != "post" else x, Context())[0]
     expected = x + (rms(y) if norm != "pre" else y)
-    torch.testing.assert_close(block(x, Context())[0], expected)
+    torch.testing.assert_close(block(Stream(x), Context())[0].total(1.0), expected)
 
 
 def test_multipliers() -> None:
@@ -117,8 +118,8 @@ def test_multipliers() -> None:
     tokens = torch.randint(31, (2, 6))
     x = plain.input(tokens) * 3.0
     block = plain.blocks[0]
-    x = x + 0.5 * block.mixer(block.mixer_norm(x)[1], Context())[0]
-    x = x + 0.5 * block.ffn(block.ffn_norm(x)[1], Context())[0]
+    x = x + 0.5 * block.mixer(block.mixer_norm(Stream(x))[1], Context())[0]
+    x = x + 0.5 * block.ffn(block.ffn_norm(Stream(x))[1], Context())[0]
     expected = nn.functional.linear(plain.head.norm(x), plain.head.weight) * 0.25
     torch.testing.assert_close(scaled(tokens).logits, expected)
 

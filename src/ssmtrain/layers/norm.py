@@ -6,6 +6,8 @@ therefore rounds to autocast's dtype itself: the same numbers, without an fp32 a
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -35,12 +37,11 @@ class _Norm(Layer):
         self.eps, self.keep_fp32 = eps, keep_fp32
         self.declare("weight", (width,), ParamSpec(constant(1.0), decay=False, fp32=True))
 
-    def out_dtype(self, x: Tensor) -> torch.dtype | None:
-        """Autocast's dtype where the norm of x is to be rounded to that, else None."""
-        device = x.device.type
-        if self.keep_fp32 or x.dtype != torch.float32 or not torch.is_autocast_enabled(device):
+    def out_dtype(self, device: torch.device, dtype: torch.dtype) -> torch.dtype | None:
+        """Autocast's dtype where a norm of that dtype is to be rounded to it, else None."""
+        if self.keep_fp32 or dtype != torch.float32 or not torch.is_autocast_enabled(device.type):
             return None
-        return torch.get_autocast_dtype(device)
+        return torch.get_autocast_dtype(device.type)
 
 
 class RMSNorm(_Norm):
@@ -48,16 +49,38 @@ class RMSNorm(_Norm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x (..., width); the result has x's dtype, or autocast's where x is fp32."""
-        return rms_norm(x, self.weight, self.eps, self.out_dtype(x))
+        return rms_norm(x, self.weight, self.eps, self.out_dtype(x.device, x.dtype))
+
+
+class Stream(NamedTuple):
+    """The residual stream between two branches: the norm that reads the sum next is the one to add it up."""
+
+    x: Tensor
+    """(B, L, D)"""
+    branch: Tensor | None = None
+    """(B, L, D): what the last branch adds to x, times the residual multiplier; None: nothing."""
+
+    def total(self, scale: float) -> Tensor:
+        """x + scale * branch, in the wider dtype of both: fp32 under autocast, where branches are bf16."""
+        return self.x if self.branch is None else torch.add(self.x, self.branch, alpha=scale)
 
 
 class StreamNorm(_Norm):
     """RMSNorm at the entry of a residual branch, where the stream goes on beside it."""
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the stream x (..., width), to be added to, and its norm, as RMSNorm's; see `stream_norm`."""
-        rest = self.weight, self.eps, self.out_dtype(x)
+    def __init__(self, width: int, eps: float = 1e-5, keep_fp32: bool = False, scale: float = 1.0) -> None:
+        """With scale, a branch that is still to be added to the stream is scaled by that."""
+        super().__init__(width, eps, keep_fp32)
+        self.scale = scale
+
+    def forward(self, stream: Stream) -> tuple[Tensor, Tensor]:
+        """Return the stream's sum x (..., width), to be added to, and its norm, as RMSNorm's; see
+        `stream_norm`."""
+        x, branch = stream
+        dtype = x.dtype if branch is None else torch.promote_types(x.dtype, branch.dtype)
+        rest = self.weight, self.eps, self.out_dtype(x.device, dtype)
         if torch.compiler.is_compiling():
+            x = stream.total(self.scale)
             return x, rms_norm(x, *rest)
-        stream, y = stream_norm(x, self.weight, eps=self.eps, out_dtype=rest[-1])
-        return stream, forget(y, rms_norm, x, *rest)
+        x, y = stream_norm(x, self.weight, branch=branch, scale=self.scale, eps=self.eps, out_dtype=rest[-1])
+        return x, forget(y, rms_norm, x, *rest)

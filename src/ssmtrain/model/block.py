@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ssmtrain.config.schema import BlockConfig
 from ssmtrain.layers.base import Context, Ffn, Mixer, State, Stats
-from ssmtrain.layers.norm import RMSNorm, StreamNorm
+from ssmtrain.layers.norm import RMSNorm, Stream, StreamNorm
 
 
 class Block(nn.Module):
@@ -29,52 +29,54 @@ class Block(nn.Module):
                 module = layer.build(d_model)
                 setattr(self, name, module)
                 if config.norm != "post":
-                    setattr(self, f"{name}_norm", StreamNorm(d_model, eps, keep_fp32=module.reads_fp32))
+                    norm = StreamNorm(d_model, eps, keep_fp32=module.reads_fp32, scale=multiplier)
+                    setattr(self, f"{name}_norm", norm)
                 if config.norm != "pre":
                     # What it gives is added to the stream, not read by a Linear.
                     setattr(self, f"{name}_post_norm", RMSNorm(d_model, eps, keep_fp32=True))
         self.has_pre = config.norm != "post"
         self.has_post = config.norm != "pre"
 
-    def _enter(self, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The stream, and what the branch reads of it."""
-        return getattr(self, f"{name}_norm")(x) if self.has_pre else (x, x)
+    def _enter(self, name: str, stream: Stream) -> tuple[Tensor, Tensor]:
+        """The stream's sum, and what the branch reads of it."""
+        if self.has_pre:
+            return getattr(self, f"{name}_norm")(stream)
+        x = stream.total(self.multiplier)
+        return x, x
 
-    def _leave(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+    def _leave(self, name: str, x: Tensor, y: Tensor) -> Stream:
         if self.has_post:
             y = getattr(self, f"{name}_post_norm")(y)
-        if self.multiplier != 1.0:
-            y = y * self.multiplier
         # Under autocast y is bf16 and x fp32: the sum is fp32. Otherwise the stream takes y's dtype.
-        return x + y if self.residual_fp32 else x.to(y.dtype) + y
+        return Stream(x if self.residual_fp32 else x.to(y.dtype), y)
 
     def forward(
-        self, x: Tensor, ctx: Context, state: State | None = None
-    ) -> tuple[Tensor, State | None, Stats]:
-        """Map the stream x (B, L, D); returns it, the mixer's final state, the router's statistics."""
+        self, stream: Stream, ctx: Context, state: State | None = None
+    ) -> tuple[Stream, State | None, Stats]:
+        """Map the stream, of parts (B, L, D); returns it, the final state, the router's statistics."""
         stats: Stats = {}
         new_state: State | None = None
         if self.mixer is not None:
-            x, h = self._enter("mixer", x)
+            x, h = self._enter("mixer", stream)
             y, new_state = self.mixer(h, ctx, state)  # (B, L, D)
-            x = self._leave("mixer", x, y)
+            stream = self._leave("mixer", x, y)
         if self.ffn is not None:
-            x, h = self._enter("ffn", x)
+            x, h = self._enter("ffn", stream)
             y, stats = self.ffn(h, ctx)  # (B, L, D)
-            x = self._leave("ffn", x, y)
-        return x, new_state, stats
+            stream = self._leave("ffn", x, y)
+        return stream, new_state, stats
 
-    def step(self, x: Tensor, ctx: Context, state: State | None) -> Tensor:
-        """Map one token x (B, 1, D), updating the mixer's state in place."""
+    def step(self, stream: Stream, ctx: Context, state: State | None) -> Stream:
+        """Map one token, the stream's parts (B, 1, D), updating the mixer's state in place."""
         if self.mixer is not None:
             assert state is not None, "decoding needs a state: call HybridModel.init_states first"
-            x, h = self._enter("mixer", x)
-            x = self._leave("mixer", x, self.mixer.step(h, ctx, state))
+            x, h = self._enter("mixer", stream)
+            stream = self._leave("mixer", x, self.mixer.step(h, ctx, state))
         if self.ffn is not None:
-            x, h = self._enter("ffn", x)
+            x, h = self._enter("ffn", stream)
             y, _ = self.ffn(h, ctx)
-            x = self._leave("ffn", x, y)
-        return x
+            stream = self._leave("ffn", x, y)
+        return stream
 
     def init_state(self, batch: int, max_len: int, dtype: torch.dtype, device: Any) -> State | None:
         """Allocate the mixer's decoding state; None for a block without a mixer."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ssmtrain.config.layout import expand
 from ssmtrain.config.schema import ModelConfig
 from ssmtrain.layers.base import Context, Layer, ParamSpec, State, Stats
+from ssmtrain.layers.norm import Stream
 from ssmtrain.model.block import Block
 from ssmtrain.model.heads import LmHead
 from ssmtrain.model.inputs import TokenInput
@@ -44,6 +45,7 @@ class HybridModel(nn.Module):
         self.names = layout_names(config)
         d, eps, m = config.d_model, config.norm_eps, config.multipliers
         std = config.init.embedding_std
+        self.multiplier = m.residual
         self.input = TokenInput(vocab_size, d, std, m.embedding)
         self.blocks = nn.ModuleList(
             Block(config.blocks[name], d, eps, m.residual, config.residual_fp32) for name in self.names
@@ -65,16 +67,17 @@ class HybridModel(nn.Module):
         With ctx.states, each block continues from its state and leaves its final state there.
         """
         ctx = ctx or Context()
-        x = self.input(inputs)  # (B, L, D)
+        stream = Stream(self.input(inputs))  # (B, L, D)
         out = Output()
         for i, block in enumerate(self.blocks):
-            x, state, stats = block(x, ctx, ctx.states[i] if ctx.states is not None else None)
+            stream, state, stats = block(stream, ctx, ctx.states[i] if ctx.states is not None else None)
             if ctx.states is not None:
                 ctx.states[i] = state
             if stats:
                 aux = stats["aux"] + stats["z"]
                 out.aux = aux if out.aux is None else out.aux + aux
                 out.stats[i] = {key: value.detach() for key, value in stats.items()}
+        x = stream.total(self.multiplier)
         if labels is None:
             out.logits = self.head.logits(x, self.input.weight)  # (B, L, V)
         else:
@@ -90,17 +93,19 @@ class HybridModel(nn.Module):
     def prefill(self, inputs: Tensor, ctx: Context) -> Tensor:
         """Run inputs (B, L) through the states in ctx; returns the last position's logits (B, V)."""
         assert ctx.states is not None, "prefill needs ctx.states: call init_states first"
-        x = self.input(inputs)  # (B, L, D)
+        stream = Stream(self.input(inputs))  # (B, L, D)
         for i, block in enumerate(self.blocks):
-            x, ctx.states[i], _ = block(x, ctx, ctx.states[i])
+            stream, ctx.states[i], _ = block(stream, ctx, ctx.states[i])
         ctx.offset += inputs.shape[1]
+        x = stream.total(self.multiplier)
         return self.head.logits(x[:, -1], self.input.weight)  # (B, V)
 
     def step(self, tokens: Tensor, ctx: Context) -> Tensor:
         """Run one token per document (B, 1), updating ctx.states in place; returns logits (B, V)."""
         assert ctx.states is not None, "a step needs ctx.states: call init_states first"
-        x = self.input(tokens)  # (B, 1, D)
+        stream = Stream(self.input(tokens))  # (B, 1, D)
         for block, state in zip(self.blocks, ctx.states):
-            x = block.step(x, ctx, state)  # type: ignore[operator]
+            stream = block.step(stream, ctx, state)  # type: ignore[operator]
         ctx.offset += 1
+        x = stream.total(self.multiplier)
         return self.head.logits(x[:, -1], self.input.weight)  # (B, V)

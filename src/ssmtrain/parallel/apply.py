@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ssmtrain.config.schema import TrainerConfig
+from ssmtrain.layers.norm import Stream
 from ssmtrain.model.hybrid import HybridModel
 from ssmtrain.parallel.recompute import forgetful, recomputed
 
@@ -17,12 +18,21 @@ def apply(model: HybridModel, trainer: TrainerConfig) -> HybridModel:
     """Apply the trainer's options to every block, in place; names and parameters stay as they are."""
     for block in model.blocks:
         if trainer.recompute:
-            _set_forward(block, recomputed(block.forward))
+            _set_forward(block, added_first(recomputed(block.forward), model.multiplier))
         elif not trainer.compile:
             _set_forward(block, forgetful(block.forward))
         if trainer.compile:
             _set_forward(block, compiled(block.forward))
     return model
+
+
+def added_first(forward: Callable[..., Any], scale: float) -> Callable[..., Any]:
+    """The forward of a block that keeps its input: the stream, added up, is one tensor rather than two."""
+
+    def run(stream: Stream, ctx: Any, state: Any = None) -> Any:
+        return forward(Stream(stream.total(scale)), ctx, state)
+
+    return run
 
 
 def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -33,10 +43,10 @@ def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
     """
     fast = torch.compile(forward)
 
-    def run(x: torch.Tensor, ctx: Any, state: Any = None) -> Any:
+    def run(stream: Stream, ctx: Any, state: Any = None) -> Any:
         if torch.is_grad_enabled() and ctx.states is None:
-            return fast(x, ctx, state)
-        return forward(x, ctx, state)
+            return fast(stream, ctx, state)
+        return forward(stream, ctx, state)
 
     return run
 

@@ -17,7 +17,7 @@ def recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
     Routers return their statistics rather than add them to a buffer, so the second run counts nothing twice.
     """
 
-    def run(x: torch.Tensor, ctx: Any, state: Any = None) -> Any:
+    def run(x: Any, ctx: Any, state: Any = None) -> Any:
         if not torch.is_grad_enabled():
             return forward(x, ctx, state)
         return checkpoint(forward, x, ctx, state, use_reentrant=False)
@@ -28,7 +28,7 @@ def recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
 def forgetful(forward: Callable[..., Any]) -> Callable[..., Any]:
     """The forward of a block whose layers recompute in backward what they say is cheap (layers/forget.py)."""
 
-    def run(x: torch.Tensor, ctx: Any, state: Any = None) -> Any:
+    def run(x: Any, ctx: Any, state: Any = None) -> Any:
         if not torch.is_grad_enabled():
             return forward(x, ctx, state)
         with forgetting():

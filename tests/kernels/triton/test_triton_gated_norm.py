@@ -52,31 +52,45 @@ def exact(tensors: dict[str, Tensor], gate: str, **options) -> dict[str, Tensor]
 
 STREAM = {
     "ours": ours.stream_norm,
-    "apart": lambda x, *rest, **options: (x, reference.gated_norm(x, None, *rest, **options)),
+    "apart": lambda x, weight, branch, scale, **options: (
+        total := reference.add(x, branch, scale),
+        reference.gated_norm(total, None, weight, n_groups=1, norm_before_gate=False, **options),
+    ),
 }
 
 
 def run_stream(
-    tensors: dict[str, Tensor], used: str = "both", norm: str = "ours", out_dtype: torch.dtype | None = None
+    tensors: dict[str, Tensor],
+    used: str = "both",
+    norm: str = "ours",
+    out_dtype: torch.dtype | None = None,
+    scale: float = 0.75,
 ) -> dict[str, Tensor]:
     """The norm of a stream, and all gradients where both outputs, or one, are read on."""
-    x, weight = (tensors[name].detach().requires_grad_() for name in ("x", "weight"))
-    rest = {} if norm == "ours" else {"n_groups": 1, "norm_before_gate": False}
-    stream, y = STREAM[norm](x, weight, eps=1e-5, out_dtype=out_dtype, **rest)
+    names = ("x", "weight", "branch")
+    leaves = {name: tensors[name].detach().requires_grad_() for name in names if name in tensors}
+    x, weight, branch = (leaves.get(name) for name in names)
+    stream, y = STREAM[norm](x, weight, branch=branch, scale=scale, eps=1e-5, out_dtype=out_dtype)
     found = {"stream": stream, "y": y}
-    grads = {"stream": tensors["dx"], "y": tensors["dy"].to(y.dtype)}
+    grads = {"stream": tensors["dx"].to(stream.dtype), "y": tensors["dy"].to(y.dtype)}
     read = ["stream", "y"] if used == "both" else [used]
     torch.autograd.backward([found[name] for name in read], [grads[name] for name in read])
-    found |= {f"d{name}": t.grad for name, t in (("x", x), ("weight", weight)) if t.grad is not None}
+    found |= {f"d{name}": t.grad for name, t in leaves.items() if t.grad is not None}
     return {name: t.detach() for name, t in found.items()}
 
 
 def draw_stream(
-    shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.float32
+    shape: tuple[int, ...],
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    branch: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """Inputs of `run_stream`, the stream's gradient among them."""
+    """Inputs of `run_stream`, the stream's gradient among them, and a branch of that dtype."""
     tensors = draw(shape, "first", device, dtype)
-    return tensors | {"dx": tensors.pop("z")}
+    tensors["dx"] = tensors.pop("z")
+    if branch is not None:
+        tensors["branch"] = draw(shape, "none", device, branch, seed=4)["x"]
+    return tensors
 
 
 def use(monkeypatch: pytest.MonkeyPatch, **changes: int) -> None:
@@ -255,6 +269,47 @@ def test_stream_norm_matches_float64(shape: tuple[int, ...], used: str, device: 
     assert_all_close(low, truth, 5e-3)
 
 
+@pytest.mark.parametrize("used", ["both", "stream", "y"])
+@pytest.mark.parametrize("branch", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(3, 8), (2, 9, 80), (1, 164), (5, 3)])
+def test_stream_norm_of_a_sum_matches_float64(
+    shape: tuple[int, ...], branch: torch.dtype, used: str, device: torch.device
+) -> None:
+    tensors = draw_stream(shape, device, branch=branch)
+    truth = run_stream({name: t.double() for name, t in tensors.items()}, used, "apart")
+    found = run_stream(tensors, used)
+    assert found["dbranch"].dtype == branch and found["stream"].dtype == torch.float32
+    d_branch = truth.pop("dbranch"), found.pop("dbranch")
+    assert_all_close(found, truth, 1e-6)
+    assert distance(d_branch[1], d_branch[0]) < (5e-3 if branch == torch.bfloat16 else 1e-6)
+    low = run_stream(tensors, used, out_dtype=torch.bfloat16)
+    assert torch.equal(low["stream"], found["stream"])
+    assert torch.equal(low["y"], found["y"].bfloat16())
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_branch_of_the_streams_dtype(dtype: torch.dtype, scale: float, device: torch.device) -> None:
+    """Its gradient is the stream's, scaled; the norm is that of the sum as it is written."""
+    tensors = draw_stream((4, 48), device, dtype, dtype)
+    found = run_stream(tensors, scale=scale)
+    alone = run_stream({**tensors, "x": found["stream"], "branch": torch.zeros_like(found["stream"])})
+    assert found["stream"].dtype == dtype and torch.equal(found["y"], alone["y"])
+    assert torch.equal(found["dx"], alone["dx"])
+    near = 5e-3 if dtype == torch.bfloat16 else 1e-7
+    assert distance(found["dbranch"], scale * found["dx"]) <= near
+    assert scale != 1.0 or torch.equal(found["dbranch"], found["dx"])
+
+
+def test_a_narrow_stream_and_a_wide_branch(device: torch.device) -> None:
+    tensors = draw_stream((4, 48), device, torch.bfloat16, torch.float32)
+    found = run_stream(tensors)
+    assert found["stream"].dtype == found["dbranch"].dtype == torch.float32
+    assert found["dx"].dtype == torch.bfloat16
+    truth = run_stream({name: t.double() for name, t in tensors.items()}, norm="apart")
+    assert_all_close(found, truth, 5e-3)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_stream_norm_rounds_its_sum_once(dtype: torch.dtype, device: torch.device) -> None:
     """The sum is of fp32 numbers: in bf16 it errs less than the sum of rounded ones."""
@@ -268,11 +323,12 @@ def test_stream_norm_rounds_its_sum_once(dtype: torch.dtype, device: torch.devic
         assert distance(found, truth) < 1e-7
 
 
+@pytest.mark.parametrize("branch", [None, torch.float32])
 def test_stream_norm_of_rows_wider_than_a_program(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch
+    branch: torch.dtype | None, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use(monkeypatch, BLOCK=16, PIECES=2, ROWS=1)
-    tensors = draw_stream((2, 72), device)
+    tensors = draw_stream((2, 72), device, branch=branch)
     truth = run_stream({name: t.double() for name, t in tensors.items()}, norm="apart")
     assert_all_close(run_stream(tensors), truth, 1e-6)
     assert_all_close(run_stream(tensors, out_dtype=torch.bfloat16), truth, 5e-3)
@@ -283,18 +339,26 @@ def test_an_added_gradient_joins_that_of_x_alone(gate: str, device: torch.device
     tensors = draw((9, 48), gate, device)
     x, z, weight, dy = (tensors.get(name) for name in ("x", "z", "weight", "dy"))
     _, scales = ours._norm(x, z, weight, 1e-5, 3, gate == "last", None)
-    inputs = dy, x, z, weight, scales, 3, gate == "last"
-    plain, found = ours._norm_back(*inputs, None), ours._norm_back(*inputs, 100 * x)
+
+    def back(add: Tensor | None) -> tuple[Tensor | None, ...]:
+        dz = None if z is None else torch.empty_like(z)
+        rest = add, dz, 1.0, ours._gate(z, gate == "last")
+        return *ours._launch_back(dy, x, z, weight, scales, *rest), dz
+
+    plain, found = back(None), back(100 * x)
     torch.testing.assert_close(found[0], plain[0] + 100 * x, rtol=1e-6, atol=1e-6)
-    assert torch.equal(found[1], plain[1]) and torch.equal(found[2], plain[2])
+    assert torch.equal(found[1], plain[1]) and (z is None or torch.equal(found[2], plain[2]))
 
 
-def test_stream_norm_takes_any_layout_and_touches_no_input(device: torch.device) -> None:
-    tensors = draw_stream((3, 4, 16), device)
+@pytest.mark.parametrize("branch", [None, torch.bfloat16])
+def test_stream_norm_takes_any_layout_and_touches_no_input(
+    branch: torch.dtype | None, device: torch.device
+) -> None:
+    tensors = draw_stream((3, 4, 16), device, branch=branch)
     truth = run_stream(tensors)
     sliced = dict(tensors)
-    for name, pad in (("x", 8), ("dy", 16), ("dx", 24)):
-        nan = torch.full((3, 4, pad), float("nan"), device=device)
+    for name, pad in (("x", 8), ("dy", 16), ("dx", 24), ("branch", 40))[: 3 + (branch is not None)]:
+        nan = torch.full((3, 4, pad), float("nan"), dtype=tensors[name].dtype, device=device)
         sliced[name] = torch.cat([nan, tensors[name], nan], -1)[..., pad : 16 + pad]
     turned = {
         name: t.transpose(0, 1).contiguous().transpose(0, 1) if t.dim() == 3 else t
@@ -307,7 +371,7 @@ def test_stream_norm_takes_any_layout_and_touches_no_input(device: torch.device)
     assert all(torch.equal(t, before[name]) for name, t in tensors.items())
     one = tensors | {"dx": torch.ones(1, 1, 1, device=device).expand(3, 4, 16)}
     wide = {name: t.double() for name, t in one.items()}
-    assert_all_close(run_stream(one), run_stream(wide, norm="apart"), 1e-6)
+    assert_all_close(run_stream(one), run_stream(wide, norm="apart"), 1e-6 if branch is None else 5e-3)
     assert run_stream({name: t[:0] if t.dim() == 3 else t for name, t in tensors.items()})["dx"].numel() == 0
 
 
@@ -385,10 +449,14 @@ def test_opcheck(device: torch.device) -> None:
             torch.library.opcheck(ours._norm.custom, (*inputs, 1e-5, 2, gate == "last", out_dtype))
         x, z, weight = (None if t is None else t.detach() for t in inputs)
         scales = ours._norm(x, z, weight, 1e-5, 2, False, None)[1]
-        for add in (None, tensors["dy"]):
-            torch.library.opcheck(
-                ours._norm_back.custom, (tensors["dy"], x, z, weight, scales, 2, False, add)
-            )
+        torch.library.opcheck(ours._norm_back.custom, (tensors["dy"], x, z, weight, scales, 2, False))
+    tensors = draw_stream((2, 8), device, branch=torch.bfloat16)
+    x, branch, weight, dy = (tensors[name] for name in ("x", "branch", "weight", "dy"))
+    for out_dtype in (None, torch.bfloat16):
+        torch.library.opcheck(ours._sum_norm.custom, (x, branch, weight, 0.5, 1e-5, out_dtype))
+    scales = ours._norm(x, None, weight, 1e-5, 1, False, None)[1]
+    for add, dtype in ((None, None), (dy, torch.bfloat16)):
+        torch.library.opcheck(ours._stream_norm_back.custom, (dy, x, weight, scales, add, dtype, 0.5))
 
 
 def test_compiles_whole_and_recomputes(device: torch.device) -> None:
@@ -436,14 +504,19 @@ def test_wide_rows(width: int, gate: str, dtype: torch.dtype, device: torch.devi
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("branch", [torch.bfloat16, None])
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [768, 1000, 2048, 2560, 5120, 10240, 20480])
 def test_stream_norm_of_real_widths(
-    width: int, dtype: torch.dtype, out_dtype: torch.dtype | None, device: torch.device
+    width: int,
+    dtype: torch.dtype,
+    out_dtype: torch.dtype | None,
+    branch: torch.dtype | None,
+    device: torch.device,
 ) -> None:
     """Near float64, and the same bits ten times."""
-    tensors = draw_stream((3, 700, width), device, dtype)
+    tensors = draw_stream((3, 700, width), device, dtype, branch)
     truth = run_stream({name: t.double() for name, t in tensors.items()}, norm="apart")
     found = run_stream(tensors, out_dtype=out_dtype)
     apart = run_stream(tensors, norm="apart", out_dtype=out_dtype)

@@ -46,22 +46,32 @@ def gated_norm(
 
 
 def stream_norm(
-    x: Tensor, weight: Tensor, *, eps: float = 1e-5, out_dtype: torch.dtype | None = None
+    x: Tensor,
+    weight: Tensor,
+    *,
+    branch: Tensor | None = None,
+    scale: float = 1.0,
+    eps: float = 1e-5,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """RMSNorm of a residual stream that goes on beside it: returns x and norm(x) * weight, whose gradients
-    the Triton backward adds up in its one pass.
+    """RMSNorm of a residual stream that goes on beside it: returns x + scale * branch, and its norm * weight.
 
-    x (..., E), weight (E,); the stream has to be read on from the x returned. Precision, out_dtype and errors
-    as in `gated_norm`, to which this is equal but for how often memory is read.
+    x (..., E), branch like x or None, weight (E,); the stream, in the wider dtype of x and branch, has to be
+    read on from what is returned. The Triton body adds in the pass that normalises, and in its backward pass
+    adds up the gradients of both results. Precision, out_dtype and errors as in `gated_norm`; equal to a sum
+    and a norm but for how often memory is read.
     """
     _check("stream_norm", x, weight, 1)
+    if branch is not None and branch.shape != x.shape:
+        raise ValueError(f"stream_norm: x {tuple(x.shape)} and branch {tuple(branch.shape)} differ")
     # A compiler sees the sum and the norm, and fuses what it can.
     if torch.compiler.is_compiling() or backend.chosen("gated_norm", x.device.type) != "triton":
-        return x, gated_norm(x, None, weight, eps=eps, out_dtype=out_dtype)
+        stream = reference.add(x, branch, scale)
+        return stream, gated_norm(stream, None, weight, eps=eps, out_dtype=out_dtype)
     from ssmtrain.kernels.gated_norm.triton import stream_norm as run
 
     with torch.autocast(x.device.type, enabled=False):
-        return run(x, weight, eps=eps, out_dtype=out_dtype)
+        return run(x, weight, branch=branch, scale=scale, eps=eps, out_dtype=out_dtype)
 
 
 def _check(op: str, x: Tensor, weight: Tensor, n_groups: int) -> None:

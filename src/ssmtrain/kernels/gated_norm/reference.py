@@ -33,6 +33,11 @@ def gated_norm(
     return y.view(x.shape)
 
 
+def add(x: Tensor, branch: Tensor | None, scale: float) -> Tensor:
+    """x + scale * branch (None: nothing), rounded once to the wider dtype of both."""
+    return x if branch is None else torch.add(x, branch, alpha=scale)
+
+
 class GatedNorm(torch.autograd.Function):
     """norm(x * silu(z)) * weight, or norm(x) * weight * silu(z)."""
 

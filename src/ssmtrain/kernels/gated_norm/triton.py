@@ -72,15 +72,22 @@ def gated_norm(
 
 
 def stream_norm(
-    x: Tensor, weight: Tensor, *, eps: float, out_dtype: torch.dtype | None = None
+    x: Tensor,
+    weight: Tensor,
+    *,
+    branch: Tensor | None = None,
+    scale: float = 1.0,
+    eps: float,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute `kernels.stream_norm`: x (..., E), weight (E,); float64 is left to the reference."""
     if x.dtype == torch.float64:
+        stream = reference.add(x, branch, scale)
         y = reference.gated_norm(
-            x, None, weight, eps=eps, n_groups=1, norm_before_gate=False, out_dtype=out_dtype
+            stream, None, weight, eps=eps, n_groups=1, norm_before_gate=False, out_dtype=out_dtype
         )
-        return x, y
-    return _StreamNorm.apply(x, weight.float().contiguous(), eps, out_dtype)
+        return stream, y
+    return _StreamNorm.apply(x, branch, weight.float().contiguous(), scale, eps, out_dtype)
 
 
 @triton.jit
@@ -120,6 +127,16 @@ def _gated(x, z, inside, WHOLE: tl.constexpr, GATE: tl.constexpr):
 
 
 @triton.jit
+def _entering(x, z, total, factor, inside, WHOLE: tl.constexpr, GATE: tl.constexpr):
+    """As `_gated`; where z is a branch to be added to x, their sum with the bits that it is written with."""
+    if GATE == "sum":
+        branch = _load(z, inside, WHOLE)
+        inner = (_load(x, inside, WHOLE) + factor * branch).to(total.dtype.element_ty).to(tl.float32)
+        return inner, branch
+    return _gated(x, z, inside, WHOLE, GATE)
+
+
+@triton.jit
 def _finish(y, weight, inner, gate, scale, live, inside, WHOLE: tl.constexpr, GATE: tl.constexpr):
     """Scale, weigh, gate and write one piece."""
     out = inner * scale * _load(weight, inside, WHOLE)
@@ -131,14 +148,16 @@ def _finish(y, weight, inner, gate, scale, live, inside, WHOLE: tl.constexpr, GA
 @triton.jit(do_not_specialize=["rows", "x_stride", "z_stride"])
 def _forward(
     x,  # (rows, E)
-    z,  # (rows, E); unused without a gate
+    z,  # (rows, E): logits of the gate, or what is added to x; unused without
     weight,  # (E,)
     y,  # (rows, E) contiguous
+    total,  # (rows, E) contiguous: x + factor * z; unused if nothing is added
     scales,  # (rows, G)
     rows,
     x_stride,  # in UNITs, so that the compiler knows what divides it: Triton itself looks for 16 or nothing
     z_stride,
     eps,
+    factor,
     UNIT: tl.constexpr,
     GROUPS: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -148,7 +167,7 @@ def _forward(
     ROWS: tl.constexpr,
     KEEP: tl.constexpr,
 ):
-    """Norm and gate one group of ROWS rows."""
+    """Norm and gate one group of ROWS rows, or add and norm."""
     # 64 bits: rows times a row's length passes 2^31 at 200 thousand tokens.
     program = tl.program_id(0).to(tl.int64)
     channel = program % GROUPS * CHANNELS
@@ -160,6 +179,7 @@ def _forward(
     lane = tl.broadcast_to(tl.arange(0, BLOCK)[None, :], (ROWS, BLOCK))
     x += row * x_stride * UNIT + channel
     y += row * (GROUPS * CHANNELS) + channel
+    total += row * (GROUPS * CHANNELS) + channel
     weight += channel
     z += row * z_stride * UNIT + channel
     squares = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -167,14 +187,18 @@ def _forward(
     if KEEP:
         for piece in tl.static_range(PIECES):
             at = piece * BLOCK + lane
-            inner, gate = _gated(x + at, z + at, live & (at < CHANNELS), WHOLE, GATE)
+            inner, gate = _entering(x + at, z + at, total, factor, live & (at < CHANNELS), WHOLE, GATE)
             squares += inner * inner
+            if GATE == "sum":
+                _store(total + at, inner, live & (at < CHANNELS), WHOLE)
             kept = kept + ((inner, gate),)
     else:
         for piece in range(PIECES):
             at = piece * BLOCK + lane
-            inner, gate = _gated(x + at, z + at, live & (at < CHANNELS), WHOLE, GATE)
+            inner, gate = _entering(x + at, z + at, total, factor, live & (at < CHANNELS), WHOLE, GATE)
             squares += inner * inner
+            if GATE == "sum":
+                _store(total + at, inner, live & (at < CHANNELS), WHOLE)
     scale = tl.rsqrt(tl.sum(squares, 1, keep_dims=True) / CHANNELS + eps)
     tl.store(scales + row * GROUPS + program % GROUPS, scale, mask=live)
     if KEEP:
@@ -185,7 +209,7 @@ def _forward(
     else:
         for piece in range(PIECES):
             at = piece * BLOCK + lane
-            inner, gate = _gated(x + at, z + at, live & (at < CHANNELS), WHOLE, GATE)
+            inner, gate = _entering(x + at, z + at, total, factor, live & (at < CHANNELS), WHOLE, GATE)
             _finish(y + at, weight + at, inner, gate, scale, live, at < CHANNELS, WHOLE, GATE)
 
 
@@ -199,7 +223,7 @@ def _backward(
     means,  # (rows, G): of weight * d(normed) * normed; or None
     add,  # (rows, E): what dx is added to; or None
     dx,  # (rows, E) contiguous
-    dz,  # (rows, E); unused without a gate
+    dz,  # (rows, E): of the gate's logits, or factor * dx; or None
     parts,  # (runs, E)
     rows,
     run,
@@ -208,6 +232,7 @@ def _backward(
     z_stride,
     add_stride,
     dz_stride,
+    factor,
     UNIT: tl.constexpr,
     GROUPS: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -292,6 +317,8 @@ def _backward(
             if add is not None:
                 inner_grad += more
             _store(dx + out + at, inner_grad, inside, WHOLE)
+            if GATE == "none" and dz is not None:
+                _store(dz + gates + at, inner_grad * factor, inside, WHOLE)
     for piece in tl.static_range(PIECES):
         at = piece * BLOCK + tl.arange(0, BLOCK)
         part = parts + index * (GROUPS * CHANNELS) + channel + at
@@ -425,28 +452,64 @@ def _norm(
     out_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
     """The normed x in out_dtype (None: x's), and the scales (rows, G)."""
-    plain = _rows(x)
+    y, scales = _results(x, n_groups, out_dtype)
+    _launch(x, z, weight, y, None, scales, eps, 1.0, _gate(z, norm_before_gate))
+    return y, scales
+
+
+@op("sum_norm")
+def _sum_norm(
+    x: Tensor, branch: Tensor, weight: Tensor, factor: float, eps: float, out_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x + factor * branch in the wider dtype, its norm in out_dtype (None: that dtype), the scales."""
+    total, y, scales = _summed(x, branch, out_dtype)
+    _launch(x, branch, weight, y, total, scales, eps, factor, "sum")
+    return total, y, scales
+
+
+def _launch(
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    y: Tensor,
+    total: Tensor | None,
+    scales: Tensor,
+    eps: float,
+    factor: float,
+    gate: str,
+) -> None:
+    """Norm x into y, and write the sum with a branch z."""
+    plain, n_groups = _rows(x), scales.shape[1]
     logits = plain if z is None else _rows(z)
     rows, channels = plain.shape[0], plain.shape[1] // n_groups
-    y, scales = _results(x, n_groups, out_dtype)
     config = tuned.lookup("gated_norm_forward", x.device, _key(x, n_groups), _forward_config(channels))
     pieces = triton.cdiv(channels, config["BLOCK"])
     unit, strides = _strides(plain, logits)
-    shape = {"UNIT": unit, "GROUPS": n_groups, "CHANNELS": channels, "GATE": _gate(z, norm_before_gate)}
+    shape = {"UNIT": unit, "GROUPS": n_groups, "CHANNELS": channels, "GATE": gate}
     if rows:
         with torch.cuda.device_of(x):
             _forward[(triton.cdiv(rows, config["ROWS"]) * n_groups,)](
-                *(plain, logits, weight, y, scales, rows, *strides, eps),
+                *(
+                    plain,
+                    logits,
+                    weight,
+                    y,
+                    y if total is None else total,
+                    scales,
+                    rows,
+                    *strides,
+                    eps,
+                    factor,
+                ),
                 KEEP=pieces <= config["PIECES"],
                 **shape | config | {"PIECES": pieces},
             )
-    return y, scales
 
 
 @op(
     "gated_norm_back",
     schema="(Tensor dy, Tensor x, Tensor? z, Tensor weight, Tensor scales, int n_groups,"
-    " bool norm_before_gate, Tensor? add) -> (Tensor, Tensor, Tensor)",
+    " bool norm_before_gate) -> (Tensor, Tensor, Tensor)",
 )
 def _norm_back(
     dy: Tensor,
@@ -456,16 +519,54 @@ def _norm_back(
     scales: Tensor,
     n_groups: int,
     norm_before_gate: bool,
-    add: Tensor | None,
     room: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x (with `add` added, like x), z (in `room` if given, empty without a gate) and weight."""
-    dx, dz, dweight = x.new_empty(x.shape), _like(z, x) if room is None else room, torch.empty_like(weight)
+    """Gradients of x, z (in `room` if given, empty without a gate) and weight."""
+    dz = _like(z, x) if room is None else room
+    gate = _gate(z, norm_before_gate)
+    dx, dweight = _launch_back(dy, x, z, weight, scales, None, None if z is None else dz, 1.0, gate)
+    return dx, dz, dweight
+
+
+@op(
+    "stream_norm_back",
+    schema="(Tensor dy, Tensor x, Tensor weight, Tensor scales, Tensor? add, ScalarType? branch,"
+    " float factor) -> (Tensor, Tensor, Tensor)",
+)
+def _stream_norm_back(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    add: Tensor | None,
+    branch: torch.dtype | None,
+    factor: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, like x and with `add` added, of a branch of that dtype (None: empty) and weight."""
+    d_branch = _branch_like(x, branch)
+    to = None if branch is None else d_branch
+    dx, dweight = _launch_back(dy, x, None, weight, scales, add, to, factor, "none")
+    return dx, d_branch, dweight
+
+
+def _launch_back(
+    dy: Tensor,
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    scales: Tensor,
+    add: Tensor | None,
+    dz: Tensor | None,
+    factor: float,
+    gate: str,
+) -> tuple[Tensor, Tensor]:
+    """Write dz; return the gradients of x, with `add` added, and weight."""
+    dx, dweight, n_groups = x.new_empty(x.shape), torch.empty_like(weight), scales.shape[1]
     grad, plain = _rows(dy), _rows(x)
     logits, more = (plain if other is None else _rows(other) for other in (z, add))
     (rows, width), channels = plain.shape, plain.shape[1] // n_groups
     if rows == 0:
-        return dx, dz, dweight.zero_()
+        return dx, dweight.zero_()
     item_bytes = sum(tensor.element_size() for tensor in (dy, x, z, add) if tensor is not None)
     fallback = _backward_config(channels, item_bytes)
     config = tuned.lookup("gated_norm_backward", x.device, _key(x, n_groups), fallback)
@@ -474,9 +575,8 @@ def _norm_back(
     runs = triton.cdiv(rows, run)
     parts = weight.new_empty(runs, width)
     means = None if slices == 1 else torch.empty_like(scales)
-    gates = plain if z is None else dz.view(rows, width)
-    unit, strides = _strides(grad, plain, logits, more, gates)
-    shape = {"UNIT": unit, "GROUPS": n_groups, "CHANNELS": channels, "GATE": _gate(z, norm_before_gate)}
+    unit, strides = _strides(grad, plain, logits, more, plain if dz is None else dz.view(rows, width))
+    shape = {"UNIT": unit, "GROUPS": n_groups, "CHANNELS": channels, "GATE": gate}
     inputs = grad, plain, logits, weight, scales, means
     with torch.cuda.device_of(x):
         if means is not None:
@@ -488,15 +588,27 @@ def _norm_back(
                 num_warps=config["num_warps"],
             )
         _backward[(runs * n_groups * slices,)](
-            *(*inputs, None if add is None else more, dx, dz, parts, rows, run, *strides), **shape, **config
+            *(*inputs, None if add is None else more, dx, dz, parts, rows, run, *strides, factor),
+            **shape | config,
         )
         _add[(triton.cdiv(width, 16),)](parts, dweight, runs, WIDTH=width, BLOCK=16, ROWS=256, num_warps=8)
-    return dx, dz, dweight
+    return dx, dweight
 
 
 def _like(z: Tensor | None, x: Tensor) -> Tensor:
     """Room for z's gradient; an op returns no None."""
     return x.new_empty(0) if z is None else z.new_empty(z.shape)
+
+
+def _branch_like(x: Tensor, branch: torch.dtype | None) -> Tensor:
+    """Room for the gradient of a branch, if there is one."""
+    return x.new_empty(0) if branch is None else x.new_empty(x.shape, dtype=branch)
+
+
+def _summed(x: Tensor, branch: Tensor, out_dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for a sum, its norm and the scales."""
+    total = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, branch.dtype))
+    return total, *_results(total, 1, out_dtype)
 
 
 def _results(x: Tensor, n_groups: int, out_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
@@ -523,6 +635,26 @@ def _(dy: Tensor, x: Tensor, z: Tensor | None, weight: Tensor, *rest: Any) -> tu
     return x.new_empty(x.shape), _like(z, x), torch.empty_like(weight)
 
 
+@_sum_norm.register_fake
+def _(
+    x: Tensor, branch: Tensor, weight: Tensor, factor: float, eps: float, out_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _summed(x, branch, out_dtype)
+
+
+@_stream_norm_back.register_fake
+def _(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    add: Tensor | None,
+    branch: torch.dtype | None,
+    factor: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), _branch_like(x, branch), torch.empty_like(weight)
+
+
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     x, z, weight, _, *ctx.options, _ = inputs
     ctx.place = None if z is None else place_of(z)
@@ -534,7 +666,7 @@ def _differentiate(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tenso
     if dy is None:
         return (None,) * 7
     x, z, weight, scales = ctx.saved_tensors
-    dx, dz, dweight = _norm_back.into(ctx.place)(dy, x, z, weight, scales, *ctx.options, None)
+    dx, dz, dweight = _norm_back.into(ctx.place)(dy, x, z, weight, scales, *ctx.options)
     return dx, None if z is None else dz, dweight, None, None, None, None
 
 
@@ -542,22 +674,44 @@ _norm.register_autograd(_differentiate, setup_context=_save)
 
 
 class _StreamNorm(torch.autograd.Function):
-    """x as it is and its norm, around the ops: a custom op may not return its input."""
+    """A stream, as it is or with a branch added, and its norm, around the ops: a custom op may not return its
+    input."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype | None
+        ctx: Any,
+        x: Tensor,
+        branch: Tensor | None,
+        weight: Tensor,
+        factor: float,
+        eps: float,
+        out_dtype: torch.dtype | None,
     ) -> tuple[Tensor, Tensor]:
-        y, scales = _norm(x, None, weight, eps, 1, False, out_dtype)
-        ctx.save_for_backward(x, weight, scales)
+        if branch is None:
+            stream, (y, scales) = x, _norm(x, None, weight, eps, 1, False, out_dtype)
+        else:
+            stream, y, scales = _sum_norm(x, branch, weight, factor, eps, out_dtype)
+        ctx.dtypes = x.dtype, None if branch is None else branch.dtype
+        ctx.factor = factor
+        ctx.save_for_backward(stream, weight, scales)
         ctx.set_materialize_grads(False)  # an output that nothing reads costs no array of zeros
-        return x, y
+        return stream, y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dx: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-        if dy is None:
-            return dx, None, None, None
-        x, weight, scales = ctx.saved_tensors
-        total, _, dweight = _norm_back(dy, x, None, weight, scales, 1, False, dx)
-        return total, dweight, None, None
+    def backward(ctx: Any, d_stream: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        stream, weight, scales = ctx.saved_tensors
+        own, branch = ctx.dtypes
+        # In the stream's dtype and unscaled, a branch has the stream's gradient itself.
+        apart = branch is not None and (branch != stream.dtype or ctx.factor != 1.0)
+        dx, d_branch, d_weight = d_stream, d_stream, None
+        if dy is not None:
+            rest = branch if apart else None, ctx.factor
+            dx, d_branch, d_weight = _stream_norm_back(dy, stream, weight, scales, d_stream, *rest)
+        elif apart and dx is not None:
+            d_branch = (dx * ctx.factor).to(branch)
+        if branch is None:
+            d_branch = None
+        elif not apart:
+            d_branch = dx
+        return None if dx is None else dx.to(own), d_branch, d_weight, None, None, None
