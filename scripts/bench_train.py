@@ -5,11 +5,12 @@
     python scripts/bench_train.py --lengths 2048,8192,32768,131072  # hybrid or transformer, at equal size
 
 A step is what `ssmtrain fit` takes: fp32 parameters, bf16 autocast, the loss without stored logits, the norm
-of the gradient, clipping, fused AdamW; the tokens are random and the documents whole rows. Each model runs in
-a process of its own with an empty Triton cache: `first step` is from a built model to the end of the first
-step, compiling and all. Tokens a second are from the median of steps, MFU by the layers' own count of FLOPs
-over the datasheet's dense bf16 peak, the peak of memory by torch's allocator. The shares are of GPU time.
-Exit code 1 if a model fails.
+of the gradient, which the host reads with the loss before it lets the step be taken, clipping where the norm
+asks for it, fused AdamW; the tokens are random and the documents whole rows. Each model runs in a process of
+its own with an empty Triton cache: `first step` is from a built model to the end of the first step, compiling
+and all. Tokens a second are from the median time from one reading of loss and norm to the next, MFU by the
+layers' own count of FLOPs over the datasheet's dense bf16 peak, the peak of memory by torch's allocator. The
+shares are of GPU time. Exit code 1 if a model fails.
 """
 
 from __future__ import annotations
@@ -137,9 +138,11 @@ def run(name: str, case: Case, mode: str, steps: int, device: torch.device) -> R
     named = dict(model.named_parameters())
     optimizers = optim.build_optimizers(named, model.specs(), config.optim)
     found = Result(name, mode, case.batch, case.length, sum(p.numel() for p in named.values()))
+    parameters, seen = list(named.values()), []
     rows = torch.randint(vocab, (4, case.batch, case.length + 1), device=device)
 
-    def step(i: int) -> torch.Tensor:
+    def step(i: int) -> float:
+        """Take a step; returns the moment at which the host knew its loss and norm."""
         row = rows[i % len(rows)]
         inputs, labels = row[:, :-1], row[:, 1:].contiguous()
         with torch.autocast(device.type, torch.bfloat16):
@@ -147,30 +150,31 @@ def run(name: str, case: Case, mode: str, steps: int, device: torch.device) -> R
         assert out.loss_sum is not None and out.n_labels is not None
         loss = out.loss_sum / out.n_labels
         (loss if out.aux is None else loss + out.aux).backward()
-        parameters = list(named.values())
-        optim.clip_gradients(parameters, config.optim.clip, optim.gradient_norm(parameters))
+        norm = optim.gradient_norm(parameters)
+        known = torch.stack([loss.detach().float(), norm]).tolist()
+        at = time.perf_counter()
+        optim.clip_gradients(parameters, config.optim.clip, norm, known[1])
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+        seen.append(known)
+        return at
 
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     wait()
     start = time.perf_counter()
-    losses = [step(0)]
+    step(0)
     wait()
     found.first_s = time.perf_counter() - start
     for i in range(1, 4):
-        losses.append(step(i))
-    wait()
+        at = step(i)
     taken = []
     for i in range(steps):
-        start = time.perf_counter()
-        losses.append(step(i))
-        wait()
-        taken.append(time.perf_counter() - start)
-    if not torch.stack(losses).isfinite().all():
-        found.note = "FAILED: the loss is not finite"
+        before, at = at, step(i)
+        taken.append(at - before)
+    wait()
+    if not torch.tensor(seen).isfinite().all():
+        found.note = "FAILED: a loss or a gradient is not finite"
     found.tokens_s = case.batch * case.length / statistics.median(taken)
     flops = count_flops(config.model, vocab, case.length).total
     peak = peak_flops(device)

@@ -30,6 +30,12 @@ def head(name: str, old: str, new: str, occurrence: int = 0) -> Mutation:
     return Mutation(f"head: {name}", file, old, new, (found,), occurrence)
 
 
+def ssd(name: str, old: str, new: str, occurrence: int = 0) -> Mutation:
+    """A mutation of where the scan's gradients are written."""
+    file = f"{KERNELS}/ssd/triton_grads.py"
+    return Mutation(f"ssd in place: {name}", file, old, new, (IN_PLACE,), occurrence)
+
+
 def parts(name: str, old: str, new: str) -> Mutation:
     """A mutation of parts.py."""
     return Mutation(f"parts: {name}", f"{KERNELS}/parts.py", old, new, (IN_PLACE,))
@@ -174,6 +180,9 @@ PARTS = [
         "gates = out",
         tests=IN_PLACE,
     ),
+    ssd("x's gradient lies close", "i[:, None] * s_dx", "i[:, None] * (H * P)"),
+    ssd("gradients of B and C lie close", "* s_out", "* (H // per_group * N)", 0),
+    ssd("added from shares, they lie close", "* s_out", "* (groups * N)", 1),
     parts("a second pass writes over the first", "or index in self.taken", "or False"),
     parts("gradients elsewhere are not fetched", "grad.data_ptr() != room.data_ptr() or", "False and"),
     parts("gradients in place are copied", "grad.data_ptr() != room.data_ptr() or", "True or"),

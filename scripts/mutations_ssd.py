@@ -313,7 +313,7 @@ SSD_GRADS = [
         "dgram + (share - run) * Q * Q",
     ),
     ssd("through states: the first run's share", "_grads", "out + (share * Q", "out + ((share - run) * Q"),
-    ssd("through states: the first group's gradient", "_grads", "* N) + group * N", "* N) + 0 * N"),
+    ssd("through states: the first group's gradient", "_grads", "s_out + group * N", "s_out + 0 * N"),
     ssd(
         "through states: tokens past the end are written",
         "_grads",

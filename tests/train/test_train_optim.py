@@ -126,9 +126,13 @@ def test_clipping_scales_the_whole_gradient() -> None:
     parameters[0].grad, parameters[1].grad = torch.full((3,), 2.0), torch.full((2,), 2.0)
     norm = optim.gradient_norm(parameters)
     assert float(norm) == pytest.approx(20**0.5)
-    optim.clip_gradients(parameters, None, norm)
+    optim.clip_gradients(parameters, None, norm, float(norm))
     assert float(optim.gradient_norm(parameters)) == pytest.approx(20**0.5)
-    optim.clip_gradients(parameters, 1.0, norm)
+    whole = [p.grad.clone() for p in parameters]
+    for limit in (5.0, 4.473):  # far above, and where rounding decides
+        optim.clip_gradients(parameters, limit, norm, float(norm))
+        assert all(torch.equal(p.grad, grad) for p, grad in zip(parameters, whole, strict=True))
+    optim.clip_gradients(parameters, 1.0, norm, float(norm))
     assert float(optim.gradient_norm(parameters)) == pytest.approx(1.0, rel=1e-5)
 
 

@@ -60,12 +60,12 @@ class Op:
 
         self._function = Direct
 
-    def into(self, place: Place | None) -> Callable[..., Any]:
-        """The op, or, where a gradient has a place, its function: the last parameter is where to write."""
-        if place is None:
+    def into(self, *places: Place | None) -> Callable[..., Any]:
+        """The op, or, where a gradient has a place, its function: the last parameters are where to write."""
+        if all(place is None for place in places):
             return self
-        room = place.room()
-        return lambda *args: self.body(*args, room)
+        rooms = [None if place is None else place.room() for place in places]
+        return lambda *args: self.body(*args, *rooms)
 
     def __call__(self, *args: Any) -> Any:
         """Compute it; all arguments by position, and none but the schema's."""

@@ -8,6 +8,8 @@ its input came from.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +19,9 @@ from torch.autograd.function import once_differentiable
 
 MARK = "_ssmtrain_place"
 
+Shapes = Sequence[tuple[int, ...]]
+"""Of a token in each part: the channels, or heads and the channels of each."""
+
 
 @dataclass
 class _Whole:
@@ -24,7 +29,7 @@ class _Whole:
 
     like: Tensor
     """Of its shape and type, without memory."""
-    sizes: list[int]
+    shapes: Shapes
     device: torch.device
     buffer: Tensor | None = None
     taken: set[int] = field(default_factory=set)
@@ -35,7 +40,7 @@ class _Whole:
             self.buffer = torch.empty_like(self.like, device=self.device)
             self.taken = set()
         self.taken.add(index)
-        return self.buffer.split(self.sizes, dim=-1)[index]
+        return cut(self.buffer, self.shapes)[index]
 
 
 @dataclass
@@ -50,16 +55,25 @@ class Place:
         return self.whole.room(self.index)
 
 
-def parts(whole: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
-    """Cut whole (.., E) along its last dimension, as torch.split does."""
+def cut(whole: Tensor, shapes: Shapes) -> tuple[Tensor, ...]:
+    """Cut whole (.., E), along its last dimension, in views (.., *shape), of E values in all."""
+    pieces = whole.split([math.prod(shape) for shape in shapes], dim=-1)
+    return tuple(
+        piece.unflatten(-1, shape) if len(shape) > 1 else piece
+        for piece, shape in zip(pieces, shapes, strict=True)
+    )
+
+
+def parts(whole: Tensor, shapes: Shapes) -> tuple[Tensor, ...]:
+    """Cut whole (.., E) as `cut` does."""
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and whole.requires_grad):
-        return whole.split(sizes, dim=-1)
-    shape = torch.empty_like(whole, device="meta", memory_format=torch.contiguous_format)
-    made = _Whole(shape, sizes, whole.device)
-    cut = _Parts.apply(whole, made)
-    for index, part in enumerate(cut):
+        return cut(whole, shapes)
+    like = torch.empty_like(whole, device="meta", memory_format=torch.contiguous_format)
+    made = _Whole(like, shapes, whole.device)
+    pieces = _Parts.apply(whole, made)
+    for index, part in enumerate(pieces):
         setattr(part, MARK, Place(made, index))
-    return cut
+    return pieces
 
 
 def place_of(part: Tensor) -> Place | None:
@@ -72,7 +86,7 @@ class _Parts(torch.autograd.Function):
     def forward(ctx: Any, whole: Tensor, made: _Whole) -> tuple[Tensor, ...]:
         ctx.made = made
         ctx.set_materialize_grads(False)
-        return whole.split(made.sizes, dim=-1)
+        return cut(whole, made.shapes)
 
     @staticmethod
     @once_differentiable
@@ -83,7 +97,7 @@ class _Parts(torch.autograd.Function):
         buffer, made.buffer, made.taken = made.buffer, None, set()
         if buffer is None:
             buffer = torch.empty_like(made.like, device=made.device)
-        for room, grad in zip(buffer.split(made.sizes, dim=-1), grads, strict=True):
+        for room, grad in zip(cut(buffer, made.shapes), grads, strict=True):
             if grad is None:
                 room.zero_()
             elif grad.data_ptr() != room.data_ptr() or grad.stride() != room.stride():

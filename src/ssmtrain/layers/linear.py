@@ -39,6 +39,16 @@ class Linear(Layer):
             return _Mixed.apply(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
 
+    def beside(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x, for one other reader, and its map.
+
+        The other reader's gradient of x is written over by the sum of both, so it must be an op that makes it
+        anew, as the kernels do.
+        """
+        if not torch.compiler.is_compiling() and _mixes(x, self.weight):
+            return _Beside.apply(x, self.weight, self.bias)
+        return x, self(x)
+
 
 def _mixes(x: Tensor, weight: Tensor) -> bool:
     """Whether autocast would round an fp32 weight, and with it the gradient."""
@@ -71,10 +81,36 @@ class _Mixed(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        of_x, of_bias = ctx.dtypes
-        rows = grad.flatten(0, -2)  # (T, out)
-        dx = (grad @ weight).to(of_x) if ctx.needs_input_grad[0] else None
-        d_weight = mm(rows.t(), x.flatten(0, -2), torch.float32) if ctx.needs_input_grad[1] else None
-        d_bias = rows.sum(0, dtype=torch.float32).to(of_bias) if of_bias is not None else None
-        return dx, d_weight, d_bias
+        dx = (grad @ ctx.saved_tensors[1]).to(ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
+        return dx, *_of_weight_and_bias(ctx, grad)
+
+
+class _Beside(torch.autograd.Function):
+    """As `_Mixed`, and x; the product that makes the gradient of x adds it to the other reader's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        return x, _Mixed.forward(ctx, x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, other: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return other, None, None
+        _, weight = ctx.saved_tensors
+        if other is not None and other.dtype == grad.dtype and other.is_contiguous():
+            other.view(-1, other.shape[-1]).addmm_(grad.flatten(0, -2), weight)
+        else:
+            dx = (grad @ weight).to(ctx.dtypes[0])
+            other = dx if other is None else other + dx
+        return other, *_of_weight_and_bias(ctx, grad)
+
+
+def _of_weight_and_bias(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    x, _ = ctx.saved_tensors
+    _, of_bias = ctx.dtypes
+    rows = grad.flatten(0, -2)  # (T, out)
+    d_weight = mm(rows.t(), x.flatten(0, -2), torch.float32) if ctx.needs_input_grad[1] else None
+    d_bias = rows.sum(0, dtype=torch.float32).to(of_bias) if of_bias is not None else None
+    return d_weight, d_bias

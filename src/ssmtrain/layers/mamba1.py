@@ -114,18 +114,19 @@ class Mamba1(Mixer):
         self.declare("D", (E,), ParamSpec(constant(1.0), decay=False, fp32=True))
         self.out_proj = Linear(E, d_model, bias=config.bias, residual=True)
 
-    def select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The input-dependent dt (..., E), B and C (..., N) of x (..., E)."""
-        dt, B, C = self.x_proj(x).split([self.rank, self.d_state, self.d_state], dim=-1)
+    def select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x (..., E), for the scan, and what depends on it: dt (..., E), B and C (..., N)."""
+        x, selected = self.x_proj.beside(x)
+        dt, B, C = selected.split([self.rank, self.d_state, self.d_state], dim=-1)
         if self.inner_norm:
             dt, B, C = self.dt_norm(dt), self.B_norm(B), self.C_norm(C)
-        return forget(self.dt_proj(dt), self.dt_proj.forward, dt), B, C
+        return x, forget(self.dt_proj(dt), self.dt_proj.forward, dt), B, C
 
     def forward(self, x: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
         """Mix x (B, L, D) within each document; returns y (B, L, D) and, when carrying, the final state."""
-        u, z = parts(self.in_proj(x), [self.inner, self.inner])  # (B, L, E) each
+        u, z = parts(self.in_proj(x), [(self.inner,), (self.inner,)])  # (B, L, E) each
         u, window = self.conv(u, ctx, state["conv"] if state else None)
-        dt, B, C = self.select(u)  # (B, L, E), (B, L, N), (B, L, N)
+        u, dt, B, C = self.select(u)  # (B, L, E) twice, (B, L, N) twice
         y, ssm = selective_scan(
             u,
             dt,
@@ -145,7 +146,7 @@ class Mamba1(Mixer):
     def step_sizes(self, x: Tensor, ctx: Context) -> Tensor:
         """The step sizes (B, L, E) that the scan takes on x (B, L, D), fp32."""
         u, _ = self.conv(self.in_proj(x).chunk(2, dim=-1)[0], ctx, None)  # (B, L, E)
-        return F.softplus(self.select(u)[0].float() + self.dt_bias)
+        return F.softplus(self.select(u)[1].float() + self.dt_bias)
 
     def init_state(self, batch: int, max_len: int, dtype: torch.dtype, device: torch.device) -> State:
         """An empty window (batch, E, K) in `dtype` and state (batch, E, N) in at least fp32."""
@@ -159,7 +160,7 @@ class Mamba1(Mixer):
         """Mix one token x (B, 1, D), updating the state in place; returns y (B, 1, D)."""
         u, z = self.in_proj(x[:, 0]).chunk(2, dim=-1)  # (B, E) each
         u = self.conv.step(u, state["conv"])
-        dt, B, C = self.select(u)
+        u, dt, B, C = self.select(u)
         A = -torch.exp(self.A_log)
         y = selective_scan_step(state["ssm"], u, dt, A, B, C, D=self.D, z=z, dt_bias=self.dt_bias)  # (B, E)
         return self.out_proj(y)[:, None]

@@ -153,7 +153,8 @@ class Mamba2(Mixer):
         E = H * config.head_dim
         self.config = config
         self.sizes = [E, conv, H]
-        self.conv_sizes = [E, config.n_groups * config.d_state, config.n_groups * config.d_state]
+        BC = (config.n_groups, config.d_state)
+        self.shapes = [(H, config.head_dim), BC, BC]
         low, high = config.dt_limit
         self.dt_limit = (low, math.inf if high is None else high)
         self.in_proj = Linear(d_model, E + conv + H, bias=config.bias)
@@ -165,17 +166,13 @@ class Mamba2(Mixer):
         self.norm = GatedNorm(E, config.n_groups, config.norm_eps, config.norm_before_gate)
         self.out_proj = Linear(E, d_model, bias=config.bias, residual=True)
 
-    def heads(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (..., H, P), B and C (..., G, N) of the convolution's output (..., E + 2GN)."""
-        x, B, C = xBC.split(self.conv_sizes, dim=-1)
-        groups = (self.config.n_groups, self.config.d_state)
-        return x.unflatten(-1, (-1, self.config.head_dim)), B.unflatten(-1, groups), C.unflatten(-1, groups)
-
     def forward(self, x: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
         """Mix x (B, L, D) within each document; returns y (B, L, D) and, when carrying, the final state."""
-        z, xBC, dt = parts(self.in_proj(x), self.sizes)  # (B, L, E), (B, L, E + 2GN), (B, L, H)
+        z, xBC, dt = parts(
+            self.in_proj(x), [(size,) for size in self.sizes]
+        )  # (B, L, E), (B, L, E + 2GN), (B, L, H)
         xBC, window = self.conv(xBC, ctx, state["conv"] if state else None)
-        x, B, C = self.heads(xBC)  # (B, L, H, P), (B, L, G, N), (B, L, G, N)
+        x, B, C = parts(xBC, self.shapes)  # (B, L, H, P), (B, L, G, N), (B, L, G, N)
         y, ssm = ssd(
             x,
             dt,
@@ -210,7 +207,7 @@ class Mamba2(Mixer):
     def step(self, x: Tensor, ctx: Context, state: State) -> Tensor:
         """Mix one token x (B, 1, D), updating the state in place; returns y (B, 1, D)."""
         z, xBC, dt = self.in_proj(x[:, 0]).split(self.sizes, dim=-1)  # (B, E), (B, E + 2GN), (B, H)
-        x, B, C = self.heads(self.conv.step(xBC, state["conv"]))  # (B, H, P), (B, G, N), (B, G, N)
+        x, B, C = parts(self.conv.step(xBC, state["conv"]), self.shapes)  # (B, H, P), (B, G, N), (B, G, N)
         y = ssd_step(
             state["ssm"],
             x,

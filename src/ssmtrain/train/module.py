@@ -186,7 +186,7 @@ class LitLM(LightningModule):
         if skipped:
             self.skip(micro, loss, grad_norm)
         else:
-            self.apply_gradients(lr, norm)
+            self.apply_gradients(lr, norm, grad_norm)
         for optimizer in self.opt:
             optimizer.zero_grad(set_to_none=True)
         state.step += 1
@@ -243,9 +243,9 @@ class LitLM(LightningModule):
         values[-1] /= ranks.world()
         return values
 
-    def apply_gradients(self, lr: float, norm: Tensor) -> None:
-        """Clip, step every optimiser, balance the routers."""
-        optim.clip_gradients(self.parameters_list, self.config.optim.clip, norm)
+    def apply_gradients(self, lr: float, norm: Tensor, known: float) -> None:
+        """Clip to a norm, which the host knows too, step every optimiser, balance the routers."""
+        optim.clip_gradients(self.parameters_list, self.config.optim.clip, norm, known)
         optim.set_lr(self.opt, lr)
         point("before_optimizer")
         for optimizer in self.opt:

@@ -121,7 +121,10 @@ def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
     return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
-def clip_gradients(parameters: list[nn.Parameter], limit: float | None, norm: Tensor) -> None:
-    """Scale the gradients, in place, to norm `limit` where their norm exceeds it; None: leave them."""
-    if limit is not None:
+def clip_gradients(parameters: list[nn.Parameter], limit: float | None, norm: Tensor, known: float) -> None:
+    """Scale the gradients, in place, to norm `limit` where their norm exceeds it; None: leave them.
+
+    `known` is the norm on the host: well below the limit the factor would be 1, in a pass over all gradients.
+    """
+    if limit is not None and not known < 0.999 * limit:
         torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)

@@ -19,6 +19,7 @@ from torch import Tensor
 from ssmtrain.kernels import tuned
 from ssmtrain.kernels.ahead import compiled_first, launch
 from ssmtrain.kernels.op import op
+from ssmtrain.kernels.parts import place_of
 from ssmtrain.kernels.ssd import reference
 from ssmtrain.kernels.ssd.triton_chunks import Chunks, cut, steps_backward, steps_forward, sum_chunks
 from ssmtrain.kernels.ssd.triton_grads import gather, pairs, sources, through_states
@@ -458,8 +459,12 @@ def scan_back(
     softplus: bool,
     low: float,
     high: float,
+    to_x: Tensor | None = None,
+    to_B: Tensor | None = None,
+    to_C: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, dt, A, B, C, D, dt_bias and the initial states (the last three empty when absent)."""
+    """Gradients of x (in to_x if given), dt, A, B (to_B), C (to_C), D, dt_bias and the initial states (the
+    last three empty when absent)."""
     shape = shape_of(x, B)
     d_y, x, dt, B, C = (_tokens(t) for t in (d_y, x, dt, B, C))
     at = _steps(shape, dt, A, dt_bias, doc_ids, n_docs, chunk, softplus, low, high)
@@ -469,13 +474,15 @@ def scan_back(
     leave = None if initial is None else d_initial
     if hopper is not None and hopper.fits(shape, at.chunks.size, d_y, x, B, C):
         _, states = hopper.run(shape, at, x, B, None, None, doc_ids, enter, None, back=False, keep=True)
-        d_x, d_states = hopper.run(shape, at, d_y, C, B, D, doc_ids, d_final, leave, back=True, keep=True)
+        d_x, d_states = hopper.run(
+            shape, at, d_y, C, B, D, doc_ids, d_final, leave, back=True, keep=True, out=to_x
+        )
     else:
         states, d_states = _walk(shape, at, x, B, enter, None, (d_y, C, d_final, leave))
-        d_x = _sources(shape, at, d_y, B, C, D, d_states)
+        d_x = _sources(shape, at, d_y, B, C, D, d_states, to_x)
     d_gram, direct, spans, skips, selves = _pairs(shape, at, x, d_y, B, C)
-    d_B, fed, through = _through_states(shape, at, x, B, C, d_gram, d_states, states)
-    d_C, read, _ = _through_states(shape, at, d_y, C, B, d_gram, states, None)
+    d_B, fed, through = _through_states(shape, at, x, B, C, d_gram, d_states, states, to_B)
+    d_C, read, _ = _through_states(shape, at, d_y, C, B, d_gram, states, None, to_C)
     chunks, BH = at.chunks, min(16, triton.next_power_of_2(shape.heads))
     d_dt = torch.empty(dt.shape, dtype=dt.dtype, device=dt.device)
     sums = torch.empty(2 if D is None else 3, chunks.n, shape.heads, dtype=torch.float32, device=x.device)
@@ -518,14 +525,21 @@ def scan_back(
 
 
 def _sources(
-    shape: Shape, at: Steps, d_y: Tensor, B: Tensor, C: Tensor, D: Tensor | None, d_states: Tensor
+    shape: Shape,
+    at: Steps,
+    d_y: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    d_states: Tensor,
+    to: Tensor | None,
 ) -> Tensor:
-    """Return the gradient of x."""
+    """Return the gradient of x, in `to` if given."""
     chunks = at.chunks
     config = configuration("sources", shape, chunks.size, d_y.device)
     BM, BH = config.pop("BM"), _heads_at_once(config.pop("BH"), shape, chunks.n)
     runs = triton.cdiv(shape.per_group, BH)
-    d_x = torch.empty(d_y.shape, dtype=d_y.dtype, device=d_y.device)
+    d_x = torch.empty(d_y.shape, dtype=d_y.dtype, device=d_y.device) if to is None else to
     launch(
         sources,
         (chunks.n * shape.groups * runs * (chunks.size // BM) * triton.cdiv(shape.P, config["BP"]),),
@@ -541,6 +555,7 @@ def _sources(
         d_y.stride(1),
         B.stride(1),
         C.stride(1),
+        d_x.stride(1),
         *_sizes(shape, chunks),
         BM=BM,
         BH=BH,
@@ -603,8 +618,10 @@ def _through_states(
     d_gram: Tensor,
     states: Tensor,
     others: Tensor | None,
+    to: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradient of `other`, B, or C when there are no others, and what `steps_backward` reads."""
+    """Return the gradient of `other`, B, or C when there are no others, in `to` if given, and what
+    `steps_backward` reads."""
     chunks = at.chunks
     config = configuration("through_states", shape, chunks.size, source.device)
     config.pop("BM")
@@ -614,7 +631,7 @@ def _through_states(
     def new(*sizes: int) -> Tensor:
         return torch.empty(sizes, dtype=torch.float32, device=source.device)
 
-    gradient = torch.empty(other.shape, dtype=other.dtype, device=other.device)
+    gradient = torch.empty(other.shape, dtype=other.dtype, device=other.device) if to is None else to
     shares = new(chunks.n, shape.groups, runs, chunks.size, shape.N) if runs > 1 else gradient
     sums = new(chunks.n, shape.heads, pieces, chunks.size)
     passed = new(chunks.n, shape.heads, pieces)
@@ -636,6 +653,7 @@ def _through_states(
         source.stride(1),
         other.stride(1),
         partner.stride(1),
+        gradient.stride(1),
         *_sizes(shape, chunks),
         BN=BN,
         BH=BH,
@@ -652,6 +670,7 @@ def _through_states(
             shares,
             gradient,
             chunks.table,
+            gradient.stride(1),
             shape.length,
             chunks.per_row,
             shape.groups,
@@ -710,6 +729,8 @@ def _(d_y, d_final, x, dt, A, B, C, D, dt_bias, initial, doc_ids, n_docs, chunk,
 
 def _keep(ctx, inputs, output) -> None:
     tensors, rest = inputs[:9], inputs[9:14]
+    x, _, _, B, C, *_ = tensors
+    ctx.places = place_of(x), place_of(B), place_of(C)
     ctx.save_for_backward(*tensors)
     ctx.rest, ctx.want_final = rest, inputs[14]
 
@@ -717,7 +738,9 @@ def _keep(ctx, inputs, output) -> None:
 def _backward(ctx, d_y, d_final):
     x, dt, A, B, C, D, dt_bias, initial, doc_ids = ctx.saved_tensors
     d_final = d_final if ctx.want_final else None
-    grads = _scan_back(d_y, d_final, x, dt, A, B, C, D, dt_bias, initial, doc_ids, *ctx.rest)
+    grads = _scan_back.into(*ctx.places)(
+        d_y, d_final, x, dt, A, B, C, D, dt_bias, initial, doc_ids, *ctx.rest
+    )
     d_x, d_dt, d_A, d_B, d_C, d_D, d_bias, d_initial = grads
     optional = (
         None if D is None else d_D,

@@ -33,6 +33,7 @@ def sources(
     s_dy,
     s_B,
     s_C,
+    s_dx,
     length,
     per_row,
     H,
@@ -71,7 +72,7 @@ def sources(
     B += start * s_B + group * N
     C += start * s_C + group * N
     dy += start * s_dy
-    dx += start * (H * P)
+    dx += start * s_dx
     keys = block_of(B, i, s_B, n, m * BM + i < size, N, OPERAND)
     read = block_of(C, i, s_C, n, m * BM + i < size, N, OPERAND)
     later = i[None, :] >= i[:, None]
@@ -83,7 +84,7 @@ def sources(
     if HOLD:
         keys = in_registers(keys, n)
     part = i[:, None] * s_dy + p[None, :]
-    to = i[:, None] * (H * P) + p[None, :]
+    to = i[:, None] * s_dx + p[None, :]
     own = (m * BM + i < size)[:, None] & (p < P)[None, :]
     inside = (p < P)[:, None] & (n < N)[None, :]
     entry = p[:, None] * N + n[None, :]
@@ -288,6 +289,7 @@ def through_states(
     s_source,
     s_other,
     s_partner,
+    s_out,
     length,
     per_row,
     H,
@@ -352,7 +354,7 @@ def through_states(
         g *= weight[:, None]
         acc = tl.dot(g.to(OPERAND), state, acc, input_precision=PRECISION)
     if WHOLE:
-        at = out + (first + t)[:, None] * (H // per_group * N) + group * N + n[None, :]
+        at = out + (first + t)[:, None] * s_out + group * N + n[None, :]
         tl.store(at, acc.to(out.dtype.element_ty), mask=live & (n < N)[None, :])
     else:
         tl.store(out + (share * Q + t)[:, None] * N + n[None, :], acc, mask=(n < N)[None, :])
@@ -363,6 +365,7 @@ def gather(
     shares,
     out,
     table,
+    s_out,
     length,
     per_row,
     groups,
@@ -387,5 +390,5 @@ def gather(
     for r in range(runs):
         at = (chunk * runs + r) * Q
         acc += tl.load(shares + (at + t)[:, None] * N + n[None, :], mask=(n < N)[None, :], other=0.0)
-    to = out + (first + t)[:, None] * (groups * N) + group * N + n[None, :]
+    to = out + (first + t)[:, None] * s_out + group * N + n[None, :]
     tl.store(to, acc.to(out.dtype.element_ty), mask=(t < size)[:, None] & (n < N)[None, :])

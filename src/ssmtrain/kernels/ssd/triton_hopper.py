@@ -454,10 +454,11 @@ def run(
     *,
     back: bool,
     keep: bool,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the outputs, when there are readers, and, to keep, the states (chunks, H, P, N), else empty.
 
-    Forward of x, B and C, or back of d_y, C and B; `final` is written.
+    Forward of x, B and C, or back of d_y, C and B; `final` is written, and `out` if given.
     """
     chunks = at.chunks
     W = window_length(shape.heads)
@@ -465,7 +466,8 @@ def run(
     windows = triton.cdiv(tokens, W)
     size = shape.P * shape.N
     states = source.new_empty((chunks.n, shape.heads, shape.P, shape.N) if keep else 0)
-    out = source.new_empty(source.shape if readers is not None else 0)
+    if out is None:
+        out = source.new_empty(source.shape if readers is not None else 0)
     split = shape.length > W
     lead = (windows, shape.heads) if split else (0,)
     enter, leave = (source.new_empty(*lead, size, dtype=torch.float32) for _ in range(2))
@@ -501,7 +503,7 @@ def run(
             s_source=source.stride(1),
             s_keys=keys.stride(1),
             s_readers=0 if readers is None else readers.stride(1),
-            s_out=shape.heads * shape.P,
+            s_out=shape.heads * shape.P if readers is None else out.stride(1),
             P=shape.P,
             N=shape.N,
             Q=chunks.size,
