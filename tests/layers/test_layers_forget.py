@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ssmtrain.config.schema import BlockConfig
-from ssmtrain.layers import conv, forget, mamba1, mamba2, mlp, norm
+from ssmtrain.layers import conv, forget, linear, mamba1, mamba2, mlp, norm
 from ssmtrain.layers.base import Context
 from ssmtrain.model.block import Block
 from ssmtrain.parallel.recompute import forgetful, recomputed
@@ -95,6 +95,32 @@ def test_what_is_forgotten_is_gone(name: str, forgotten: int, monkeypatch: pytes
         kept = block.forward(norm.Stream(x), Context())[0].total(1.0)
     assert any(not ref.expired() for ref in seen)
     assert torch.equal(y, kept)
+
+
+@pytest.mark.parametrize("name", ["mamba1", "jamba", "mamba2", "mlp"])
+def test_each_is_made_again_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many read it: an op that asks twice for what it kept would have it made twice."""
+    block, calls, seen = build(name), [], []
+    monkeypatch.setattr(linear, "DEVICES", {"cpu"})
+
+    def spy(result: Tensor, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        seen.append(function)
+        which = len(seen)
+
+        def made(*args: Any) -> Tensor:
+            calls.append(which)
+            return function(*args)
+
+        return forget.forget(result, made, *inputs)
+
+    for module in (conv, mamba1, mamba2, mlp, norm):
+        monkeypatch.setattr(module, "forget", spy)
+    x = torch.randn(1, 7, 16, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = forgetful(block.forward)(norm.Stream(x), Context())[0].total(1.0)
+    assert not calls
+    y.square().sum().backward()
+    assert calls and len(calls) == len(set(calls))
 
 
 def counted() -> tuple[Callable[[Tensor], Tensor], list[int]]:

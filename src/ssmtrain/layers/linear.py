@@ -81,8 +81,9 @@ class _Mixed(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dx = (grad @ ctx.saved_tensors[1]).to(ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
-        return dx, *_of_weight_and_bias(ctx, grad)
+        x, weight = ctx.saved_tensors
+        dx = (grad @ weight).to(ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
+        return dx, *_of_weight_and_bias(ctx, x, grad)
 
 
 class _Beside(torch.autograd.Function):
@@ -98,17 +99,16 @@ class _Beside(torch.autograd.Function):
     def backward(ctx: Any, other: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return other, None, None
-        _, weight = ctx.saved_tensors
+        x, weight = ctx.saved_tensors
         if other is not None and other.dtype == grad.dtype and other.is_contiguous():
             other.view(-1, other.shape[-1]).addmm_(grad.flatten(0, -2), weight)
         else:
             dx = (grad @ weight).to(ctx.dtypes[0])
             other = dx if other is None else other + dx
-        return other, *_of_weight_and_bias(ctx, grad)
+        return other, *_of_weight_and_bias(ctx, x, grad)
 
 
-def _of_weight_and_bias(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    x, _ = ctx.saved_tensors
+def _of_weight_and_bias(ctx: Any, x: Tensor, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     _, of_bias = ctx.dtypes
     rows = grad.flatten(0, -2)  # (T, out)
     d_weight = mm(rows.t(), x.flatten(0, -2), torch.float32) if ctx.needs_input_grad[1] else None
