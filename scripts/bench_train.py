@@ -1,6 +1,6 @@
 """Time whole training steps on one NVIDIA GPU, beside the figures of public implementations.
 
-    python scripts/bench_train.py                                   # every model, eager and compiled
+    python scripts/bench_train.py                                   # every model, in every mode
     python scripts/bench_train.py mamba_130m jamba --modes eager --steps 20 --json train.json
     python scripts/bench_train.py --lengths 2048,8192,32768,131072  # hybrid or transformer, at equal size
 
@@ -58,6 +58,8 @@ CASES = {
         "jamba_tiny", 4, 4096, ("model.vocab_size=32000",), "transformers 5.17, bf16 weights", 67_759, 48.0
     ),
 }
+MODES = ("eager", "graphs", "compiled")
+"""Called, recorded as CUDA graphs (trainer.cuda_graphs), or under torch.compile."""
 LLAMA = (
     "model.layout=A",
     "model.blocks.A.mixer.position=rope",
@@ -115,6 +117,7 @@ def kind_of(kernel: str) -> str:
 def run(name: str, case: Case, mode: str, steps: int, device: torch.device) -> Result:
     """Train for some steps in this process."""
     from ssmtrain.config.load import load
+    from ssmtrain.data.module import Batch
     from ssmtrain.data.tokenizer import vocab_rows
     from ssmtrain.kernels import backend
     from ssmtrain.layers.base import Context
@@ -123,6 +126,7 @@ def run(name: str, case: Case, mode: str, steps: int, device: torch.device) -> R
     from ssmtrain.model.init import init_weights
     from ssmtrain.parallel.apply import apply
     from ssmtrain.train import optim
+    from ssmtrain.train.graph import Graphs, Pass
     from ssmtrain.train.peaks import peak_flops
 
     words = [f"config={case.recipe}", f"data.seq_len={case.length}", "trainer.recompute=false"]
@@ -141,19 +145,27 @@ def run(name: str, case: Case, mode: str, steps: int, device: torch.device) -> R
     parameters, seen = list(named.values()), []
     rows = torch.randint(vocab, (4, case.batch, case.length + 1), device=device)
 
+    def passes(batch: Batch, scale: float | torch.Tensor, share: float) -> Pass:
+        with torch.autocast(device.type, torch.bfloat16):
+            out = model(batch.inputs, batch.labels, Context())
+        assert out.loss_sum is not None
+        loss = out.loss_sum * scale
+        (loss if out.aux is None else loss + out.aux).backward()
+        aux = torch.zeros_like(out.loss_sum) if out.aux is None else out.aux.detach()
+        return torch.stack([out.loss_sum.detach(), aux]).double(), {}
+
+    graphs = Graphs(passes, parameters, device) if mode == "graphs" else None
+    labels = case.batch * case.length
+
     def step(i: int) -> float:
         """Take a step; returns the moment at which the host knew its loss and norm."""
         row = rows[i % len(rows)]
-        inputs, labels = row[:, :-1], row[:, 1:].contiguous()
-        with torch.autocast(device.type, torch.bfloat16):
-            out = model(inputs, labels, Context())
-        assert out.loss_sum is not None and out.n_labels is not None
-        loss = out.loss_sum / out.n_labels
-        (loss if out.aux is None else loss + out.aux).backward()
+        batch = Batch(row[:, :-1], row[:, 1:].contiguous(), None, case.batch, list(range(case.batch)))
+        sums, _ = (graphs or passes)(batch, 1 / labels, 1.0)
         norm = optim.gradient_norm(parameters)
-        known = torch.stack([loss.detach().float(), norm]).tolist()
+        known = torch.cat([sums / labels, norm.double()[None]]).tolist()
         at = time.perf_counter()
-        optim.clip_gradients(parameters, config.optim.clip, norm, known[1])
+        optim.clip_gradients(parameters, config.optim.clip, norm, known[-1])
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -259,7 +271,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("models", nargs="*", help=f"of {', '.join(CASES)} (default: all)")
-    parser.add_argument("--modes", default="eager,compiled", help="eager, compiled or both")
+    parser.add_argument("--modes", default=",".join(MODES), help="some of them (default all)")
     parser.add_argument("--steps", type=int, default=10, help="steps that count (default 10)")
     parser.add_argument("--lengths", help="instead a hybrid and a transformer at these lengths")
     parser.add_argument("--tokens", type=int, default=16384, help="of a step with --lengths")
@@ -272,8 +284,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     if unknown:
         parser.error(f"unknown models {', '.join(unknown)}: choose from {', '.join(CASES)}")
     arguments.modes = arguments.modes.split(",")
-    if set(arguments.modes) - {"eager", "compiled"}:
-        parser.error("--modes takes eager and compiled")
+    if set(arguments.modes) - set(MODES):
+        parser.error(f"--modes takes {', '.join(MODES)}")
     return arguments
 
 

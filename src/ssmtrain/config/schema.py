@@ -260,6 +260,8 @@ class TrainerConfig(Config):
     """Recompute each block's activations in the backward pass instead of keeping them."""
     compile: bool = False
     """Run the blocks under torch.compile."""
+    cuda_graphs: bool = False
+    """Record a micro-batch's passes as one CUDA graph: for models that a core cannot call fast enough."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """What to train on."""
     devices: Positive | None = None

@@ -20,7 +20,8 @@ def recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
     def run(x: Any, ctx: Any, state: Any = None) -> Any:
         if not torch.is_grad_enabled():
             return forward(x, ctx, state)
-        return checkpoint(forward, x, ctx, state, use_reentrant=False)
+        # No layer draws random numbers, and a CUDA graph could not record the reading of generators.
+        return checkpoint(forward, x, ctx, state, use_reentrant=False, preserve_rng_state=False)
 
     return run
 

@@ -148,6 +148,12 @@ def place(config: RunConfig) -> tuple[str, int]:
             )
         if devices > gpus:
             raise UserError(f"trainer.devices: {devices} asked for, this machine has {gpus} GPUs")
+    if trainer.cuda_graphs and (accelerator == "cpu" or devices > 1):
+        where = "on the CPU" if accelerator == "cpu" else f"on {devices} devices"
+        raise UserError(
+            f"trainer.cuda_graphs: {where} there is none; it takes one GPU",
+            "set trainer.cuda_graphs=false" + ("" if accelerator == "cpu" else " or trainer.devices=1"),
+        )
     rows = trainer.global_batch // config.data.seq_len
     if rows % (devices * (trainer.micro_batch or 1)):
         raise UserError(

@@ -28,6 +28,7 @@ from ssmtrain.parallel import ranks
 from ssmtrain.parallel.apply import apply
 from ssmtrain.train import nonfinite, optim, snapshot
 from ssmtrain.train.clock import Clock
+from ssmtrain.train.graph import Graphs, Pass
 from ssmtrain.train.journal import Journal
 from ssmtrain.train.schedule import horizon, lr_at
 from ssmtrain.train.signals import Signals
@@ -79,6 +80,7 @@ class LitLM(LightningModule):
         """Tokens per expert of the latest step, over all ranks, by block index."""
         self.stop: str | None = None
         """Why no further step is taken: "finished", "signal" or "seconds"."""
+        self.graphs: Graphs | None = None
         self.on_gradients: list[Callable[[], None]] = []
         """Called with the whole gradient in place, before it is clipped."""
 
@@ -120,6 +122,8 @@ class LitLM(LightningModule):
             seed_generators(self.config.seed, ranks.rank(), 0)
         self.clock.before = self.state.seconds
         self.parameters_list = list(self.model.parameters())
+        if self.config.trainer.cuda_graphs:
+            self.graphs = Graphs(self.run_passes, self.parameters_list, self.device)
         if self.horizon.reached(self.state.step, self.state.tokens):
             self.stop = "finished"
 
@@ -213,20 +217,27 @@ class LitLM(LightningModule):
         for i, batch in enumerate(micro):
             last = i == len(micro) - 1
             with nullcontext() if last or world == 1 else self.trainer.strategy.block_backward_sync():  # type: ignore[attr-defined]  # DDP's
-                out = self.run_model(batch)
-                assert out.loss_sum is not None
-                point("after_forward")
-                loss = out.loss_sum * (world / labels)
-                sums[0] += out.loss_sum.detach()
-                if out.aux is not None:
-                    share = len(batch.sample_ids) / rows
-                    loss = loss + out.aux * share
-                    sums[1] += out.aux.detach() * (share / world)
-                self.manual_backward(loss)
-            for index, stats in out.stats.items():
-                load = stats["load"]
+                run = self.graphs or self.run_passes
+                part, loads = run(batch, world / labels, len(batch.sample_ids) / rows)
+            sums += part
+            for index, load in loads.items():
                 self.loads[index] = self.loads[index] + load if index in self.loads else load
         return sums
+
+    def run_passes(self, batch: Batch, scale: float | Tensor, share: float) -> Pass:
+        """Forward and backward of one micro-batch, whose labels count `scale` and router losses `share`;
+        returns its sums (2,) and the tokens per expert by block."""
+        out = self.run_model(batch)
+        assert out.loss_sum is not None
+        point("after_forward")
+        loss = out.loss_sum * scale
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        sums[0] = out.loss_sum.detach()
+        if out.aux is not None:
+            loss = loss + out.aux * share
+            sums[1] = out.aux.detach() * (share / ranks.world())
+        self.manual_backward(loss)
+        return sums, {index: stats["load"] for index, stats in out.stats.items()}
 
     def agree(self, sums: Tensor, norm: Tensor) -> list[float]:
         """What every rank must decide alike: loss sum, router losses, asked to stop, out of time, norm.

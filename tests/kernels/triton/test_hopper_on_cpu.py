@@ -66,6 +66,29 @@ def test_passes(
         assert distance(mine[used].float(), theirs[used].float()) < 3e-3
 
 
+@pytest.mark.parametrize("window", [128, 1024])
+def test_room_for_more_documents_changes_no_bit(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    poisoned(monkeypatch, hopper, ours, triton_chunks)
+    monkeypatch.setattr(hopper, "window_length", lambda heads: window)
+    monkeypatch.setattr(tuned, "architecture", lambda device: "sm_90")
+    doc_ids, n_docs = documents([3, 128, 69, 100], [199, 1, 100])
+    inputs = rounded(draw(300, n_docs, ("D", "dt_bias"), batch=2, heads=2, P=64, N=64), CPU, BF16)
+    x, dt, A, B, C, D, bias = (inputs[name] for name in ("x", "dt", "A", "B", "C", "D", "dt_bias"))
+    shape = ours.shape_of(x, B)
+    found = []
+    for n in (n_docs, n_docs + 1, n_docs + 40):
+        at = ours._steps(shape, dt, A, bias, doc_ids, n, 64, True, 0.0, inf)
+        rest = {"doc_ids": doc_ids, "initial": None, "final": None}
+        with on_cpu(hopper, hopper.one_pass):
+            y, _ = hopper.run(shape, at, x, B, C, D, **rest, back=False, keep=False)
+            _, states = hopper.run(shape, at, x, B, None, None, **rest, back=False, keep=True)
+            d_x, d_states = hopper.run(shape, at, y, C, B, D, **rest, back=True, keep=True)
+        used = at.chunks.table[:, 1] > 0
+        found.append((y, d_x, states[used], d_states[used]))
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
 def cotangents(outputs: Results, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     """The cotangents that `pulled` draws for these outputs."""
     generator = torch.Generator().manual_seed(seed)

@@ -304,6 +304,17 @@ def test_the_same_bits_each_time(device: torch.device, monkeypatch: pytest.Monke
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize("more", [1, 40])
+def test_room_for_more_documents_changes_no_bit(
+    more: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch)
+    doc_ids, n_docs = documents([[1, 20], [5, 9, 7]])
+    inputs = rounded(draw(21, n_docs, ("D", "z", "dt_bias")), device)
+    exact, roomy = (pulled(call(ours, doc_ids, n, final=False), inputs) for n in (n_docs, n_docs + more))
+    assert all(torch.equal(exact[name], roomy[name]) for name in exact)
+
+
 def test_recomputed_activations_give_the_same_gradients(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -73,6 +73,30 @@ def test_packed_documents_have_the_bits_of_documents_alone_on_a_gpu(length: int,
     assert_equal(packed, alone, "A", "D", "dt_bias")
 
 
+@pytest.mark.parametrize("more", [1, 40])
+def test_room_for_more_documents_changes_no_bit(more: int, device: torch.device) -> None:
+    doc_ids, n_docs = documents([1, 33], [20, 14])
+    inputs = rounded(draw(34, n_docs, ("D", "dt_bias"), batch=2), device)
+    exact, roomy = (
+        pulled(call(ours, doc_ids, n, final=False, chunk_size=16), inputs) for n in (n_docs, n_docs + more)
+    )
+    assert_equal(roomy, exact)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize("length", [300, 9000])
+def test_room_for_more_documents_on_a_gpu(length: int, dtype: torch.dtype) -> None:
+    """The gradients of B and C are sums whose order depends on the room."""
+    doc_ids, n_docs = cut_rows(2, length)
+    inputs = rounded(draw(length, n_docs, ("D", "dt_bias"), **REAL), CUDA, dtype)
+    exact, roomy = (pulled(call(ours, doc_ids, n, final=False), inputs, dtype) for n in (n_docs, n_docs + 70))
+    summed = [("grad B", 4e-3), ("grad C", 4e-3), ("grad dt", 4e-3), ("grad A", 1e-4), ("grad dt_bias", 1e-4)]
+    for name, near in summed:
+        assert distance(roomy.pop(name).float(), exact.pop(name).float()) < near
+    assert_equal(roomy, exact)
+
+
 def split(at: int, chunk: int | None):
     """The op on the tokens before and after a cut, with the state carried."""
     run = call(ours, n_docs=1, chunk_size=chunk)

@@ -69,7 +69,8 @@ def cut(batch: int, length: int, size: int, doc_ids: Tensor | None, n_docs: int,
 
 
 def first_tokens(doc_ids: Tensor, n_docs: int) -> Tensor:
-    """Return (n_docs + 1, 3) int64 with documents' first tokens, and the number of all, in column 0."""
+    """Return (n_docs + 1, 3) int64 with documents' first tokens, and past the last the number of all tokens,
+    in column 0."""
     docs = torch.empty(n_docs + 1, 3, dtype=torch.int64, device=doc_ids.device)
     tokens = doc_ids.numel()
     launch(
@@ -80,14 +81,18 @@ def first_tokens(doc_ids: Tensor, n_docs: int) -> Tensor:
 
 @triton.jit(do_not_specialize=["tokens", "n_docs"])
 def _find_documents(doc_ids, docs, tokens, n_docs, BLOCK: tl.constexpr):
-    """Write the first token of each document, from the places where the id changes."""
+    """Write the first token of each document, from the places where the id changes, and for the end of the
+    last, and all that there could have been after it, the number of tokens."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = at < tokens
     here = tl.load(doc_ids + at, mask=live, other=0)
     before = tl.load(doc_ids + at - 1, mask=live & (at > 0), other=-1)
     tl.store(docs + 3 * here.to(tl.int64), at, mask=live & (here != before))
-    end = tl.where(tl.program_id(0) == 0, tokens, -1)
-    tl.store(docs + 3 * n_docs, tokens.to(tl.int64), mask=end >= 0)
+    if tl.program_id(0) == 0:
+        after = tl.load(doc_ids + tokens - 1).to(tl.int32) + 1
+        for start in range(after, n_docs + 1, BLOCK):
+            d = start + tl.arange(0, BLOCK)
+            tl.store(docs + 3 * d, tl.zeros((BLOCK,), tl.int64) + tokens, mask=d <= n_docs)
 
 
 @triton.jit

@@ -84,7 +84,11 @@ def first_piece(
         d += 1
         block = next_block
     if t >= tokens:
-        d = gl.to_tensor(n_docs)
+        # Past the last document that there is; n_docs may be more.
+        if PACKED:
+            d = gl.load(doc_ids + (tokens - 1)).to(gl.int32) + 1
+        else:
+            d = gl.to_tensor(n_docs)
         _, _, block = document(docs, d, length, per_row, K, PACKED)
     return d, block
 
