@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from ssmtrain.layers.norm import RMSNorm, Stream, StreamNorm
 from ssmtrain.model.block import Block
 from ssmtrain.model.hybrid import HybridModel
 from ssmtrain.model.init import init_weights
+from ssmtrain.parallel.apply import apply
 from ssmtrain.parallel.recompute import recomputed
 
 BF16 = torch.bfloat16
@@ -186,6 +188,30 @@ def test_compiled_as_eager(layout: str, autocast: bool) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(block.forward, backend="aot_eager")
     assert_near(results(block, compiled, stream(), autocast), expected, 2e-2 if autocast else 1e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_compiled_and_recomputed(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A deep model: the gradients of calling it, a graph for each kind of block, and none that is broken."""
+    from torch._dynamo.utils import counters
+
+    compile_it = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f: compile_it(f, backend="aot_eager"))
+    ids = torch.tensor([[0] * 4 + [1] * 5, [2] * 9], dtype=torch.int32)
+    tokens = torch.randint(31, (2, 9), generator=torch.Generator().manual_seed(0))
+    found = []
+    for options in ({}, {"compile": True, "recompute": True}):
+        torch._dynamo.reset()
+        counters.clear()
+        model = make("M3A" * 4)
+        apply(model, SimpleNamespace(**{"compile": False, "recompute": False} | options))
+        ctx = Context(doc_ids=ids, n_docs=3) if packed else Context()
+        loss = model(tokens, tokens, ctx).loss_sum
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters())])
+    assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == 2
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.gpu

@@ -132,9 +132,10 @@ def test_words_and_peaks() -> None:
 
 def test_compiled_blocks_decode_and_score_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda f: lambda *args: ("fast", f(*args)))
-    run = applied.compiled(lambda x, ctx, state: x)
-    x = torch.ones(1)
-    assert run(x, Context()) == ("fast", x)
+    prepared: list[Context] = []
+    run = applied.compiled(lambda x, ctx, state: x, lambda x, ctx: prepared.append(ctx))
+    x, ctx = torch.ones(1), Context()
+    assert run(x, ctx) == ("fast", x) and prepared == [ctx]
     assert run(x, Context(states=[])) is x
     with torch.no_grad():
         assert run(x, Context()) is x

@@ -142,6 +142,12 @@ class Attention(Mixer):
             ctx.cache[key] = attention_mask(ctx.doc_ids, window, length, keys, keys - length, device=device)
         return ctx.cache[key]
 
+    def prepare(self, ctx: Context, length: int, device: torch.device) -> None:
+        """Make mask and positions."""
+        self.mask(ctx, length, length, device)
+        if self.rotary_dim:
+            tables(ctx, length, self.rotary_dim, self.config.rope_theta, device)
+
     def forward(self, x: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
         """Mix x (B, L, D) within each document; returns y (B, L, D) and, when carrying, the new state.
 

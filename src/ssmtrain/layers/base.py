@@ -134,6 +134,12 @@ class Mixer(Layer):
         """
         raise NotImplementedError
 
+    def prepare(self, ctx: Context, length: int, device: torch.device) -> None:
+        """Fill ctx.cache with all that a forward pass over rows of `length` tokens reads of it.
+
+        For a forward pass that a compiler traces or that runs twice: what it changes outside would count.
+        """
+
     def init_state(self, batch: int, max_len: int, dtype: torch.dtype, device: torch.device) -> State:
         """Allocate an empty decoding state for `batch` documents of up to `max_len` tokens."""
         raise NotImplementedError

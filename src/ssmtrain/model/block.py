@@ -66,6 +66,11 @@ class Block(nn.Module):
             stream = self._leave("ffn", x, y)
         return stream, new_state, stats
 
+    def prepare(self, stream: Stream, ctx: Context) -> None:
+        """Fill ctx.cache with what a forward pass over this stream reads of it."""
+        if self.mixer is not None:
+            self.mixer.prepare(ctx, stream.x.shape[1], stream.x.device)
+
     def step(self, stream: Stream, ctx: Context, state: State | None) -> Stream:
         """Map one token, the stream's parts (B, 1, D), updating the mixer's state in place."""
         if self.mixer is not None:

@@ -1,4 +1,8 @@
-"""What is done to a built model before it trains: recompute, then compile; the strategy wraps it last."""
+"""What is done to a built model before it trains: compile, then recompute; the strategy wraps it last.
+
+A block that is recomputed runs as a whole, compiled or not, twice: the compiler sees no checkpoint, which not
+every version of it takes with all that a block holds.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +21,12 @@ from ssmtrain.parallel.recompute import forgetful, recomputed
 def apply(model: HybridModel, trainer: TrainerConfig) -> HybridModel:
     """Apply the trainer's options to every block, in place; names and parameters stay as they are."""
     for block in model.blocks:
+        if trainer.compile:
+            _set_forward(block, compiled(block.forward, block.prepare))  # type: ignore[arg-type]  # a Block's
+        elif not trainer.recompute:
+            _set_forward(block, forgetful(block.forward))
         if trainer.recompute:
             _set_forward(block, added_first(recomputed(block.forward), model.multiplier))
-        elif not trainer.compile:
-            _set_forward(block, forgetful(block.forward))
-        if trainer.compile:
-            _set_forward(block, compiled(block.forward))
     return model
 
 
@@ -35,7 +39,7 @@ def added_first(forward: Callable[..., Any], scale: float) -> Callable[..., Any]
     return run
 
 
-def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(forward: Callable[..., Any], prepare: Callable[[Stream, Any], None]) -> Callable[..., Any]:
     """The forward under torch.compile while training, as it was while scoring and decoding.
 
     Sampling runs at a new length with every token, and health probes carry states: compiling those would take
@@ -45,6 +49,7 @@ def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     def run(stream: Stream, ctx: Any, state: Any = None) -> Any:
         if torch.is_grad_enabled() and ctx.states is None:
+            prepare(stream, ctx)
             return fast(stream, ctx, state)
         return forward(stream, ctx, state)
 

@@ -1,11 +1,15 @@
+# mypy: disable-error-code="assignment"
+# ruff: noqa: RUF005 - in a kernel a tuple grows by +, and changes its type
 """Linear cross-entropy in Triton: the chunks and products of the reference, one kernel for what is between.
 
 Logits are as many as rows times the vocabulary, so what is between the products is limited by memory. Here it
 reads fp32 logits once and writes softmax - onehot once: a program owns a row, sweeps it for the maximum and
 the sum of exponentials, and sweeps it again, from the end where its last sweep has just been, while the L2
-cache holds it. A sweep keeps a maximum and a sum for every EACH neighbours, so that there is one more
-exponential for EACH of them and no thread waits for another before the row's end; Triton's pipeliner copies
-the next STAGES - 1 blocks to shared memory meanwhile.
+cache holds it. The first HELD blocks stay in registers, of which each thread has 64, so that two programs
+share a multiprocessor: of the four that would fit without, the rows are too much for the cache. A sweep keeps
+a maximum and a sum for every EACH neighbours, so that there is one more exponential for EACH of them and no
+thread waits for another before the row's end; Triton's pipeliner copies the next STAGES - 1 blocks to shared
+memory meanwhile.
 
 Both buffers are reused from chunk to chunk, and their rows lie a multiple of PITCH elements apart, so that
 a vocabulary of 50257 too is read and multiplied 16 bytes at a time. What is beyond the vocabulary is read
@@ -35,8 +39,9 @@ PITCH = 64
 LANES = 4096
 """Of a block, at most: 16 KiB of logits."""
 LANES_OF_WARP = 256
-"""Two of a thread's 16-byte loads. Two programs of 16 such warps fill a multiprocessor's registers, and the
-rows of so few are in the L2 cache when they are swept again."""
+"""Two of a thread's 16-byte loads."""
+KEPT = 4
+"""Blocks that stay in registers between the sweeps, at most: half of a thread's 64."""
 STAGES = 4
 """With three blocks of each program on their way there are 96 KiB of loads in flight."""
 
@@ -60,6 +65,29 @@ def linear_cross_entropy(
     return reference.in_chunks(residual, rows, hidden, weight, labels, float(logit_scale), ignore_index)
 
 
+@triton.jit
+def _scaled(logits, at, reach, vocab, scale):
+    """Read scaled logits; what is beyond the vocabulary is none."""
+    logit = tl.load(logits + at, mask=at < reach, other=0.0) * scale
+    return tl.where(at < vocab, logit, float("-inf"))
+
+
+@triton.jit
+def _counted(logit, tops, sums):
+    """The maxima, and the sums of exponentials relative to them, with these logits among them."""
+    higher = tl.maximum(tops, tl.max(logit, 1))
+    here = tl.sum(tl.exp2((logit - higher[:, None]) * LOG2E), 1)
+    return higher, sums * tl.exp2((tops - higher) * LOG2E) + here
+
+
+@triton.jit
+def _write(p, at, logit, top, inverse, column, live, pitch):
+    """Write softmax - onehot."""
+    share = tl.exp2((logit - top) * LOG2E) * inverse
+    share = tl.where(live, tl.where(at == column, share - 1.0, share), 0.0)
+    tl.store(p + at, share.to(p.dtype.element_ty), mask=at < pitch)
+
+
 @triton.jit(do_not_specialize=["vocab", "ignored"])
 def _softmax(
     logits,  # (Q, pitch), of which vocab count
@@ -72,6 +100,7 @@ def _softmax(
     scale,
     EACH: tl.constexpr,
     BLOCK: tl.constexpr,
+    HELD: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Cross-entropy of a row of scaled logits, and its gradient by them."""
@@ -87,14 +116,13 @@ def _softmax(
     own = tl.load(logits + column, mask=column >= 0, other=0.0) * scale
     tops = tl.full((BLOCK // EACH,), LOWEST, tl.float32)
     sums = tl.zeros((BLOCK // EACH,), tl.float32)
-    for base in tl.range(0, reach, BLOCK, num_stages=STAGES):
-        at = base + lane
-        logit = tl.load(logits + at, mask=at < reach, other=0.0) * scale
-        logit = tl.where(at < vocab, logit, float("-inf"))
-        higher = tl.maximum(tops, tl.max(logit, 1))
-        here = tl.sum(tl.exp2((logit - higher[:, None]) * LOG2E), 1)
-        sums = sums * tl.exp2((tops - higher) * LOG2E) + here
-        tops = higher
+    held = ()
+    for piece in tl.static_range(HELD):
+        logit = _scaled(logits, piece * BLOCK + lane, reach, vocab, scale)
+        tops, sums = _counted(logit, tops, sums)
+        held = held + (logit,)
+    for base in tl.range(HELD * BLOCK, reach, BLOCK, num_stages=STAGES):
+        tops, sums = _counted(_scaled(logits, base + lane, reach, vocab, scale), tops, sums)
     top = tl.max(tops, 0)
     total = tl.sum(sums * tl.exp2((tops - top) * LOG2E), 0)
     total = tl.where(live, tl.where(known, total, float("nan")), 1.0)
@@ -103,18 +131,26 @@ def _softmax(
         p += row * pitch
         inverse = 1.0 / total
         last = (pitch - 1) // BLOCK * BLOCK
-        for base in tl.range(0, pitch, BLOCK, num_stages=STAGES):
-            at = last - base + lane
+        for base in tl.range(HELD * BLOCK, pitch, BLOCK, num_stages=STAGES):
+            at = last + HELD * BLOCK - base + lane
             logit = tl.load(logits + at, mask=at < reach, other=0.0) * scale
-            share = tl.exp2((logit - top) * LOG2E) * inverse
-            share = tl.where(live, tl.where(at == column, share - 1.0, share), 0.0)
-            tl.store(p + at, share.to(p.dtype.element_ty), mask=at < pitch)
+            _write(p, at, logit, top, inverse, column, live, pitch)
+        for piece in tl.static_range(HELD):
+            _write(p, piece * BLOCK + lane, held[piece], top, inverse, column, live, pitch)
 
 
 def _config(pitch: int) -> tuned.Config:
     """How to sweep a row: EACH is a 16-byte load."""
     block = min(triton.next_power_of_2(pitch), LANES)
-    return {"EACH": 4, "BLOCK": block, "STAGES": STAGES, "num_warps": max(1, block // LANES_OF_WARP)}
+    held = min(KEPT, pitch // block)
+    return {
+        "EACH": 4,
+        "BLOCK": block,
+        "HELD": held,
+        "STAGES": STAGES,
+        "num_warps": max(1, block // LANES_OF_WARP),
+        "maxnreg": 64,
+    }
 
 
 class _Residual:
