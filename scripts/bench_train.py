@@ -10,7 +10,8 @@ asks for it, fused AdamW; the tokens are random and the documents whole rows. Ea
 its own with an empty Triton cache: `first step` is from a built model to the end of the first step, compiling
 and all. Tokens a second are from the median time from one reading of loss and norm to the next, MFU by the
 layers' own count of FLOPs over the datasheet's dense bf16 peak, the peak of memory by torch's allocator. The
-shares are of GPU time. Exit code 1 if a model fails.
+shares are of GPU time. With --lengths each block is recomputed, as all lengths fit then. Exit code 1 if a
+model fails.
 """
 
 from __future__ import annotations
@@ -67,9 +68,8 @@ LLAMA = (
 )
 """Makes of the hybrid a Llama shape of its width, depth and size."""
 HYBRID = "granite_9to1_1b3"
-RECOMPUTED = ("trainer.recompute=true",)
 LONG = 65536
-"""Tokens of a step beyond which blocks are recomputed, and one step warms up rather than three."""
+"""Tokens of a step beyond which the first step alone warms up, and no shares are taken."""
 SCANS = (
     *("forward", "backward", "ends", "starts", "join", "add_shares", "both", "sum_chunks", "one_pass"),
     *("pairs", "through_states", "sources", "walk", "gather", "outputs", "steps_forward", "steps_backward"),
@@ -133,6 +133,8 @@ def run(name: str, case: Case, mode: str, steps: int, device: torch.device) -> R
     from ssmtrain.train.peaks import peak_flops
 
     words = [f"config={case.recipe}", f"data.seq_len={case.length}"]
+    if not any(word.startswith("trainer.recompute=") for word in case.words):
+        words.append("trainer.recompute=false")
     config = load([*words, f"trainer.compile={'true' if mode == 'compiled' else 'false'}", *case.words])
     backend.configure("auto", device.type)
     torch.manual_seed(0)
@@ -178,10 +180,10 @@ def run(name: str, case: Case, mode: str, steps: int, device: torch.device) -> R
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     wait()
     start = time.perf_counter()
-    step(0)
+    at = step(0)
     wait()
     found.first_s = time.perf_counter() - start
-    for i in range(1, 2 if labels > LONG else 4):
+    for i in range(1, 1 if labels > LONG else 4):
         at = step(i)
     taken = []
     for i in range(steps):
@@ -196,7 +198,7 @@ def run(name: str, case: Case, mode: str, steps: int, device: torch.device) -> R
     found.mfu = found.tokens_s * flops / peak if peak else None
     if device.type == "cuda":
         found.peak_gb = torch.cuda.max_memory_allocated() / 1e9
-        found.shares = shares(lambda: step(0))
+        found.shares = {} if labels > LONG else shares(lambda: step(0))
     return found
 
 
@@ -245,7 +247,6 @@ def lines_of(found: Result, case: Case) -> Iterator[str]:
         return "" if value is None else f"{value * scale:,.{digits}f}"
 
     title = f"{found.name}, {found.mode}, {found.batch} x {found.length}"
-    title += ", recomputed" * (RECOMPUTED[0] in case.words)
     yield (
         f"{title:44s} {cell(found.tokens_s):>9s} {cell(found.mfu, 1, 100):>6s} "
         f"{cell(found.peak_gb, 1):>8s} {cell(found.first_s, 1):>8s}  {found.note}"
@@ -265,7 +266,7 @@ def chosen(arguments: argparse.Namespace) -> Iterator[tuple[str, Case]]:
     if arguments.lengths:
         for length in (int(word) for word in arguments.lengths.split(",")):
             batch = max(1, arguments.tokens // length)
-            words = RECOMPUTED if batch * length > LONG else ()
+            words = () if arguments.keep else ("trainer.recompute=true",)
             yield "hybrid", Case(HYBRID, batch, length, words)
             yield "llama", Case(HYBRID, batch, length, LLAMA + words)
         return
@@ -282,6 +283,9 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--modes", default=",".join(MODES), help="some of them (default all)")
     parser.add_argument("--steps", type=int, default=10, help="steps that count (default 10)")
     parser.add_argument("--lengths", help="instead a hybrid and a transformer at these lengths")
+    parser.add_argument(
+        "--keep", action="store_true", help="activations, with --lengths (default: recompute)"
+    )
     parser.add_argument("--tokens", type=int, default=16384, help="of a step with --lengths")
     parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)
     parser.add_argument("--limit", type=float, default=600, help="seconds for one model")

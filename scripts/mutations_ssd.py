@@ -46,6 +46,13 @@ SSD_CHUNKS = [
     ssd("documents before are not counted", "_chunks", "range(0, d, DOCS)", "range(0, 0, DOCS)"),
     ssd("documents past a block start anew", "_chunks", "chunk += tl.sum(", "chunk = tl.sum("),
     ssd("blocks of documents past a block start anew", "_chunks", "block += tl.sum(", "block = tl.sum("),
+    ssd(
+        "documents past the last have any size",
+        "_chunks",
+        "range(after, n_docs + 1, BLOCK)",
+        "range(n_docs, n_docs + 1, BLOCK)",
+        tests=f"{PROPERTIES} -k room",
+    ),
     ssd("no part of a chunk is counted", "_chunks", "(size + Q - 1) // Q", "size // Q"),
     ssd("no part of a block is counted", "_chunks", "(size + K - 1) // K", "size // K"),
     ssd("tokens past a chunk's end have a step", "_chunks", "tl.where(live, step, 0.0)", "step + 0.0"),
@@ -394,6 +401,11 @@ SSD = SSD_CHUNKS + SSD_STATES + SSD_OUTPUTS + SSD_GRADS + SSD_HOST
 HOPPER_FAR = f"{PROPERTIES} -k past_two_to_the_31"
 
 HOPPER = [
+    hopper(
+        "the last document is the last that there is room for",
+        "d = gl.load(doc_ids + (tokens - 1)).to(gl.int32) + 1",
+        "d = gl.to_tensor(n_docs)",
+    ),
     hopper("32-bit offsets of x", "source + token * s", "source + token.to(gl.int32) * s", 1, HOPPER_FAR),
     hopper("32-bit offsets of y", "out + past * s", "out + past.to(gl.int32) * s", gpu=HOPPER_FAR),
     hopper(
