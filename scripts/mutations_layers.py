@@ -167,6 +167,9 @@ HEAD = [
     head("shares do not add up to one", "* LOG2E) * inverse", "* LOG2E)"),
     head("a row of whole blocks from its end on", "(pitch - 1) // BLOCK", "pitch // BLOCK"),
     head("writes beyond the row", "mask=at < pitch)", "mask=at >= 0)"),
+    head("the first block stands for all that stay", "held[piece]", "held[0]"),
+    head("what stays is counted twice", "tl.range(HELD * BLOCK, reach", "tl.range(0, reach"),
+    head("the end of a row is not written", "last + HELD * BLOCK - base", "last - base"),
     head("gradients of the first chunk's rows", "self._p[:rows, :vocab]", "self._p[:, :vocab]"),
 ]
 

@@ -86,6 +86,21 @@ def test_matches_float64(
     assert_all_close(run(tensors, logit_scale=scale), truth, 2e-6)
 
 
+@pytest.mark.parametrize("vocab", [63, 70, 150, 192])
+@pytest.mark.parametrize("held", [1, 2, 3, 4])
+def test_what_stays_in_registers(
+    held: int, vocab: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of a row, more than it has, and less, to the same bits; and rows that are not read."""
+    use(monkeypatch, BLOCK=32, HELD=0)
+    tensors = draw(9, 12, vocab, device)
+    before = run(tensors, logit_scale=2.0)
+    use(monkeypatch, BLOCK=32, HELD=held)
+    found = run(tensors, logit_scale=2.0)
+    assert all(torch.equal(found[name], before[name]) for name in before)
+    assert_all_close(found, exact(tensors, logit_scale=2.0), 2e-6)
+
+
 @pytest.mark.parametrize("chunk", [None, 1, 4, 6, 18, 100])
 def test_any_chunks_share_their_buffers(chunk: int | None, device: torch.device) -> None:
     """Fewer rows than a chunk, a whole number of chunks, and a last one that is short."""
@@ -259,6 +274,7 @@ def test_configurations() -> None:
         config = ours._config(pitch)
         assert config["num_warps"] <= 16 and config["BLOCK"] <= max(64, 2 * vocab)
         assert 4 * config["BLOCK"] * (config["STAGES"] - 1) <= 48 * 1024
+        assert config["HELD"] * config["BLOCK"] <= pitch
 
 
 def test_chunks_are_whole_tiles_of_a_gpu() -> None:
