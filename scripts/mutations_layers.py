@@ -133,7 +133,7 @@ NORM = [
     norm("the stream's gradient by x's strides", "row * add_stride * UNIT", "row * x_stride * UNIT"),
     norm(
         "no gradient of a stream that nothing else reads",
-        "dx, d_branch, d_weight = d_stream, d_stream, None",
+        "dx, d_branch, d_weight = d_stream, None, None",
         "dx, d_branch, d_weight = None, None, None",
     ),
     norm("branches are not scaled", "+ factor * branch", "+ branch"),

@@ -71,14 +71,8 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def record(self: Graphs, batch: Batch, share: float) -> graph._Recorded:
         done.append("record")
-        static, scale = batch.to("cpu"), torch.ones(())
-        static = Batch(
-            static.inputs.clone(),
-            static.labels.clone(),
-            None if static.doc_ids is None else static.doc_ids.clone(),
-            static.n_docs,
-            static.sample_ids,
-        )
+        static, scale = graph._copied(batch, self.device), torch.ones(())
+        assert all(to.data_ptr() != new.data_ptr() for to, new in graph._tensors(static, batch))
         before = [p.grad for p in self.parameters]
         values = [None if old is None else old.clone() for old in before]
         result = self.run(static, scale, share)

@@ -152,7 +152,7 @@ class Mamba2(Mixer):
         H, conv = config.heads(d_model), config.conv_width(d_model)
         E = H * config.head_dim
         self.config = config
-        self.sizes = [E, conv, H]
+        self.n_heads, self.sizes = H, [(E,), (conv,), (H,)]
         BC = (config.n_groups, config.d_state)
         self.shapes = [(H, config.head_dim), BC, BC]
         low, high = config.dt_limit
@@ -168,9 +168,7 @@ class Mamba2(Mixer):
 
     def forward(self, x: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
         """Mix x (B, L, D) within each document; returns y (B, L, D) and, when carrying, the final state."""
-        z, xBC, dt = parts(
-            self.in_proj(x), [(size,) for size in self.sizes]
-        )  # (B, L, E), (B, L, E + 2GN), (B, L, H)
+        z, xBC, dt = parts(self.in_proj(x), self.sizes)  # (B, L, E), (B, L, E + 2GN), (B, L, H)
         xBC, window = self.conv(xBC, ctx, state["conv"] if state else None)
         x, B, C = parts(xBC, self.shapes)  # (B, L, H, P), (B, L, G, N), (B, L, G, N)
         y, ssm = ssd(
@@ -193,12 +191,12 @@ class Mamba2(Mixer):
 
     def step_sizes(self, x: Tensor, ctx: Context) -> Tensor:
         """The step sizes (B, L, H) that the scan takes on x (B, L, D), fp32."""
-        dt = self.in_proj(x)[..., -self.sizes[2] :]
+        dt = self.in_proj(x)[..., -self.n_heads :]
         return F.softplus(dt.float() + self.dt_bias).clamp(*self.dt_limit)
 
     def init_state(self, batch: int, max_len: int, dtype: torch.dtype, device: torch.device) -> State:
         """An empty window (batch, E + 2GN, K) in `dtype` and state (batch, H, P, N) in at least fp32."""
-        shape = (batch, self.sizes[2], self.config.head_dim, self.config.d_state)
+        shape = (batch, self.n_heads, self.config.head_dim, self.config.d_state)
         return {
             "conv": self.conv.init_window(batch, dtype, device),
             "ssm": torch.zeros(shape, dtype=torch.promote_types(dtype, torch.float32), device=device),
@@ -206,7 +204,7 @@ class Mamba2(Mixer):
 
     def step(self, x: Tensor, ctx: Context, state: State) -> Tensor:
         """Mix one token x (B, 1, D), updating the state in place; returns y (B, 1, D)."""
-        z, xBC, dt = self.in_proj(x[:, 0]).split(self.sizes, dim=-1)  # (B, E), (B, E + 2GN), (B, H)
+        z, xBC, dt = parts(self.in_proj(x[:, 0]), self.sizes)  # (B, E), (B, E + 2GN), (B, H)
         x, B, C = parts(self.conv.step(xBC, state["conv"]), self.shapes)  # (B, H, P), (B, G, N), (B, G, N)
         y = ssd_step(
             state["ssm"],

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ssmtrain.kernels.gated_norm import gated_norm, stream_norm
+from ssmtrain.kernels.gated_norm import add_branch, gated_norm, stream_norm
 from ssmtrain.layers.base import Layer, ParamSpec
 from ssmtrain.layers.forget import forget
 from ssmtrain.layers.init import constant
@@ -62,7 +62,7 @@ class Stream(NamedTuple):
 
     def total(self, scale: float) -> Tensor:
         """x + scale * branch, in the wider dtype of both: fp32 under autocast, where branches are bf16."""
-        return self.x if self.branch is None else torch.add(self.x, self.branch, alpha=scale)
+        return add_branch(self.x, self.branch, scale)
 
 
 class StreamNorm(_Norm):

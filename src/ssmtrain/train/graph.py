@@ -93,7 +93,7 @@ class Graphs:
         gc.collect()
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()
-        static, scale = batch.to(self.device), torch.ones((), device=self.device)
+        static, scale = _copied(batch, self.device), torch.ones((), device=self.device)
         graph = torch.cuda.CUDAGraph()
         try:
             # Another thread may wait for a copy meanwhile.
@@ -106,6 +106,13 @@ class Graphs:
             ) from error
         self.pool = graph.pool()
         return _Recorded(graph, static, scale, result, [p.grad for p in self.parameters])
+
+
+def _copied(batch: Batch, device: torch.device) -> Batch:
+    """The batch in memory of its own, wherever it lies: later ones are written over it."""
+    doc_ids = None if batch.doc_ids is None else batch.doc_ids.to(device, copy=True)
+    inputs, labels = batch.inputs.to(device, copy=True), batch.labels.to(device, copy=True)
+    return replace(batch, inputs=inputs, labels=labels, doc_ids=doc_ids)
 
 
 def _tensors(to: Batch, new: Batch) -> list[tuple[Tensor, Tensor]]:

@@ -53,7 +53,7 @@ def exact(tensors: dict[str, Tensor], gate: str, **options) -> dict[str, Tensor]
 STREAM = {
     "ours": ours.stream_norm,
     "apart": lambda x, weight, branch, scale, **options: (
-        total := reference.add(x, branch, scale),
+        total := reference.add_branch(x, branch, scale),
         reference.gated_norm(total, None, weight, n_groups=1, norm_before_gate=False, **options),
     ),
 }

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ssmtrain.kernels import backend
 from ssmtrain.kernels.gated_norm import reference
+from ssmtrain.kernels.gated_norm.reference import add_branch as add_branch
 
 
 def gated_norm(
@@ -66,7 +67,7 @@ def stream_norm(
         raise ValueError(f"stream_norm: x {tuple(x.shape)} and branch {tuple(branch.shape)} differ")
     # A compiler sees the sum and the norm, and fuses what it can.
     if torch.compiler.is_compiling() or backend.chosen("gated_norm", x.device.type) != "triton":
-        stream = reference.add(x, branch, scale)
+        stream = add_branch(x, branch, scale)
         return stream, gated_norm(stream, None, weight, eps=eps, out_dtype=out_dtype)
     from ssmtrain.kernels.gated_norm.triton import stream_norm as run
 

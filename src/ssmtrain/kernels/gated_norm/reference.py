@@ -33,7 +33,7 @@ def gated_norm(
     return y.view(x.shape)
 
 
-def add(x: Tensor, branch: Tensor | None, scale: float) -> Tensor:
+def add_branch(x: Tensor, branch: Tensor | None, scale: float) -> Tensor:
     """x + scale * branch (None: nothing), rounded once to the wider dtype of both."""
     return x if branch is None else torch.add(x, branch, alpha=scale)
 

@@ -82,7 +82,7 @@ def stream_norm(
 ) -> tuple[Tensor, Tensor]:
     """Compute `kernels.stream_norm`: x (..., E), weight (E,); float64 is left to the reference."""
     if x.dtype == torch.float64:
-        stream = reference.add(x, branch, scale)
+        stream = reference.add_branch(x, branch, scale)
         y = reference.gated_norm(
             stream, None, weight, eps=eps, n_groups=1, norm_before_gate=False, out_dtype=out_dtype
         )
@@ -480,7 +480,7 @@ def _launch(
 ) -> None:
     """Norm x into y, and write the sum with a branch z."""
     plain, n_groups = _rows(x), scales.shape[1]
-    logits = plain if z is None else _rows(z)
+    logits, summed = plain if z is None else _rows(z), y if total is None else total
     rows, channels = plain.shape[0], plain.shape[1] // n_groups
     config = tuned.lookup("gated_norm_forward", x.device, _key(x, n_groups), _forward_config(channels))
     pieces = triton.cdiv(channels, config["BLOCK"])
@@ -489,18 +489,7 @@ def _launch(
     if rows:
         with torch.cuda.device_of(x):
             _forward[(triton.cdiv(rows, config["ROWS"]) * n_groups,)](
-                *(
-                    plain,
-                    logits,
-                    weight,
-                    y,
-                    y if total is None else total,
-                    scales,
-                    rows,
-                    *strides,
-                    eps,
-                    factor,
-                ),
+                *(plain, logits, weight, y, summed, scales, rows, *strides, eps, factor),
                 KEEP=pieces <= config["PIECES"],
                 **shape | config | {"PIECES": pieces},
             )
@@ -643,15 +632,7 @@ def _(
 
 
 @_stream_norm_back.register_fake
-def _(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    scales: Tensor,
-    add: Tensor | None,
-    branch: torch.dtype | None,
-    factor: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(dy: Tensor, x: Tensor, weight: Tensor, scales: Tensor, add: Any, branch: Any, factor: float) -> Any:
     return x.new_empty(x.shape), _branch_like(x, branch), torch.empty_like(weight)
 
 
@@ -704,14 +685,14 @@ class _StreamNorm(torch.autograd.Function):
         own, branch = ctx.dtypes
         # In the stream's dtype and unscaled, a branch has the stream's gradient itself.
         apart = branch is not None and (branch != stream.dtype or ctx.factor != 1.0)
-        dx, d_branch, d_weight = d_stream, d_stream, None
+        dx, d_branch, d_weight = d_stream, None, None
         if dy is not None:
             rest = branch if apart else None, ctx.factor
             dx, d_branch, d_weight = _stream_norm_back(dy, stream, weight, scales, d_stream, *rest)
-        elif apart and dx is not None:
+        elif dx is None:
+            return (None,) * 6
+        elif apart:
             d_branch = (dx * ctx.factor).to(branch)
-        if branch is None:
-            d_branch = None
-        elif not apart:
-            d_branch = dx
-        return None if dx is None else dx.to(own), d_branch, d_weight, None, None, None
+        if not apart:
+            d_branch = None if branch is None else dx
+        return dx.to(own), d_branch, d_weight, None, None, None
