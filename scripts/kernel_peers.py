@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
+import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +20,8 @@ from kernel_cases import Case, Inputs, leaves
 
 Peers = tuple[dict[str, Case], dict[str, str]]
 PACKAGES = ("mamba-ssm", "causal-conv1d", "flash-linear-attention")
+EXTENSION = "selective_scan_cuda"
+"""mamba-ssm's CUDA kernels: the scan of Mamba."""
 
 
 def versions() -> dict[str, str]:
@@ -46,19 +51,23 @@ def ssd(case: Case) -> Peers:
     return collect({"mamba-ssm": lambda: _mamba_scan(case), "fla": lambda: _fla_scan(case)})
 
 
-def _mamba_part(name: str) -> Any:
+def mamba_part(name: str) -> Any:
     """Import a part of mamba_ssm, whose `__init__` asks for a CUDA extension that a pure wheel lacks.
 
-    What it imports before it fails stays imported, and a second try finds the part.
+    Where it is missing an empty module stands in for it during the import; what would call it fails.
     """
+    absent = importlib.util.find_spec(EXTENSION) is None
+    if absent:
+        sys.modules[EXTENSION] = types.ModuleType(EXTENSION)
     try:
         return importlib.import_module(f"mamba_ssm.{name}")
-    except ModuleNotFoundError:
-        return importlib.import_module(f"mamba_ssm.{name}")
+    finally:
+        if absent:
+            del sys.modules[EXTENSION]
 
 
 def _mamba_scan(case: Case) -> Case:
-    scan = _mamba_part("ops.triton.ssd_combined").mamba_chunk_scan_combined
+    scan = mamba_part("ops.triton.ssd_combined").mamba_chunk_scan_combined
 
     def call(i: Inputs) -> tuple[Tensor, ...]:
         rest = {"D": i["D"], "dt_bias": i["dt_bias"], "dt_softplus": True, "seq_idx": i["doc_ids"]}
@@ -121,7 +130,7 @@ def norm(case: Case) -> Peers:
     """mamba-ssm's gated RMSNorm, gate first."""
 
     def make() -> Case:
-        run = _mamba_part("ops.triton.layernorm_gated").rmsnorm_fn
+        run = mamba_part("ops.triton.layernorm_gated").rmsnorm_fn
 
         def call(i: Inputs) -> tuple[Tensor, ...]:
             return (run(i["x"], i["weight"], None, z=i["z"], eps=1e-5, norm_before_gate=False),)
@@ -135,8 +144,8 @@ def scan(case: Case) -> Peers:
     """mamba-ssm's selective scan, a CUDA extension that wants (B, E, L)."""
 
     def make() -> Case:
-        importlib.import_module("selective_scan_cuda")
-        run = _mamba_part("ops.selective_scan_interface").selective_scan_fn
+        importlib.import_module(EXTENSION)
+        run = mamba_part("ops.selective_scan_interface").selective_scan_fn
 
         def inputs(device: torch.device | str) -> Inputs:
             i: Any = case.make(device)
@@ -156,21 +165,27 @@ def mixer1(case: Case, d_model: int) -> Peers:
     """mamba-ssm's Mamba module, by its fused path."""
 
     def make() -> Case:
-        importlib.import_module("selective_scan_cuda")
-        return _module(case, lambda: _mamba_part("modules.mamba_simple").Mamba(d_model), d_model)
+        importlib.import_module(EXTENSION)
+        return _module(case, lambda: mamba_part("modules.mamba_simple").Mamba(d_model), d_model)
 
     return collect({"mamba-ssm": make})
 
 
 def mixer(case: Case, d_model: int, d_state: int) -> Peers:
-    """mamba-ssm's Mamba-2 module, by its fused path."""
+    """mamba-ssm's Mamba-2 module: its fused path, with torch's convolution where causal-conv1d is missing."""
+    fused = has_conv()
 
     def make() -> Case:
-        kind = _mamba_part("modules.mamba2").Mamba2
-        build = lambda: kind(d_model, d_state=d_state, d_conv=4, expand=2, headdim=64)  # noqa: E731
-        return _module(case, build, d_model)
+        kind = mamba_part("modules.mamba2").Mamba2
+        sizes = {"d_state": d_state, "d_conv": 4, "expand": 2, "headdim": 64, "use_mem_eff_path": fused}
+        return _module(case, lambda: kind(d_model, **sizes), d_model)
 
-    return collect({"mamba-ssm": make})
+    return collect({"mamba-ssm" if fused else "mamba-ssm, torch's conv": make})
+
+
+def has_conv() -> bool:
+    """Whether causal-conv1d is installed, which mamba-ssm's fused path calls."""
+    return importlib.util.find_spec("causal_conv1d") is not None
 
 
 def _module(case: Case, build: Callable[[], torch.nn.Module], d_model: int) -> Case:

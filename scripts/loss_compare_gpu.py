@@ -5,13 +5,14 @@
     python scripts/loss_compare_gpu.py --bias                # errors of the kernels' gradients instead
 
 The ways: our kernels under bf16 autocast, our torch references in fp32, our kernels from weights of another
-seed, and mamba-ssm's model under bf16 autocast where it is installed and runs. Rows are bytes of the embedded
-corpus. In no stretch of 50 steps may the mean gap between kernels in bf16 and references in fp32 reach the
-one between two seeds; else the exit code is 1.
+seed, and mamba-ssm's model under bf16 autocast where it is installed and runs; without its CUDA extension,
+Mamba takes mambapy's scan there. Passes are recorded as CUDA graphs. Rows are bytes of the embedded corpus.
+In no stretch of 50 steps may the mean gap between kernels in bf16 and references in fp32 reach the one
+between two seeds; else the exit code is 1.
 
-With --bias, each kernel's outputs and gradients in bf16 over 100 random draws against its reference in
-float64 on the same inputs: the mean error and the mean of error over value, each in standard errors of the
-draws. Beyond 5 of them the kernel leans to one side, and the exit code is 1.
+With --bias, each kernel's outputs and gradients in bf16, fp16 and fp32 over 100 random draws against its
+reference in float64 on the same inputs: the mean error and the mean of error over value, each in standard
+errors of the draws. Beyond 5 of them the kernel leans to one side, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib
+import importlib.util
 import math
 import sys
 import time
@@ -30,27 +32,31 @@ import torch
 from torch import Tensor, nn
 
 import kernel_cases
+import kernel_peers
 from kernel_cases import Case
 from loss_compare import PURE, our_names
+from ssmtrain.config.errors import UserError
 from ssmtrain.config.load import load
 from ssmtrain.config.schema import EmbeddedData, ModelConfig
+from ssmtrain.data.module import Batch
 from ssmtrain.data.sources import split_text
 from ssmtrain.kernels import backend
 from ssmtrain.layers.base import Context
 from ssmtrain.model.hybrid import HybridModel
 from ssmtrain.model.init import init_weights
+from ssmtrain.train.graph import Graphs, Pass
 
 STRETCH = 50
 DRAWS = 100
 FAR = 5.0
-"""Standard errors: of some 60 means, none strays as far by chance."""
+"""Standard errors: of some 120 means, none strays as far by chance."""
 MAMBA_SSM = replace(
     PURE,
     ends=PURE.ends | {"input.weight": "backbone.embedding.weight"},
 )
 
-Loss = Callable[[Tensor], Tensor]
-"""Mean loss of rows (B, L + 1)."""
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""Mean loss of tokens (B, L) and labels (B, L)."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +97,8 @@ def ours(config: ModelConfig, seed: int, device: torch.device) -> HybridModel:
 def our_loss(model: HybridModel) -> Loss:
     """The mean loss of our model."""
 
-    def loss(rows: Tensor) -> Tensor:
-        out = model(rows[:, :-1], rows[:, 1:].contiguous(), Context())
+    def loss(inputs: Tensor, labels: Tensor) -> Tensor:
+        out = model(inputs, labels, Context())
         assert out.loss_sum is not None and out.n_labels is not None
         return out.loss_sum / out.n_labels
 
@@ -101,15 +107,21 @@ def our_loss(model: HybridModel) -> Loss:
 
 def peer(config: ModelConfig, source: HybridModel, device: torch.device) -> nn.Module:
     """mamba-ssm's model with our weights; ImportError where it is not."""
-    theirs = importlib.import_module("mamba_ssm.models.mixer_seq_simple")
-    configs = importlib.import_module("mamba_ssm.models.config_mamba")
-    layer = {"mamba1": "Mamba1", "mamba2": "Mamba2"}[next(iter(config.blocks.values())).mixer.kind]  # type: ignore[union-attr]
+    theirs = kernel_peers.mamba_part("models.mixer_seq_simple")
+    configs = kernel_peers.mamba_part("models.config_mamba")
+    kind = next(iter(config.blocks.values())).mixer.kind  # type: ignore[union-attr]
+    layer: dict[str, Any] = {"layer": {"mamba1": "Mamba1", "mamba2": "Mamba2"}[kind]}
+    if kind == "mamba2":
+        layer["use_mem_eff_path"] = kernel_peers.has_conv()
+    elif importlib.util.find_spec(kernel_peers.EXTENSION) is None:
+        layer["use_fast_path"] = False
+        kernel_peers.mamba_part("modules.mamba_simple").selective_scan_fn = parallel_scan
     model = theirs.MambaLMHeadModel(
         configs.MambaConfig(
             d_model=config.d_model,
             n_layer=len(source.blocks),
             vocab_size=config.vocab_size,
-            ssm_cfg={"layer": layer},
+            ssm_cfg=layer,
             pad_vocab_size_multiple=1,
             tie_embeddings=config.tie_embeddings,
         ),
@@ -122,6 +134,28 @@ def peer(config: ModelConfig, source: HybridModel, device: torch.device) -> nn.M
     return model.train()
 
 
+def parallel_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor,
+    delta_bias: Tensor,
+    **_: Any,
+) -> Tensor:
+    """mambapy's in place of mamba-ssm's CUDA kernel: u, delta, z (B, E, L), A (E, N), B and C (B, N, L)."""
+    pscan = importlib.import_module("mambapy.pscan").pscan
+    with torch.autocast(u.device.type, enabled=False):
+        steps = nn.functional.softplus(delta.float() + delta_bias[:, None])  # (B, E, L)
+        wide = steps.transpose(1, 2).unsqueeze(-1)  # (B, L, E, 1)
+        into = (steps * u.float()).transpose(1, 2).unsqueeze(-1) * B.float().transpose(1, 2).unsqueeze(2)
+        states = pscan(torch.exp(wide * A), into)  # (B, L, E, N)
+        y = (states @ C.float().transpose(1, 2).unsqueeze(-1)).squeeze(-1).transpose(1, 2)
+        return ((y + D[:, None] * u.float()) * nn.functional.silu(z.float())).to(u.dtype)
+
+
 def curve(way: Way, config: ModelConfig, rows: Tensor, device: torch.device) -> list[float]:
     """The loss at each step: AdamW with clipping, the rate warmed up over 50 steps."""
     backend.configure(way.kernels, device.type)
@@ -131,25 +165,31 @@ def curve(way: Way, config: ModelConfig, rows: Tensor, device: torch.device) -> 
         model = peer(config, model, device)  # type: ignore[arg-type]
         network = model
 
-        def loss_of(rows: Tensor) -> Tensor:
-            logits = network(rows[:, :-1]).logits
-            return nn.functional.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
+        def loss_of(inputs: Tensor, labels: Tensor) -> Tensor:
+            logits = network(inputs).logits
+            return nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+
+    def passes(batch: Batch, scale: float | Tensor, share: float) -> Pass:
+        with torch.autocast(device.type, torch.bfloat16, enabled=way.autocast):
+            loss = loss_of(batch.inputs, batch.labels)
+        loss.backward()
+        return loss.detach(), {}
 
     parameters = list(model.parameters())
+    run = passes if device.type == "cpu" else Graphs(passes, parameters, device)
     optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.95), weight_decay=0.1)
     losses = []
-    for step, batch in enumerate(rows):
+    for step, row in enumerate(rows.to(device)):
         optimizer.param_groups[0]["lr"] = 6e-4 * min(1.0, (step + 1) / 50)
-        with torch.autocast(device.type, torch.bfloat16, enabled=way.autocast):
-            loss = loss_of(batch.to(device))
-        loss.backward()
+        batch = Batch(row[:, :-1], row[:, 1:].contiguous(), None, len(row), list(range(len(row))))
+        losses.append(run(batch, 1.0, 1.0)[0])
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.detach())
-    del model, optimizer, parameters
+    shown = torch.stack(losses).tolist()
+    del model, optimizer, parameters, run
     gc.collect()
-    return torch.stack(losses).tolist()
+    return shown
 
 
 def gaps(a: list[float], b: list[float]) -> list[float]:
@@ -165,7 +205,7 @@ def compare(name: str, config: ModelConfig, rows: Tensor, device: torch.device) 
         start = time.perf_counter()
         try:
             curves[way.name] = curve(way, config, rows, device)
-        except (ImportError, TypeError, RuntimeError, AttributeError) as error:
+        except (ImportError, TypeError, RuntimeError, AttributeError, UserError) as error:
             if not way.peer:
                 raise
             print(f"# {way.name}: left out, {str(error).splitlines()[0] if str(error) else error!r}")
@@ -185,11 +225,15 @@ def compare(name: str, config: ModelConfig, rows: Tensor, device: torch.device) 
     return within
 
 
-BIASED: tuple[Case, ...] = (
-    kernel_cases.ssd_case(2, 512, 4, 64, 128),
-    kernel_cases.selective_case(2, 512, 64, 16),
-    kernel_cases.conv_case(2, 512, 128),
-    kernel_cases.norm_case(2, 256, 512),
+BIASED: tuple[Case, ...] = tuple(
+    case
+    for dtype in (torch.bfloat16, torch.float16, torch.float32)
+    for case in (
+        kernel_cases.ssd_case(2, 512, 4, 64, 128, dtype=dtype),
+        kernel_cases.selective_case(2, 512, 64, 16, dtype=dtype),
+        kernel_cases.conv_case(2, 512, 128, dtype=dtype),
+        kernel_cases.norm_case(2, 256, 512, dtype=dtype),
+    )
 )
 
 
@@ -232,7 +276,7 @@ def bias(draws: int, device: torch.device) -> bool:
     """Print how far each output and gradient leans; whether none does."""
     straight = True
     print(
-        f"{'kernel, tensor':44s} {'mean':>10s} {'in its s.e.':>12s} {'along value':>12s} {'in its s.e.':>12s}"
+        f"{'kernel, tensor':60s} {'mean':>10s} {'in its s.e.':>12s} {'along value':>12s} {'in its s.e.':>12s}"
     )
     for case in BIASED:
         seen: dict[str, list[tuple[float, float]]] = {}
@@ -245,7 +289,7 @@ def bias(draws: int, device: torch.device) -> bool:
             wrong = abs(leans[0]) > FAR
             straight &= not wrong
             figures = f"{means[0]:10.1e} {leans[0]:12.1f} {means[1]:12.1e} {leans[1]:12.1f}"
-            print(f"{case.op + ', ' + name:44s} {figures} {'LEANS' if wrong else ''}".rstrip(), flush=True)
+            print(f"{case.name + ', ' + name:60s} {figures} {'LEANS' if wrong else ''}".rstrip(), flush=True)
     return straight
 
 

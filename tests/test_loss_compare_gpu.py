@@ -62,6 +62,11 @@ def test_a_kernel_that_leans_is_told(
     assert len(told) == 1 and "output 0" in told[0]
 
 
+@pytest.mark.gpu
+def test_no_kernel_leans() -> None:
+    assert script.bias(script.DRAWS, torch.device("cuda"))
+
+
 def test_standard_errors() -> None:
     torch.manual_seed(0)
     noise = torch.randn(400, dtype=torch.float64)

@@ -307,10 +307,11 @@ def test_chunk_sizes_on_a_gpu(dtype: torch.dtype, chunk: int) -> None:
 def test_no_bias(dtype: torch.dtype) -> None:
     """Errors cancel: what truncates instead of rounding, or drops a term that is always positive, does not.
 
-    The error's projection on the truth, relative to the truth, has a mean of zero over draws, to four
-    standard errors, or to a fiftieth of the error: squares of errors, which do not cancel, are far below.
-    Matrix units cut the low bits of fp32 sums off where they add (Fasi, Higham, Mikaitis and Pranesh,
-    "Numerical behavior of NVIDIA tensor cores", 2021), for which four times fp32's epsilon is left.
+    The mean error is in tests/test_loss_compare_gpu.py, for all kernels. Here, much sharper, the error's
+    projection on the truth, relative to the truth, has a mean of zero over draws, to four standard errors, or
+    to a fiftieth of the error: squares of errors, which do not cancel, are far below. Matrix units cut the
+    low bits of fp32 sums off where they add (Fasi, Higham, Mikaitis and Pranesh, "Numerical behavior of
+    NVIDIA tensor cores", 2021), for which four times fp32's epsilon is left.
     """
     least = 4 * torch.finfo(torch.float32).eps
     shares: dict[str, list[float]] = {}
