@@ -4,11 +4,12 @@
     python scripts/loss_compare_gpu.py mamba2_130m --steps 50
     python scripts/loss_compare_gpu.py --bias                # errors of the kernels' gradients instead
 
-The ways: our kernels under bf16 autocast, our torch references in fp32, our kernels from weights of another
-seed, and mamba-ssm's model under bf16 autocast where it is installed and runs; without its CUDA extension,
-Mamba takes mambapy's scan there. Passes are recorded as CUDA graphs. Rows are bytes of the embedded corpus.
-In no stretch of 50 steps may the mean gap between kernels in bf16 and references in fp32 reach the one
-between two seeds; else the exit code is 1.
+The ways: our kernels under bf16 autocast, our torch references in fp32, our kernels from weights of two other
+seeds, and mamba-ssm's model under bf16 autocast where it is installed and runs; without its CUDA extension,
+Mamba takes mambapy's scan there. Passes other than the references' are recorded as CUDA graphs. Rows are
+bytes of the embedded corpus. The mean gap between kernels in bf16 and references in fp32 has to stay below
+the mean one between two of three seeds, and in no stretch of 50 steps reach the largest of these; else the
+exit code is 1.
 
 With --bias, each kernel's outputs and gradients in bf16, fp16 and fp32 over 100 random draws against its
 reference in float64 on the same inputs: the mean error and the mean of error over value, each in standard
@@ -21,7 +22,9 @@ import argparse
 import gc
 import importlib
 import importlib.util
+import itertools
 import math
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -72,7 +75,7 @@ class Way:
 
 KERNELS = Way("kernels, bf16")
 FP32 = Way("references, fp32", kernels="reference", autocast=False)
-SEED = Way("kernels, bf16, another seed", seed=1)
+SEEDS = tuple(Way(f"kernels, bf16, seed {seed}", seed=seed) for seed in (1, 2))
 PEER = Way("mamba-ssm, bf16", peer=True)
 
 
@@ -176,7 +179,9 @@ def curve(way: Way, config: ModelConfig, rows: Tensor, device: torch.device) -> 
         return loss.detach(), {}
 
     parameters = list(model.parameters())
-    run = passes if device.type == "cpu" else Graphs(passes, parameters, device)
+    # The references take numbers of documents to the device, which no graph records.
+    graph = device.type == "cuda" and way.kernels != "reference"
+    run = Graphs(passes, parameters, device) if graph else passes
     optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.95), weight_decay=0.1)
     losses = []
     for step, row in enumerate(rows.to(device)):
@@ -201,7 +206,7 @@ def gaps(a: list[float], b: list[float]) -> list[float]:
 def compare(name: str, config: ModelConfig, rows: Tensor, device: torch.device) -> bool:
     """Print a model's curves and gaps; whether the kernels stay within the seeds' distance."""
     curves: dict[str, list[float]] = {}
-    for way in (KERNELS, FP32, SEED, PEER):
+    for way in (KERNELS, FP32, *SEEDS, PEER):
         start = time.perf_counter()
         try:
             curves[way.name] = curve(way, config, rows, device)
@@ -214,13 +219,18 @@ def compare(name: str, config: ModelConfig, rows: Tensor, device: torch.device) 
         seconds = time.perf_counter() - start
         print(f"{name:14s} {way.name:30s} {shown[0]:9.4f} {shown[-1]:9.4f} {seconds:8.0f} s", flush=True)
     near = gaps(curves[KERNELS.name], curves[FP32.name])
-    seeds = gaps(curves[KERNELS.name], curves[SEED.name])
+    seeds = [curves[way.name] for way in (KERNELS, *SEEDS)]
+    pairs = [gaps(a, b) for a, b in itertools.combinations(seeds, 2)]
+    least, most = ([pick(stretch) for stretch in zip(*pairs, strict=True)] for pick in (min, max))
     print(f"  mean gap of kernels to fp32, each {STRETCH} steps:", *(f"{gap:.1e}" for gap in near))
-    print("  of another seed:                        ", *(f"{gap:.1e}" for gap in seeds))
+    print("  of two seeds, the least of three:       ", *(f"{gap:.1e}" for gap in least))
+    print("  and the largest:                        ", *(f"{gap:.1e}" for gap in most))
     if PEER.name in curves:
         theirs = gaps(curves[PEER.name], curves[FP32.name])
         print("  of mamba-ssm to fp32:                   ", *(f"{gap:.1e}" for gap in theirs))
-    within = all(a < b for a, b in zip(near, seeds, strict=True)) and all(map(math.isfinite, near))
+    over_all = statistics.fmean(near), statistics.fmean(map(statistics.fmean, pairs))
+    print(f"  over the run: kernels to fp32 {over_all[0]:.2e}, two seeds {over_all[1]:.2e}")
+    within = over_all[0] < over_all[1] and all(a < b for a, b in zip(near, most, strict=True))
     print(f"  {'within' if within else 'NOT WITHIN'} the distance of two seeds")
     return within
 

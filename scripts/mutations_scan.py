@@ -61,9 +61,16 @@ SELECTIVE = [
     selective(
         "what passes through does not decay",
         "forward",
-        "h * tl.exp2(rates * (total * LOG2E)[None, :])",
+        "h * power(rates * (total * LOG2E)[None, :], True)",
         "h",
     ),
+    selective(
+        "a polynomial of one degree less",
+        "forward",
+        "1.3398875e-3 + x * 1.5353362e-4",
+        "1.3398875e-3 + x * 0.0",
+    ),
+    selective("infinity less infinity", "forward", "x = tl.where(x < -1000.0, -1000.0, x)", "x += 0.0"),
     selective("nothing passes through", "forward", "through = enters &", "through = (w < 0) & enters &"),
     selective("no skip", "forward", "0) + skip * x", "0)"),
     selective("back: the state after instead of before", "backward", "h = before[SPAN - 1 - j]", "h = h"),
@@ -135,7 +142,7 @@ N16 = [
     n16("starts: final gradients in every piece", "_ends", "(begin + size == after), E", "(begin > 0), E"),
     n16("starts: no gate", "_ends", "pull *= gate * sigmoid(gate)", "pull *= 1.0"),
     n16("back: the state after instead of before", "_backward", "h = before[2 * i + j]", "h = h"),
-    n16("back: gradients do not decay", "_backward", "g *= gl.exp2(rates * both_steps[j])", "g *= 1.0"),
+    n16("back: gradients do not decay", "_backward", "g *= power(rates * both_steps[j], EXACT)", "g *= 1.0"),
     n16(
         "back: later pieces are not heard",
         "_backward",

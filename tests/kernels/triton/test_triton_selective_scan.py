@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from triton.runtime import interpreter
@@ -354,6 +356,25 @@ def test_a_step_is_a_token_of_the_scan(device: torch.device, monkeypatch: pytest
             y = ours.selective_scan_step(state, **here, dt_softplus=True, dt_limit=(0.0, float("inf")))
             assert distance(y, expected[:, t]) < 1e-6
     assert distance(state, final) < 1e-6
+
+
+@triton.jit
+def powers(x, y, n, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(y + i, triton_forward.power(tl.load(x + i, mask=i < n, other=0.0), True), mask=i < n)
+
+
+def test_exact_powers(device: torch.device) -> None:
+    """To less than a unit of fp32, 1 of no step at all, and nothing of what is beyond fp32."""
+    x = torch.cat(
+        [-torch.logspace(-9, 2.09, 4000), torch.tensor([0.0, -0.0, -1e4, -1e30, -torch.inf, torch.nan])]
+    )
+    x = x.to(device)
+    y = torch.full_like(x, 7.0)
+    powers[(1,)](x, y, len(x), BLOCK=4096)
+    exact = torch.exp2(x.double())
+    assert ((y[:4000] - exact[:4000]).abs() / exact[:4000]).max() < 0.8 * 2**-23
+    assert y[4000:-1].tolist() == [1.0, 1.0, 0.0, 0.0, 0.0] and y[-1].isnan()
 
 
 SIZES = {"batch": 2, "channels": 96, "N": 16}

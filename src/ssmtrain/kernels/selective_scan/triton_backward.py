@@ -32,6 +32,7 @@ from ssmtrain.kernels.selective_scan.triton_forward import (
     keep,
     kept,
     parameters,
+    power,
     rows,
     step_of,
     window,
@@ -69,6 +70,7 @@ def backward(
 ):  # fmt: skip
     """Go back through the pieces of one window for BE channels."""
     PACKED: tl.constexpr = ids is not None
+    EXACT: tl.constexpr = u.dtype.element_ty == tl.float32
     blocks = tl.cdiv(E, BE)
     w = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
@@ -108,7 +110,7 @@ def backward(
                 keys = rows(to_B, t, size, n < N, S_B, SPAN)
                 for i in tl.static_range(SPAN):
                     step, _slope = step_of(raws[i], True, shift, low, high, SOFTPLUS)
-                    h, _decay = advance(h, rates, step, step * xs[i].to(tl.float32), keys[i])
+                    h, _decay = advance(h, rates, step, step * xs[i].to(tl.float32), keys[i], EXACT)
                 tl.store(scratch + (s + 1) * BN * BE + tile, h)
             # What a thread reads below, another may have written above.
             tl.debug_barrier()
@@ -127,7 +129,7 @@ def backward(
                 for i in tl.static_range(SPAN):
                     step, slope = step_of(raws[i], t + i < size, shift, low, high, SOFTPLUS)
                     before, steps, slopes = before + (h,), steps + (step,), slopes + (slope,)
-                    h, decay = advance(h, rates, step, step * xs[i].to(tl.float32), keys[i])
+                    h, decay = advance(h, rates, step, step * xs[i].to(tl.float32), keys[i], EXACT)
                     decays = decays + (decay,)
                 for j in tl.static_range(SPAN):
                     at = t + SPAN - 1 - j
@@ -182,6 +184,7 @@ def starts(
     Writes what comes from its own tokens of the gradient of the state that enters, and its summed step sizes.
     """
     PACKED: tl.constexpr = ids is not None
+    EXACT: tl.constexpr = dt.dtype.element_ty == tl.float32
     blocks = tl.cdiv(E, BE)
     w = tl.program_id(0) // blocks
     e, n = tl.program_id(0) % blocks * BE + tl.arange(0, BE), tl.arange(0, BN)
@@ -206,7 +209,7 @@ def starts(
                 step, _slope = step_of(raws[UNROLL - 1 - j], live, shift, low, high, SOFTPLUS)
                 dy, _bend = pulled(grads[UNROLL - 1 - j], gates[UNROLL - 1 - j], z is not None)
                 g += reads[UNROLL - 1 - j].to(tl.float32)[:, None] * dy[None, :]
-                g *= tl.exp2(rates * (step * LOG2E)[None, :])
+                g *= power(rates * (step * LOG2E)[None, :], EXACT)
                 total += step
         keep(left, w.to(tl.int64), e, n, E, N, pitch, g, True)
         tl.store(steps + w.to(tl.int64) * E + e, total, mask=e < E)

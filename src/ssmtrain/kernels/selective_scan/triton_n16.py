@@ -71,6 +71,7 @@ BANKS = gl.constexpr(gl.SwizzledSharedLayout(16, 1, 4, [1, 0]))
 
 sigmoid = gluon.jit(conv.sigmoid.fn)
 step_of = gluon.jit(plain.step_of.fn)
+power = gluon.jit(plain.power.fn)
 document = gluon.jit(plain.document.fn)
 window = gluon.jit(plain.window.fn)
 
@@ -187,20 +188,20 @@ def gathered(parts):
 
 
 @gluon.jit
-def advance(h, A, step, fed, keys):
+def advance(h, A, step, fed, keys, EXACT: gl.constexpr):
     """Return the states after a token; steps are in units of log 2, fed is step * u."""
-    return gl.exp2(A * step) * h + keys * fed
+    return power(A * step, EXACT) * h + keys * fed
 
 
 @gluon.jit
-def walk(h, A, steps, feds, pairs, t):
+def walk(h, A, steps, feds, pairs, t, EXACT: gl.constexpr):
     """Return the states before each token of a span, the first of which is t in its buffers, and after."""
     before = ()
     for i in gl.static_range(SPAN // 2):
         both_steps, both_feds = two(steps, i), two(feds, i)
         for j in gl.static_range(2):
             before = before + (h,)
-            h = advance(h, A, both_steps[j], both_feds[j], pair(pairs, 2 * (t + 2 * i + j)))
+            h = advance(h, A, both_steps[j], both_feds[j], pair(pairs, 2 * (t + 2 * i + j)), EXACT)
     return before + (h,)
 
 
@@ -223,6 +224,7 @@ def forward(
     """Scan the pieces of one window for 64 channels."""
     PACKED: gl.constexpr = ids is not None
     dtype: gl.constexpr = u.dtype.element_ty
+    EXACT: gl.constexpr = dtype == gl.float32
     blocks = (E + BE - 1) // BE
     w = gl.program_id(0) // blocks
     block = gl.program_id(0) % blocks
@@ -284,7 +286,8 @@ def forward(
                         both_steps, both_feds = two(steps, i), two(feds, i)
                         for j in gl.static_range(2):
                             at_pair = 2 * (now * TILE + s * SPAN + 2 * i + j)
-                            h = advance(h, rates, both_steps[j], both_feds[j], pair(pairs, at_pair))
+                            keys = pair(pairs, at_pair)
+                            h = advance(h, rates, both_steps[j], both_feds[j], keys, EXACT)
                             outs = outs + (gl.sum(h * pair(pairs, at_pair + 1), 1),)
                     out = gathered(outs) + skip * x
                     if z is not None:

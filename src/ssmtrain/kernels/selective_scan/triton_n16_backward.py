@@ -37,6 +37,7 @@ from ssmtrain.kernels.selective_scan.triton_n16 import (
     pair,
     parameters,
     places,
+    power,
     ring_of_pairs,
     ring_of_rows,
     sigmoid,
@@ -113,6 +114,7 @@ def backward(
     """Go back through a turn's share of the pieces of one window for 64 channels."""
     PACKED: gl.constexpr = ids is not None
     dtype: gl.constexpr = u.dtype.element_ty
+    EXACT: gl.constexpr = dtype == gl.float32
     RING: gl.constexpr = 2 * TILE // SPAN  # spans
     blocks = (E + BE - 1) // BE
     chains = gl.num_programs(0) // n_turns
@@ -209,7 +211,7 @@ def backward(
                     step, _slope = step_of(raw, (q >= 0) & (e < E), shift, low, high, SOFTPLUS)
                     spread(steps, step * LOG2E)
                     spread(feds, step * x)
-                    h = walk(h, rates, steps, feds, pairs, now * TILE + k * SPAN)[SPAN]
+                    h = walk(h, rates, steps, feds, pairs, now * TILE + k * SPAN, EXACT)[SPAN]
         # The tile with the last span is there or on its way, but for what only the way back needs.
         last = (spans - 1) * SPAN // TILE
         async_copy.wait_group(0)
@@ -255,7 +257,7 @@ def backward(
             spread(pulls, pull)
             h = gl.reshape(held.index(s % 2).permute((1, 3, 2, 0)).load(HELD_BY_LANE), [4, 4, BE])
             h = gl.convert_layout(h, STATES)
-            before = walk(h, rates, steps, feds, pairs, t % (2 * TILE))
+            before = walk(h, rates, steps, feds, pairs, t % (2 * TILE), EXACT)
             h = before[SPAN]
             throughs, bents, outs = (), (), ()
             for i in gl.static_range(SPAN // 2 - 1, -1, -1):
@@ -269,7 +271,7 @@ def backward(
                     g += reads * both_pulls[j]
                     mine = (shared(g * both_feds[j], h * both_pulls[j]),) + mine
                     throughs = (gl.sum(g * keys, 1),) + throughs
-                    g *= gl.exp2(rates * both_steps[j])
+                    g *= power(rates * both_steps[j], EXACT)
                     h = before[2 * i + j]
                     bent = g * h  # gradients of step * A
                     bents = (gl.sum(bent * rates, 1),) + bents

@@ -28,6 +28,7 @@ from ssmtrain.kernels.selective_scan.triton_n16 import (
     pair,
     parameters,
     places,
+    power,
     ring_of_pairs,
     ring_of_rows,
     sigmoid,
@@ -57,6 +58,7 @@ def ends(
     """
     PACKED: gl.constexpr = ids is not None
     dtype: gl.constexpr = u.dtype.element_ty
+    EXACT: gl.constexpr = dtype == gl.float32
     blocks = (E + BE - 1) // BE
     w = gl.program_id(0) // blocks
     block = gl.program_id(0) % blocks
@@ -97,7 +99,7 @@ def ends(
                 total += step
                 spread(steps, step * LOG2E)
                 spread(feds, step * x)
-                h = walk(h, rates, steps, feds, pairs, now * TILE + k * SPAN)[SPAN]
+                h = walk(h, rates, steps, feds, pairs, now * TILE + k * SPAN, EXACT)[SPAN]
         gl.store(left + w.to(gl.int64) * E * N + at_state, h, mask=inside)
         e = block * BE + gl.arange(0, BE, gl.SliceLayout(0, SPANS))
         gl.store(steps_of + w.to(gl.int64) * E + e, gl.sum(total, 0), mask=e < E)
@@ -119,6 +121,7 @@ def starts(
     """
     PACKED: gl.constexpr = ids is not None
     dtype: gl.constexpr = dt.dtype.element_ty
+    EXACT: gl.constexpr = dtype == gl.float32
     blocks = (E + BE - 1) // BE
     w = gl.program_id(0) // blocks
     block = gl.program_id(0) % blocks
@@ -175,7 +178,7 @@ def starts(
                         for j in gl.static_range(1, -1, -1):
                             reads = pair(pairs, 2 * (now * TILE + behind * SPAN + 2 * i + j) + 1)
                             g += reads * both_pulls[j]
-                            g *= gl.exp2(rates * both_steps[j])
+                            g *= power(rates * both_steps[j], EXACT)
         gl.store(left + w.to(gl.int64) * E * N + at_state, g, mask=inside)
         e = block * BE + gl.arange(0, BE, gl.SliceLayout(0, SPANS))
         gl.store(steps_of + w.to(gl.int64) * E + e, gl.sum(total, 0), mask=e < E)

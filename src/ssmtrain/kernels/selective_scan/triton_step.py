@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ssmtrain.kernels.op import op
 from ssmtrain.kernels.selective_scan import reference
+from ssmtrain.kernels.selective_scan.triton_forward import power
 from ssmtrain.kernels.ssd.triton_chunks import LOG2E, step_size
 
 
@@ -32,7 +33,7 @@ def _one_token(
     reads = tl.load(C + b * s_C + n, mask=n < N, other=0.0).to(tl.float32)
     rates = tl.load(A + e[:, None] * N + n[None, :], mask=inside, other=0.0).to(tl.float32)
     at = state + (b * E + e)[:, None] * N + n[None, :]
-    decay = tl.exp2(rates * step[:, None] * LOG2E)
+    decay = power(rates * (step[:, None] * LOG2E), True)
     new = tl.load(at, mask=inside, other=0.0).to(tl.float32) * decay + (step * x)[:, None] * keys[None, :]
     tl.store(at, new.to(state.dtype.element_ty), mask=inside)
     out = tl.sum(new * reads[None, :], 1)
