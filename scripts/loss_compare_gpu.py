@@ -205,34 +205,33 @@ def gaps(a: list[float], b: list[float]) -> list[float]:
 
 def compare(name: str, config: ModelConfig, rows: Tensor, device: torch.device) -> bool:
     """Print a model's curves and gaps; whether the kernels stay within the seeds' distance."""
-    curves: dict[str, list[float]] = {}
-    for way in (KERNELS, FP32, *SEEDS, PEER):
-        start = time.perf_counter()
-        try:
-            curves[way.name] = curve(way, config, rows, device)
-        except (ImportError, TypeError, RuntimeError, AttributeError, UserError) as error:
-            if not way.peer:
-                raise
-            print(f"# {way.name}: left out, {str(error).splitlines()[0] if str(error) else error!r}")
-            continue
-        shown = curves[way.name]
-        seconds = time.perf_counter() - start
-        print(f"{name:14s} {way.name:30s} {shown[0]:9.4f} {shown[-1]:9.4f} {seconds:8.0f} s", flush=True)
-    near = gaps(curves[KERNELS.name], curves[FP32.name])
-    seeds = [curves[way.name] for way in (KERNELS, *SEEDS)]
+    curves = {way: shown(name, way, config, rows, device) for way in (KERNELS, FP32, *SEEDS)}
+    near = gaps(curves[KERNELS], curves[FP32])
+    seeds = [curves[way] for way in (KERNELS, *SEEDS)]
     pairs = [gaps(a, b) for a, b in itertools.combinations(seeds, 2)]
     least, most = ([pick(stretch) for stretch in zip(*pairs, strict=True)] for pick in (min, max))
     print(f"  mean gap of kernels to fp32, each {STRETCH} steps:", *(f"{gap:.1e}" for gap in near))
     print("  of two seeds, the least of three:       ", *(f"{gap:.1e}" for gap in least))
     print("  and the largest:                        ", *(f"{gap:.1e}" for gap in most))
-    if PEER.name in curves:
-        theirs = gaps(curves[PEER.name], curves[FP32.name])
-        print("  of mamba-ssm to fp32:                   ", *(f"{gap:.1e}" for gap in theirs))
     over_all = statistics.fmean(near), statistics.fmean(map(statistics.fmean, pairs))
     print(f"  over the run: kernels to fp32 {over_all[0]:.2e}, two seeds {over_all[1]:.2e}")
     within = over_all[0] < over_all[1] and all(a < b for a, b in zip(near, most, strict=True))
-    print(f"  {'within' if within else 'NOT WITHIN'} the distance of two seeds")
+    print(f"  {'within' if within else 'NOT WITHIN'} the distance of two seeds", flush=True)
+    try:
+        theirs = gaps(shown(name, PEER, config, rows, device), curves[FP32])
+        print("  mean gap of mamba-ssm to fp32:          ", *(f"{gap:.1e}" for gap in theirs))
+    except (ImportError, TypeError, RuntimeError, AttributeError, UserError) as error:
+        print(f"# {PEER.name}: left out, {str(error).splitlines()[0] if str(error) else error!r}")
     return within
+
+
+def shown(name: str, way: Way, config: ModelConfig, rows: Tensor, device: torch.device) -> list[float]:
+    """The loss at each step; prints the first, the last and the seconds."""
+    start = time.perf_counter()
+    found = curve(way, config, rows, device)
+    seconds = time.perf_counter() - start
+    print(f"{name:14s} {way.name:30s} {found[0]:9.4f} {found[-1]:9.4f} {seconds:8.0f} s", flush=True)
+    return found
 
 
 BIASED: tuple[Case, ...] = tuple(

@@ -225,8 +225,9 @@ def strain(cases: Iterator[Inputs], doc_ids: Tensor | None, n_docs: int | None) 
             norms = [(t[name].double() - exact).norm() ** 2 for t in (found, theirs)]
             gaps.setdefault(name, []).append(torch.stack([*norms, exact.norm() ** 2]))
     sums = {name: torch.stack(values).sum(0).sqrt().tolist() for name, values in gaps.items()}
-    # fp32 sums over tens of thousands of tokens round in another order.
-    return {name: a / (b + 5e-7 * size) for name, (a, b, size) in sums.items()}
+    # Of inputs of 16 bits, states too are fp32, and decays the GPU's own exponential, good to 2^-22.
+    least = 0.0 if all(t.dtype == FP32 for t in inputs.values()) else 5e-7
+    return {name: a / (b + least * size) for name, (a, b, size) in sums.items()}
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
@@ -392,9 +393,6 @@ def test_every_length_on_a_gpu(length: int, packed: bool, dtype: torch.dtype) ->
         for seed in range(1 if length > 999 else 4)
     )
     strains = strain(cases, doc_ids, n_docs)
-    # A GPU's exponential is good to 2^-22, torch's to 2^-24: a state that hardly decays carries the errors of
-    # a thousand decays, and the gradient of A weights such states most. Seen: 2.4.
-    assert strains.pop("grad A") <= (3 if dtype == FP32 and length > 999 else 2), strains
     assert max(strains.values()) <= 2, strains
 
 
