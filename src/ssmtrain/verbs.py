@@ -83,6 +83,13 @@ VERBS: dict[str, Verb] = {
         _JSON,
         "ssmtrain check resume config=quickstart",
     ),
+    "check parallel": Verb(
+        "compare a recipe's losses on several devices with those of one process",
+        "ssmtrain.check.parallel:command",
+        "config",
+        _JSON,
+        "ssmtrain check parallel config=quickstart parallel=fsdp trainer.devices=2",
+    ),
     "doctor": Verb(
         "versions, devices, kernels, disk, and what would be slow", "ssmtrain.doctor:command", "", _JSON
     ),

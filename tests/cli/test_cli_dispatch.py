@@ -79,7 +79,7 @@ WRONG = [
     ("config=quickstart", "the verb comes first, as in: ssmtrain fit config=quickstart"),
     ("config", "config needs a second word; expected one of: ssmtrain config show"),
     ("config shwo", "config shwo: unknown"),
-    ("check", "ssmtrain check resume"),
+    ("check", "ssmtrain check resume, ssmtrain check parallel"),
     ("fit --mutlirun", "did you mean --multirun?"),
     ("fit --optim.lr=3", "settings have no dashes; type optim.lr=3"),
     ("fit config=quickstart --json", "--json goes with --multirun"),

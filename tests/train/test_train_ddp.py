@@ -57,8 +57,9 @@ def two_ranks(folder: Path, *fault: str, **changes: Any) -> tuple[int, Path, str
     return done.returncode, Path(config.runs_dir) / config.name, done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_one_two_and_one_ranks_train_as_one(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One process for two steps, two for some, one to the end: the tokens and losses of an unbroken run."""
     _, whole = train(name="whole")
@@ -67,7 +68,7 @@ def test_one_two_and_one_ranks_train_as_one(
     assert train(name="parts")[0] == 75
     monkeypatch.delenv(faults.VARIABLE)
     # One rank only is told to stop: both finish the step, save once, and end with 75.
-    code, folder, said = two_ranks(tmp_path, "1", "after_optimizer:3:TERM", name="parts")
+    code, folder, said = two_ranks(tmp_path, "1", "after_optimizer:3:TERM", name="parts", parallel__kind=kind)
     assert code == 75, said
     assert said.count("saved at step") == 1
     assert 4 <= len(ledger(folder)) < 8

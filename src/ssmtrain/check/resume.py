@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from ssmtrain.check.compare import compare
-from ssmtrain.check.starts import Start, start
+from ssmtrain.check.starts import Start, refuse, start, tell, write_page
 from ssmtrain.checkpoint.runs import Run, open_run
 from ssmtrain.config.errors import BUG, FINISHED, UNFINISHED, UserError
-from ssmtrain.config.load import to_yaml
 from ssmtrain.config.request import Request
-from ssmtrain.config.schema import NoLogger, RunConfig
+from ssmtrain.config.schema import RunConfig
 
 STEPS = 12
 LEAST = 4
@@ -96,22 +95,22 @@ def prove(config: RunConfig, folder: Path, steps: int, every: int) -> Proof:
     """Run the recipe unbroken and broken below `folder` and compare; UserError when a start cannot run."""
     proof = Proof(steps, every)
     plan = faults(every)
-    _tell(f"unbroken: {steps} steps", 1, len(plan) + 2)
+    tell(f"unbroken: {steps} steps", 1, len(plan) + 2)
     unbroken = _finish(proof, config, folder, "unbroken")
     for number, fault in enumerate(plan, 2):
-        _tell(f"killed with SIGKILL at {fault.partition(':')[0]}", number, len(plan) + 2)
-        done = start(_page(config, folder, "broken", every), folder / "broken", fault)
+        tell(f"killed with SIGKILL at {fault.partition(':')[0]}", number, len(plan) + 2)
+        done = start(write_page(config, folder, "broken", every), folder / "broken", fault)
         proof.starts.append(done)
         if done.code != -9:
             if done.code not in (FINISHED, UNFINISHED):
-                _refuse(done)
+                refuse(done)
             proof.differences.append(f"{fault} was not passed: the start ended with code {done.code}")
             return proof
-    _tell(f"continued to step {steps}", len(plan) + 2, len(plan) + 2)
+    tell(f"continued to step {steps}", len(plan) + 2, len(plan) + 2)
     broken = _finish(proof, config, folder, "broken")
     proof.equal, proof.differences = compare(unbroken, broken, steps)
     if proof.differences:
-        _tell("they differ: is an unbroken run equal to another?", 1, 1)
+        tell("they differ: is an unbroken run equal to another?", 1, 1)
         again = _finish(proof, config, folder, "again")
         proof.deterministic = not compare(unbroken, again, steps)[1]
     return proof
@@ -123,37 +122,11 @@ def _finish(proof: Proof, config: RunConfig, folder: Path, name: str) -> Run:
     begin = open_run(str(run)).step if (run / "config.yaml").is_file() else 0
     # A signal at the beginning of a step is obeyed at its end.
     fault = f"step_start:{proof.steps - begin}:TERM"
-    done = start(_page(config, folder, name, proof.save_every), run, fault)
+    done = start(write_page(config, folder, name, proof.save_every), run, fault)
     proof.starts.append(done)
     if done.code not in (FINISHED, UNFINISHED):
-        _refuse(done)
+        refuse(done)
     return open_run(str(run))
-
-
-def _page(config: RunConfig, folder: Path, name: str, every: int) -> Path:
-    """The recipe as a page of its own: same model, data and schedule, other saving and printing."""
-    trainer = {"save_every": every, "keep_last": 2, "log_every": 1, "sample_every": 0, "max_seconds": None}
-    trainer |= {"val_every": every, "val_tokens": config.trainer.global_batch}
-    changes: dict[str, Any] = {
-        "name": name,
-        "runs_dir": str(folder),
-        "resume": "auto",
-        "logger": NoLogger(),
-        "trainer": config.trainer.model_copy(update=trainer),
-    }
-    page = folder / f"{name}.yaml"
-    page.write_text(to_yaml(config.model_copy(update=changes)))
-    return page
-
-
-def _refuse(done: Start) -> None:
-    """End with what the started process said, when it could not run at all."""
-    said = [line for line in done.output.splitlines() if line.strip()][-4:]
-    raise UserError(f"the run ended with code {done.code}:", *said)
-
-
-def _tell(what: str, number: int, total: int) -> None:
-    print(f"[{number}/{total}] {what}", file=sys.stderr, flush=True)
 
 
 def as_dict(proof: Proof) -> dict[str, Any]:

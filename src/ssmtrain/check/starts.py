@@ -1,4 +1,4 @@
-"""One start of the real command line, which may be made to end itself at a named point."""
+"""Starts of the real command line, which may be made to end themselves at a named point."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ssmtrain.checkpoint.faults import VARIABLE
 from ssmtrain.checkpoint.runs import DECISION
 from ssmtrain.checkpoint.store import checkpoints, step_of
+from ssmtrain.config.errors import UserError
+from ssmtrain.config.load import to_yaml
+from ssmtrain.config.schema import NoLogger, RunConfig
 
 INHERITED = (DECISION, "SSMTRAIN_PARENT", "RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "SLURM_PROCID")
 """What would make the started process believe that it is a rank of this one."""
@@ -56,6 +60,37 @@ def start(page: Path, run: Path, fault: str) -> Start:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     return Start(run.name, fault, process.returncode, begin, _trained(run), output)
+
+
+def write_page(config: RunConfig, folder: Path, name: str, every: int, **changes: Any) -> Path:
+    """The recipe as a page below `folder`: same model, data and schedule, other saving and printing.
+
+    `changes` are parts of the config; of the trainer, keys.
+    """
+    trainer = {"save_every": every, "keep_last": 2, "log_every": 1, "sample_every": 0, "max_seconds": None}
+    trainer |= {"val_every": every, "val_tokens": config.trainer.global_batch}
+    trainer |= changes.pop("trainer", {})
+    changes |= {
+        "name": name,
+        "runs_dir": str(folder),
+        "resume": "auto",
+        "logger": NoLogger(),
+        "trainer": config.trainer.model_copy(update=trainer),
+    }
+    page = folder / f"{name}.yaml"
+    page.write_text(to_yaml(config.model_copy(update=changes)))
+    return page
+
+
+def refuse(done: Start) -> None:
+    """End with what the started process said, when it could not run at all."""
+    said = [line for line in done.output.splitlines() if line.strip()][-4:]
+    raise UserError(f"the run ended with code {done.code}:", *said)
+
+
+def tell(what: str, number: int, total: int) -> None:
+    """Say which start of how many it is."""
+    print(f"[{number}/{total}] {what}", file=sys.stderr, flush=True)
 
 
 def _saved(run: Path) -> int:

@@ -50,6 +50,7 @@ def problems(config: Any, training: bool = False) -> list[str]:
         *_vocabulary(config),
         *_batch(config),
         *_schedule(config),
+        *_parallel(config),
         *_ignored(config),
     ]
 
@@ -199,6 +200,22 @@ def _schedule(config: Any) -> Iterator[str]:
         yield (
             f"schedule.decay = {decay}: with the warm-up ({schedule.warmup}) it is longer than the run "
             f"({total} {schedule.unit}); expected fractions, or whole numbers that fit"
+        )
+
+
+def _parallel(config: Any) -> Iterator[str]:
+    """Settings that do not go with how the model is spread."""
+    if config.parallel.kind != "fsdp":
+        return
+    if config.optim.kind == "muon":
+        yield (
+            "parallel.kind = fsdp: Muon works on whole matrices, and every device holds parts of them; take "
+            "parallel=ddp or optim=adamw"
+        )
+    if config.trainer.cuda_graphs:
+        yield (
+            "parallel.kind = fsdp: not with trainer.cuda_graphs, which records no messages between devices; "
+            "take parallel=ddp on one device or trainer.cuda_graphs=false"
         )
 
 

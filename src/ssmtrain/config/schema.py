@@ -289,8 +289,9 @@ class TrainerConfig(Config):
 class ParallelConfig(Config):
     """How the model is spread over devices."""
 
-    kind: Literal["auto", "ddp"] = "auto"
-    """auto: one process, or ddp when there are several devices."""
+    kind: Literal["auto", "ddp", "fsdp"] = "auto"
+    """ddp: every device holds the whole model; fsdp: its share of parameters, gradients and optimiser states;
+    auto: one process, or ddp when there are several devices."""
 
 
 class NoLogger(Config):

@@ -48,23 +48,27 @@ def evaluate(
     rank: int = 0,
     world: int = 1,
     reduce: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
+    together: bool = False,
 ) -> Score:
     """Score rows in file order, each once; rank r of `world` takes every world-th batch.
 
-    `reduce` sums a tensor over the ranks. The model is put in evaluation mode and left as it was found.
+    `reduce` sums a tensor over the ranks; `together` says that no rank can run the model without the others:
+    one that has no batch left runs the last again, for nothing. The model is put in evaluation mode and left
+    as it was found.
     """
     total = rows.per_epoch if max_rows is None else min(rows.per_epoch, max(1, max_rows))
     starts = range(0, total, batch_rows)
     sums = torch.zeros(2, dtype=torch.float64)
     was = model.training
     model.eval()
-    for i, start in enumerate(starts):
-        if i % world != rank:
-            continue
+    rounds = -(-len(starts) // world) if together else -(-(len(starts) - rank) // world)
+    for i in range(rank, rank + rounds * world, world):
+        start = starts[min(i, len(starts) - 1)]
         batch = rows.batch_rows(range(start, min(start + batch_rows, total))).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             out = model(batch.inputs, batch.labels, Context(doc_ids=batch.doc_ids, n_docs=batch.n_docs))
-        sums += torch.stack([out.loss_sum.double(), out.n_labels.double()]).cpu()
+        if i < len(starts):
+            sums += torch.stack([out.loss_sum.double(), out.n_labels.double()]).cpu()
     model.train(was)
     loss, labels = reduce(sums.to(device) if world > 1 else sums).tolist()
     return Score(loss, int(labels))

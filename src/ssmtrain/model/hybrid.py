@@ -42,6 +42,7 @@ class HybridModel(nn.Module):
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
+        self.config, self.vocab_size = config, vocab_size
         self.names = layout_names(config)
         d, eps, m = config.d_model, config.norm_eps, config.multipliers
         std = config.init.embedding_std

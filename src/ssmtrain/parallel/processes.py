@@ -18,6 +18,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from ssmtrain.config.errors import LOST, NON_FINITE, OUT_OF_MEMORY, UNFINISHED, WRONG_INPUT
+from ssmtrain.parallel.shard import gradients_kept
 
 GRACE = 6.0
 """Seconds that the other ranks get to end by themselves, with the better message, once one is gone."""
@@ -57,13 +58,28 @@ class Ddp(DDPStrategy):
         self._launcher = Launcher(self.cluster_environment, self.num_processes, self.num_nodes)
 
 
-def ddp(accelerator: str) -> Ddp:
-    """The strategy for several devices of a kind ("cpu": gloo, "gpu": nccl).
+class Fsdp(Ddp):
+    """The process group and the ranks of DDP, for a model that is cut over them: see `shard`."""
+
+    def configure_ddp(self) -> None:
+        """Nothing: the model brings its own gathering and summing."""
+
+    def model_to_device(self) -> None:
+        """Nothing: its parts lie there."""
+
+    def block_backward_sync(self) -> Any:
+        """Keep gradients whole until the step's last micro-batch."""
+        assert self.lightning_module is not None
+        return gradients_kept(self.lightning_module.model)  # type: ignore[arg-type]
+
+
+def spread(kind: str, accelerator: str) -> Ddp:
+    """The strategy of a kind for devices of a kind ("cpu": gloo, "gpu": nccl).
 
     The buffers (router biases) are the same on all ranks by construction, so they are not broadcast.
     """
     backend = "gloo" if accelerator == "cpu" else "nccl"
-    return Ddp(
+    return (Fsdp if kind == "fsdp" else Ddp)(
         process_group_backend=backend,
         broadcast_buffers=False,
         gradient_as_bucket_view=True,

@@ -195,8 +195,9 @@ def _trainer(
     """Lightning's Trainer with everything of its own that is not exact, or not ours to show, switched off."""
     from lightning.pytorch import Trainer
 
-    from ssmtrain.parallel.processes import ddp
+    from ssmtrain.parallel.processes import spread
 
+    kind = config.parallel.kind
     # Its remarks are about what is switched off here; importing it has set its loggers to INFO.
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -204,7 +205,7 @@ def _trainer(
     trainer = Trainer(
         accelerator=accelerator,
         devices=devices,
-        strategy=ddp(accelerator) if devices > 1 or config.parallel.kind == "ddp" else "auto",
+        strategy="auto" if devices == 1 and kind == "auto" else spread(kind, accelerator),
         precision="32-true",  # LitLM.autocast covers the forward pass only
         max_epochs=1,
         callbacks=callbacks,

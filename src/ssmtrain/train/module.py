@@ -26,6 +26,7 @@ from ssmtrain.model.hybrid import HybridModel, Output
 from ssmtrain.model.init import init_weights
 from ssmtrain.parallel import ranks
 from ssmtrain.parallel.apply import apply
+from ssmtrain.parallel.shard import shard
 from ssmtrain.train import nonfinite, optim, snapshot
 from ssmtrain.train.clock import Clock
 from ssmtrain.train.graph import Graphs, Pass
@@ -91,7 +92,9 @@ class LitLM(LightningModule):
         with torch.device("meta"):
             model = HybridModel(self.config.model, self.vocab_size)
         self.model = apply(model, self.config.trainer)
-        self.model.to_empty(device=self.device)
+        cut = self.config.parallel.kind == "fsdp"
+        # A model that is too large for a device is made in the host's memory, whole, and cut from there.
+        self.model.to_empty(device="cpu" if cut else self.device)
         # Rank 0 decides where to continue; the others must not find out for themselves.
         path = ranks.from_first(str(self.checkpoint) if self.checkpoint else None)
         self.checkpoint = Path(path) if path else None
@@ -99,6 +102,8 @@ class LitLM(LightningModule):
             init_weights(self.model, self.config.model.init, self.config.seed)
         else:
             load_weights(self.checkpoint, self.model)
+        if cut:
+            shard(self.model, self.trainer.strategy.root_device)
         self._assert_fp32()
 
     def _assert_fp32(self) -> None:

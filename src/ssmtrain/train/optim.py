@@ -6,10 +6,12 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ssmtrain.config.schema import AnyOptim, MuonConfig
 from ssmtrain.layers.base import ParamSpec
+from ssmtrain.parallel.shard import like, mine
 
 EMBEDDING = "input.weight"
 
@@ -109,7 +111,8 @@ def load_state_tensors(
                 f"{full}: {tuple(value.shape)} in the file, {tuple(parameter.shape)} in the model"
             )
         else:
-            owner[id(parameter)].state[parameter][key] = value.to(parameter.device, copy=True)
+            place = parameter if value.ndim else mine(parameter)
+            owner[id(parameter)].state[parameter][key] = like(value, place)
     covered = {full.rpartition("/")[0] for full in saved}
     problems += [f"{name}: no optimizer state in the file" for name in named if saved and name not in covered]
     if problems:
@@ -118,7 +121,8 @@ def load_state_tensors(
 
 def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
     """Norm () of the whole gradient."""
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def clip_gradients(parameters: list[nn.Parameter], limit: float | None, norm: Tensor, known: float) -> None:

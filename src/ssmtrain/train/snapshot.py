@@ -13,6 +13,7 @@ import ssmtrain
 from ssmtrain.checkpoint import store
 from ssmtrain.config.errors import UserError
 from ssmtrain.parallel import ranks
+from ssmtrain.parallel.shard import whole
 from ssmtrain.train import optim
 from ssmtrain.train.state import RunState, rng_tensors, seed_generators, set_rng_tensors
 
@@ -30,8 +31,8 @@ def take(lit: LitLM) -> tuple[Tensors, dict[str, Any]]:
         for rank, theirs in enumerate(ranks.gather(_on_group_device(mine, lit.device))):
             generators[f"rank{rank}/{key}"] = theirs.cpu()
     tensors = {
-        "model": dict(lit.model.state_dict()),
-        "optim": optim.state_tensors(lit.opt, named),
+        "model": whole(lit.model.state_dict()),
+        "optim": whole(optim.state_tensors(lit.opt, named)),
         "rng": generators,
     }
     state = {

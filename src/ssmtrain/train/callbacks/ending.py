@@ -32,12 +32,13 @@ class Ending(Callback):
         if lit.stop != "finished":
             return
         val = note(lit, validate(lit))
+        tokens = min(SAMPLE_TOKENS, max(lit.config.generate.max_tokens, 1))
+        text = draw(lit, self.tokenizer, tokens)
         if ranks.rank():
             return
         figures = self.figures(lit, val)
         figures["yardsticks"] = report.measure(lit.config, lit.text.meta["val"]["bytes"])
-        tokens = min(SAMPLE_TOKENS, max(lit.config.generate.max_tokens, 1))
-        self.text = report.write(self.run, figures, draw(lit, self.tokenizer, tokens))
+        self.text = report.write(self.run, figures, text)
         self.run.mark("finished", lit.state.step, lit.state.tokens)
 
     def figures(self, lit: LitLM, val: dict[str, float]) -> dict[str, Any]:

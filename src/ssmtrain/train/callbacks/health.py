@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from ssmtrain.layers.base import Context, LayerConfig, Mixer
 from ssmtrain.model.hybrid import HybridModel
 from ssmtrain.parallel import ranks
+from ssmtrain.parallel.shard import is_sharded, mine, on_first
 from ssmtrain.train.module import LitLM
 from ssmtrain.train.state import forked_rng
 
@@ -35,16 +35,18 @@ class Health(Callback):
             if (lit.state.step + 1) % self.every == 0:
                 self.gradients = gradient_norms(lit.model, parameter_kinds(lit))
 
-        if ranks.rank() == 0:
+        if ranks.rank() == 0 or is_sharded(lit.model):
             lit.on_gradients.append(watch)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         """Send a health record where the step is due."""
         lit: LitLM = pl_module
-        if lit.state.step % self.every or ranks.rank():
+        if lit.state.step % self.every:
             return
-        with lit.clock("health"), forked_rng(lit.device):
-            figures = {"grad_norm": self.gradients, "layers": probe(lit)}
+        with lit.clock("health"), forked_rng(lit.device), on_first(lit.model) as model:
+            if model is None:
+                return
+            figures = {"grad_norm": self.gradients, "layers": probe(lit, model)}
             load = expert_load(lit.loads)
             if load:
                 figures["expert_load"] = load
@@ -65,24 +67,28 @@ def parameter_kinds(lit: LitLM) -> dict[str, str]:
 
 
 def gradient_norms(model: nn.Module, kinds: dict[str, str]) -> Figures:
-    """Norm of the gradient by kind."""
-    squares: dict[str, float] = defaultdict(float)
+    """Norm of the gradient by kind; all ranks call it where the model is cut over them."""
+    squares: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
-            squares[kinds[name]] += float(parameter.grad.double().square().sum())
-    return {kind: square**0.5 for kind, square in sorted(squares.items())}
+            square = mine(parameter.grad).double().square().sum()
+            squares[kinds[name]] = squares[kinds[name]] + square if kinds[name] in squares else square
+    sums = torch.stack([squares[kind] for kind in sorted(squares)])
+    if is_sharded(model):
+        sums = ranks.sum_(sums)
+    return dict(zip(sorted(squares), sums.sqrt().tolist(), strict=True))
 
 
 @torch.no_grad()
-def probe(lit: LitLM) -> dict[str, Figures]:
+def probe(lit: LitLM, model: HybridModel) -> dict[str, Figures]:
     """By mixer kind: largest |state|, range of dt, share of dt at a clamp, range of -A, on one row."""
     batch = lit.text.val.batch([0]).to(lit.device)
-    ctx = Context(doc_ids=batch.doc_ids, n_docs=batch.n_docs, states=[None] * len(lit.model.blocks))
+    ctx = Context(doc_ids=batch.doc_ids, n_docs=batch.n_docs, states=[None] * len(model.blocks))
     found: dict[str, Figures] = {}
-    with _inputs(lit.model) as inputs, lit.autocast():
-        lit.model(batch.inputs, batch.labels, ctx)
+    with _inputs(model) as inputs, lit.autocast():
+        model(batch.inputs, batch.labels, ctx)
     plain = Context(doc_ids=batch.doc_ids, n_docs=batch.n_docs)
-    for i, (name, block) in enumerate(zip(lit.model.names, lit.model.blocks)):
+    for i, (name, block) in enumerate(zip(model.names, model.blocks)):
         config, mixer = lit.config.model.blocks[name].mixer, block.mixer
         if config is not None and isinstance(mixer, Mixer):
             assert ctx.states is not None

@@ -9,17 +9,20 @@ from lightning.pytorch import Callback
 from ssmtrain.data.tokenizer import Tokenizer
 from ssmtrain.generate.sampler import printable, sample
 from ssmtrain.parallel import ranks
+from ssmtrain.parallel.shard import on_first
 from ssmtrain.train.module import LitLM
 from ssmtrain.train.state import forked_rng
 
 
 def draw(lit: LitLM, tokenizer: Tokenizer, max_tokens: int | None = None) -> str:
-    """A sample on rank 0, prompt included; the run's random state stays as it was."""
+    """A sample, prompt included, empty but on rank 0; all ranks call it, and their random states stay."""
     page = lit.config.generate
     if max_tokens is not None:
         page = page.model_copy(update={"max_tokens": max_tokens})
-    with forked_rng(lit.device), lit.autocast():
-        text = sample(lit.model, tokenizer, page.prompt, page, lit.config.seed + lit.state.step)
+    with forked_rng(lit.device), lit.autocast(), on_first(lit.model) as model:
+        if model is None:
+            return ""
+        text = sample(model, tokenizer, page.prompt, page, lit.config.seed + lit.state.step)
         return printable(page.prompt + text)
 
 
@@ -32,8 +35,9 @@ class Samples(Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         """Sample where the step is due and the run goes on."""
         lit: LitLM = pl_module
-        if not self.every or lit.stop or lit.state.step % self.every or ranks.rank():
+        if not self.every or lit.stop or lit.state.step % self.every:
             return
         with lit.clock("sample"):
             text = draw(lit, self.tokenizer)
-        lit.journal.write("sample", lit.state.step, text=text)
+        if ranks.rank() == 0:
+            lit.journal.write("sample", lit.state.step, text=text)

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback
 
 from ssmtrain.eval.evaluate import Score, evaluate
 from ssmtrain.parallel import ranks
+from ssmtrain.parallel.shard import cut_again, is_sharded
 from ssmtrain.train.module import LitLM
 from ssmtrain.train.state import forked_rng
 
@@ -22,8 +23,9 @@ def validate(lit: LitLM, max_rows: int | None = None) -> Score:
     rows = trainer.micro_batch or trainer.global_batch // seq_len // ranks.world()
     # Short rows are scored many at a time: without gradients they need little memory.
     rows = max(rows, math.ceil(MIN_TOKENS / seq_len))
+    cut = is_sharded(lit.model)
     with lit.clock("val"), forked_rng(lit.device):
-        return evaluate(
+        score = evaluate(
             lit.model,
             lit.text.val,
             lit.device,
@@ -33,7 +35,11 @@ def validate(lit: LitLM, max_rows: int | None = None) -> Score:
             rank=ranks.rank(),
             world=ranks.world(),
             reduce=ranks.sum_,
+            together=cut,
         )
+        if cut:
+            cut_again(lit.model)
+        return score
 
 
 def figures(lit: LitLM, score: Score) -> dict[str, float]:
