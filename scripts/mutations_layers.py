@@ -84,7 +84,7 @@ CONV = [
     conv("taps in the wrong order", "k == K - 1 - lag, tile", "k == lag, tile"),
     conv("32-bit rows", "(run // runs).to(tl.int64)", "(run // runs)", tests=f"{OFFSETS} -k many_rows"),
     conv("32-bit offsets of y", "C = units.to(tl.int64) * ALIGN", "C = units * ALIGN", tests=WIDE_CONV),
-    conv("32-bit offsets of dx", "C = units.to(tl.int64) * ALIGN", "C = units * ALIGN", 1, WIDE_CONV),
+    conv("32-bit offsets of dx", "dx_step.to(tl.int64) * ALIGN", "dx_step * ALIGN", tests=WIDE_CONV),
     conv("32-bit steps", "step.to(tl.int64) * ALIGN", "step * ALIGN", tests=WIDE_CONV),
     conv(
         "32-bit rows of a step",

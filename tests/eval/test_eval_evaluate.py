@@ -70,3 +70,20 @@ def test_the_mode_of_the_model_is_left_as_found() -> None:
     model = tiny().train()
     evaluate(model, text_rows(TEXTS, ByteTokenizer(), 16), CPU)
     assert model.training
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5, 40])
+def test_ranks_that_run_together_run_as_often(world: int) -> None:
+    """A model that is cut over ranks runs on all of them or on none; each row still counts once."""
+    model, rows = tiny(), text_rows(TEXTS, ByteTokenizer(), 8)
+    whole = evaluate(model, rows, CPU, 2)
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(len(calls)))
+    parts, counts = [], []
+    for r in range(world):
+        calls.clear()
+        parts.append(evaluate(model, rows, CPU, 2, rank=r, world=world, together=True))
+        counts.append(len(calls))
+    assert len(set(counts)) == 1 and counts[0] >= 1
+    assert sum(p.labels for p in parts) == whole.labels
+    assert sum(p.loss_sum for p in parts) == pytest.approx(whole.loss_sum, rel=1e-12)

@@ -71,24 +71,35 @@ def compare(config: RunConfig, folder: Path, steps: int) -> Comparison:
     """Run the recipe below `folder` on one process and as given; UserError when one of them cannot run."""
     trainer, devices = config.trainer, config.trainer.devices or 1
     kind = "ddp" if config.parallel.kind == "auto" else config.parallel.kind
-    # One process takes in turn what each device takes at once.
-    rows = trainer.micro_batch or trainer.global_batch // config.data.seq_len // devices
-    alone = {"trainer": {"devices": 1, "micro_batch": rows}, "parallel": ParallelConfig()}
-    ledgers = []
-    for number, (name, changes) in enumerate({"one": alone, "several": {}}.items(), 1):
-        tell(
-            f"{steps} steps on {'one process' if name == 'one' else f'{devices} devices, {kind}'}", number, 2
-        )
-        page = write_page(config, folder, name, steps + 1, **changes)
-        done = start(page, folder / name, f"step_start:{steps}:TERM")
-        if done.code not in (FINISHED, UNFINISHED):
-            refuse(done)
-        ledgers.append(read_ledger(folder / name / "ledger.jsonl"))
-    if [len(ledger) for ledger in ledgers] != [steps, steps]:
-        raise UserError(f"the runs took {len(ledgers[0])} and {len(ledgers[1])} steps, not {steps}")
-    one, several = ([float.fromhex(line["loss_hex"]) for line in ledger] for ledger in ledgers)
-    differ = sum(a["samples"] != b["samples"] for a, b in zip(*ledgers, strict=True))
-    return Comparison(kind, devices, TOLERANCE[trainer.precision], one, several, differ)
+    tell(f"{steps} steps on one process", 1, 2)
+    one = ledger(alone(config), folder, "one", steps)
+    tell(f"{steps} steps on {devices} devices, {kind}", 2, 2)
+    several = ledger(config, folder, "several", steps)
+    differ = sum(a["samples"] != b["samples"] for a, b in zip(one, several, strict=True))
+    left, right = ([float.fromhex(line["loss_hex"]) for line in lines] for lines in (one, several))
+    return Comparison(kind, devices, TOLERANCE[trainer.precision], left, right, differ)
+
+
+def alone(config: RunConfig) -> RunConfig:
+    """The same for one process, which takes in turn what each device takes at once."""
+    trainer = config.trainer
+    rows = trainer.micro_batch or trainer.global_batch // config.data.seq_len // (trainer.devices or 1)
+    changes = {"devices": 1, "micro_batch": rows}
+    return config.model_copy(
+        update={"trainer": trainer.model_copy(update=changes), "parallel": ParallelConfig()}
+    )
+
+
+def ledger(config: RunConfig, folder: Path, name: str, steps: int) -> list[dict]:
+    """The ledger of the recipe's first steps, run below `folder`; UserError when it cannot run so far."""
+    # A signal at the beginning of a step is obeyed at its end.
+    done = start(write_page(config, folder, name, steps + 1), folder / name, f"step_start:{steps}:TERM")
+    if done.code not in (FINISHED, UNFINISHED):
+        refuse(done)
+    lines = read_ledger(folder / name / "ledger.jsonl")
+    if len(lines) != steps:
+        raise UserError(f"{name}: the run took {len(lines)} steps, not {steps}")
+    return lines
 
 
 def as_dict(found: Comparison) -> dict[str, object]:

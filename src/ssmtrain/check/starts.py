@@ -62,15 +62,11 @@ def start(page: Path, run: Path, fault: str) -> Start:
     return Start(run.name, fault, process.returncode, begin, _trained(run), output)
 
 
-def write_page(config: RunConfig, folder: Path, name: str, every: int, **changes: Any) -> Path:
-    """The recipe as a page below `folder`: same model, data and schedule, other saving and printing.
-
-    `changes` are parts of the config; of the trainer, keys.
-    """
+def write_page(config: RunConfig, folder: Path, name: str, every: int) -> Path:
+    """The recipe as a page below `folder`: same model, data and schedule, other saving and printing."""
     trainer = {"save_every": every, "keep_last": 2, "log_every": 1, "sample_every": 0, "max_seconds": None}
     trainer |= {"val_every": every, "val_tokens": config.trainer.global_batch}
-    trainer |= changes.pop("trainer", {})
-    changes |= {
+    changes: dict[str, Any] = {
         "name": name,
         "runs_dir": str(folder),
         "resume": "auto",

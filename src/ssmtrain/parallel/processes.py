@@ -64,9 +64,6 @@ class Fsdp(Ddp):
     def configure_ddp(self) -> None:
         """Nothing: the model brings its own gathering and summing."""
 
-    def model_to_device(self) -> None:
-        """Nothing: its parts lie there."""
-
     def block_backward_sync(self) -> Any:
         """Keep gradients whole until the step's last micro-batch."""
         assert self.lightning_module is not None

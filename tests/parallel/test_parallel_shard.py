@@ -1,0 +1,101 @@
+"""A model cut over two ranks: what each holds, and what is saved, summed and run of it as a whole."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).parents[1]
+
+SCRIPT = """
+import copy, sys, torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from ssmtrain.config.schema import InitConfig
+from ssmtrain.kernels import backend
+from ssmtrain.layers.base import Context
+from ssmtrain.model.hybrid import HybridModel
+from ssmtrain.model.init import init_weights
+from ssmtrain.parallel.shard import cut_again, gradients_kept, is_sharded, like, mine, on_first, shard, whole
+from train.conftest import page
+from pathlib import Path
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+backend.configure("auto", "cpu")
+config = page(Path(sys.argv[1])).model
+one = HybridModel(config, 257)
+init_weights(one, config.init, 0)
+model = copy.deepcopy(one)
+shard(model, torch.device("cpu"))
+assert is_sharded(model) and not is_sharded(one)
+
+# Each rank has about half: no more than a row of each parameter above it.
+parts = {name: mine(p) for name, p in model.named_parameters()}
+assert all(isinstance(p, DTensor) for p in model.parameters())
+held, total = sum(p.numel() for p in parts.values()), sum(p.numel() for p in one.parameters())
+assert held < 0.55 * total, (held, total)
+
+# Together they are the model, to the bit, and a whole tensor is cut as they are.
+for name, tensor in whole(model.state_dict()).items():
+    assert (tensor.numel() == 0) if rank else torch.equal(tensor, one.state_dict()[name]), name
+for name, p in model.named_parameters():
+    again = like(one.get_parameter(name).detach() + 1, p)
+    assert torch.equal(mine(again), mine(p) + 1) and again.placements == p.placements
+
+# Two passes of each rank, the first without a message: the mean over the ranks of their sums.
+torch.manual_seed(0)
+rows = torch.randint(257, (2, 2, 2, 33))  # pass, rank
+def loss(network, i, r):
+    return network(rows[i, r, :, :-1], rows[i, r, :, 1:].contiguous(), Context()).loss_sum
+with gradients_kept(model):
+    loss(model, 0, rank).backward()
+loss(model, 1, rank).backward()
+for i in range(2):
+    for r in range(2):
+        (loss(one, i, r) / 2).backward()
+for name, p in model.named_parameters():
+    want = mine(like(one.get_parameter(name).grad, p))
+    assert torch.allclose(mine(p.grad), want, rtol=1e-4, atol=1e-5), name
+
+# What a pass without gradients has gathered is let go of.
+with torch.no_grad():
+    expected = loss(one, 0, 0)
+    assert torch.allclose(loss(model, 0, 0), expected)
+cut_again(model)
+assert all(isinstance(p, DTensor) for p in model.parameters())
+
+# Rank 0 runs all of it by itself.
+with on_first(model) as alone, torch.no_grad():
+    assert (alone is None) == (rank == 1)
+    if alone is not None:
+        assert torch.allclose(loss(alone, 0, 0), expected)
+dist.barrier()
+dist.destroy_process_group()
+print("as one")
+"""
+
+
+def test_two_ranks_hold_a_model_as_one(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    path = f"{TESTS.parent / 'src'}{os.pathsep}{TESTS}"
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(tmp_path)],
+            env={**os.environ, **shared, "RANK": str(rank), "PYTHONPATH": path},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=120)[0] for process in started]
+    assert all("as one" in text for text in said), "\n".join(said)
