@@ -13,6 +13,7 @@ from ssmtrain.check.starts import Start
 from ssmtrain.config.errors import UserError
 from ssmtrain.config.load import load, typed
 from ssmtrain.config.request import Request
+from ssmtrain.config.schema import Ddp, Fsdp
 
 BLOCKS = {
     "M": {"mixer": {"kind": "mamba2", "d_state": 8, "head_dim": 8}},
@@ -93,8 +94,8 @@ def test_every_strategy_trains_as_one_process(tmp_path: Path) -> None:
     one = parallel.ledger(parallel.alone(config), tmp_path, "one", steps)
     losses = [float.fromhex(line["loss_hex"]) for line in one]
     assert losses[-1] < 0.8 * losses[0]
-    for kind in ("ddp", "fsdp"):
-        given = config.model_copy(update={"parallel": parallel.ParallelConfig(kind=kind)})
-        several = parallel.ledger(given, tmp_path, kind, steps)
+    for name, strategy in {"ddp": Ddp(), "fsdp": Fsdp(), "kept": Fsdp(reshard=False)}.items():
+        given = config.model_copy(update={"parallel": strategy})
+        several = parallel.ledger(given, tmp_path, name, steps)
         assert [line["samples"] for line in several] == [line["samples"] for line in one]
-        assert [float.fromhex(line["loss_hex"]) for line in several] == pytest.approx(losses, rel=1e-5), kind
+        assert [float.fromhex(line["loss_hex"]) for line in several] == pytest.approx(losses, rel=1e-5), name

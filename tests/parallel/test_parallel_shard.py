@@ -1,4 +1,4 @@
-"""A model cut over two ranks: what each holds, and what is saved, summed and run of it as a whole."""
+"""A model cut over ranks: what each holds, and what is saved, summed and run of it as a whole."""
 
 from __future__ import annotations
 
@@ -8,30 +8,35 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 TESTS = Path(__file__).parents[1]
 
 SCRIPT = """
 import copy, sys, torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from ssmtrain.config.schema import InitConfig
+from ssmtrain.config.schema import Fsdp
 from ssmtrain.kernels import backend
 from ssmtrain.layers.base import Context
 from ssmtrain.model.hybrid import HybridModel
 from ssmtrain.model.init import init_weights
-from ssmtrain.parallel.shard import cut_again, gradients_kept, is_sharded, like, mine, on_first, shard, whole
+from ssmtrain.parallel.shard import (
+    cut_again, gradients_kept, holders, is_sharded, like, mine, on_first, shard, whole
+)
+from ssmtrain.train.callbacks.health import gradient_norms
 from train.conftest import page
 from pathlib import Path
 
 dist.init_process_group("gloo")
-rank = dist.get_rank()
+rank, world, replicas = dist.get_rank(), dist.get_world_size(), int(sys.argv[2])
 backend.configure("auto", "cpu")
 config = page(Path(sys.argv[1])).model
 one = HybridModel(config, 257)
 init_weights(one, config.init, 0)
 model = copy.deepcopy(one)
-shard(model, torch.device("cpu"))
-assert is_sharded(model) and not is_sharded(one)
+shard(model, torch.device("cpu"), Fsdp(replicas=replicas))
+assert is_sharded(model) and not is_sharded(one) and holders(model) == replicas
 
 # Each rank has about half: no more than a row of each parameter above it.
 parts = {name: mine(p) for name, p in model.named_parameters()}
@@ -48,18 +53,20 @@ for name, p in model.named_parameters():
 
 # Two passes of each rank, the first without a message: the mean over the ranks of their sums.
 torch.manual_seed(0)
-rows = torch.randint(257, (2, 2, 2, 33))  # pass, rank
+rows = torch.randint(257, (2, world, 2, 33))  # pass, rank
 def loss(network, i, r):
     return network(rows[i, r, :, :-1], rows[i, r, :, 1:].contiguous(), Context()).loss_sum
 with gradients_kept(model):
     loss(model, 0, rank).backward()
 loss(model, 1, rank).backward()
 for i in range(2):
-    for r in range(2):
-        (loss(one, i, r) / 2).backward()
+    for r in range(world):
+        (loss(one, i, r) / world).backward()
 for name, p in model.named_parameters():
     want = mine(like(one.get_parameter(name).grad, p))
     assert torch.allclose(mine(p.grad), want, rtol=1e-4, atol=1e-5), name
+norms = [gradient_norms(m, {n: n for n, _ in one.named_parameters()}) for m in (model, one)]
+assert all(abs(norms[0][n] / norms[1][n] - 1) < 1e-4 for n in norms[1] if norms[1][n] > 1e-4), norms
 
 # What a pass without gradients has gathered is let go of.
 with torch.no_grad():
@@ -70,7 +77,7 @@ assert all(isinstance(p, DTensor) for p in model.parameters())
 
 # Rank 0 runs all of it by itself.
 with on_first(model) as alone, torch.no_grad():
-    assert (alone is None) == (rank == 1)
+    assert (alone is None) == (rank > 0)
     if alone is not None:
         assert torch.allclose(loss(alone, 0, 0), expected)
 dist.barrier()
@@ -79,23 +86,29 @@ print("as one")
 """
 
 
-def test_two_ranks_hold_a_model_as_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("world,replicas", [(2, 1), (4, 2)])
+def test_ranks_hold_a_model_as_one(world: int, replicas: int, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    shared = {
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
     path = f"{TESTS.parent / 'src'}{os.pathsep}{TESTS}"
     started = [
         subprocess.Popen(
-            [sys.executable, str(script), str(tmp_path)],
+            [sys.executable, str(script), str(tmp_path), str(replicas)],
             env={**os.environ, **shared, "RANK": str(rank), "PYTHONPATH": path},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for rank in range(2)
+        for rank in range(world)
     ]
     said = [process.communicate(timeout=120)[0] for process in started]
     assert all("as one" in text for text in said), "\n".join(said)

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from ssmtrain.checkpoint import faults
+from ssmtrain.config.errors import UserError
+from ssmtrain.train.fit import place
 from train.conftest import ledger, losses, norms, page, weights
 
 SRC = Path(__file__).parents[2] / "src"
@@ -79,6 +81,15 @@ def test_one_two_and_one_ranks_train_as_one(
     one, two = weights(whole, 8), weights(folder, 8)
     for name, tensor in one.items():
         assert tensor.allclose(two[name], rtol=1e-3, atol=1e-4), name
+
+
+def test_replicas_divide_the_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = page(tmp_path, trainer__devices=2, parallel={"kind": "fsdp", "replicas": 3})
+    with pytest.raises(UserError, match=r"parallel\.replicas = 3: 2 devices"):
+        place(config)
+    # Under a launcher all its ranks count.
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    assert place(config) == ("cpu", 2)
 
 
 def test_a_lost_rank_ends_the_others(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from ssmtrain.check.compare import read_ledger
 from ssmtrain.check.starts import refuse, start, tell, write_page
 from ssmtrain.config.errors import BUG, FINISHED, UNFINISHED, UserError
 from ssmtrain.config.request import Request
-from ssmtrain.config.schema import ParallelConfig, RunConfig
+from ssmtrain.config.schema import AutoParallel, RunConfig
 
 STEPS = 50
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
@@ -86,7 +86,7 @@ def alone(config: RunConfig) -> RunConfig:
     rows = trainer.micro_batch or trainer.global_batch // config.data.seq_len // (trainer.devices or 1)
     changes = {"devices": 1, "micro_batch": rows}
     return config.model_copy(
-        update={"trainer": trainer.model_copy(update=changes), "parallel": ParallelConfig()}
+        update={"trainer": trainer.model_copy(update=changes), "parallel": AutoParallel()}
     )
 
 

@@ -286,12 +286,31 @@ class TrainerConfig(Config):
     """Stop (exit 3) after this many non-finite steps in a row; each one is skipped and counted."""
 
 
-class ParallelConfig(Config):
-    """How the model is spread over devices."""
+class AutoParallel(Config):
+    """One process, or ddp when there are several devices."""
 
-    kind: Literal["auto", "ddp", "fsdp"] = "auto"
-    """ddp: every device holds the whole model; fsdp: its share of parameters, gradients and optimiser states;
-    auto: one process, or ddp when there are several devices."""
+    kind: Literal["auto"] = "auto"
+
+
+class Ddp(Config):
+    """Every device holds the whole model and a share of the batch."""
+
+    kind: Literal["ddp"] = "ddp"
+
+
+class Fsdp(Config):
+    """Every device holds a share of parameters, gradients and optimiser states, and of the batch (FSDP2)."""
+
+    kind: Literal["fsdp"] = "fsdp"
+    replicas: Positive = 1
+    """Groups of neighbouring devices, each of which holds the whole model: as many as there are nodes keep
+    the gathering of parameters within each; gradients are summed over groups too."""
+    reshard: bool = True
+    """Let go of a block's parameters after its forward pass and gather them again for the backward pass;
+    false keeps them: a third fewer messages, and the whole model's parameters on each device meanwhile."""
+
+
+AnyParallel = Annotated[AutoParallel | Ddp | Fsdp, Field(discriminator="kind")]
 
 
 class NoLogger(Config):
@@ -370,7 +389,7 @@ class RunConfig(Config):
     """The learning rate over the run."""
     trainer: TrainerConfig = TrainerConfig()
     """Length, batch, precision, saving and printing."""
-    parallel: ParallelConfig = ParallelConfig()
+    parallel: AnyParallel = AutoParallel()
     """How the model is spread over devices."""
     logger: AnyLogger = NoLogger()
     """Where metrics go besides metrics.jsonl."""

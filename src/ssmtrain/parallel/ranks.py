@@ -33,6 +33,12 @@ def launched_rank() -> int:
     return 0
 
 
+def launched_world() -> int:
+    """The number of ranks as their launcher tells it; 0 when nobody does."""
+    value = os.environ.get("WORLD_SIZE", "")
+    return int(value) if value.isdigit() else 0
+
+
 def sum_(tensor: Tensor) -> Tensor:
     """Sum a tensor over the ranks, in place, and return it; it must be on the group's device."""
     if active():

@@ -15,19 +15,32 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ssmtrain.config.schema import Fsdp
 from ssmtrain.model.hybrid import HybridModel
 from ssmtrain.parallel import ranks
 
 
-def shard(model: HybridModel, device: torch.device) -> None:
-    """Cut a model, which every rank has whole and alike, over all ranks: a unit for each block and the rest.
+def shard(model: HybridModel, device: torch.device, config: Fsdp) -> None:
+    """Cut a model, which every rank has whole and alike, over the ranks: a unit for each block and the rest.
 
     A unit moves to the device before it is cut: no more than one block lies there whole.
     """
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("data",))
+    world, replicas = dist.get_world_size(), config.replicas
+    if replicas == 1:
+        mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+    else:
+        shape = (replicas, world // replicas)
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
     for block in model.blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+        fully_shard(block, mesh=mesh, reshard_after_forward=config.reshard)
+    # Its last parameters are the first that the backward pass wants: letting go of them would gain nothing.
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+
+
+def holders(model: nn.Module) -> int:
+    """How many ranks hold the same part of a model that is cut."""
+    one = next(model.parameters())
+    return one.device_mesh.size(0) if isinstance(one, DTensor) and one.device_mesh.ndim == 2 else 1
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -160,6 +160,12 @@ def place(config: RunConfig) -> tuple[str, int]:
             f"trainer.global_batch: its {rows} rows do not divide by {devices} devices"
             + (f" x trainer.micro_batch={trainer.micro_batch}" if trainer.micro_batch else "")
         )
+    world, spread = ranks.launched_world() or devices, config.parallel
+    if spread.kind == "fsdp" and world % spread.replicas:
+        raise UserError(
+            f"parallel.replicas = {spread.replicas}: {world} devices do not divide into as many groups",
+            "leave it out, or set it to the number of nodes",
+        )
     return accelerator, devices
 
 

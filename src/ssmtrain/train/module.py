@@ -92,9 +92,9 @@ class LitLM(LightningModule):
         with torch.device("meta"):
             model = HybridModel(self.config.model, self.vocab_size)
         self.model = apply(model, self.config.trainer)
-        cut = self.config.parallel.kind == "fsdp"
+        spread = self.config.parallel
         # A model that is too large for a device is made in the host's memory, whole, and cut from there.
-        self.model.to_empty(device="cpu" if cut else self.device)
+        self.model.to_empty(device="cpu" if spread.kind == "fsdp" else self.device)
         # Rank 0 decides where to continue; the others must not find out for themselves.
         path = ranks.from_first(str(self.checkpoint) if self.checkpoint else None)
         self.checkpoint = Path(path) if path else None
@@ -102,8 +102,8 @@ class LitLM(LightningModule):
             init_weights(self.model, self.config.model.init, self.config.seed)
         else:
             load_weights(self.checkpoint, self.model)
-        if cut:
-            shard(self.model, self.trainer.strategy.root_device)
+        if spread.kind == "fsdp":
+            shard(self.model, self.trainer.strategy.root_device, spread)
         self._assert_fp32()
 
     def _assert_fp32(self) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ssmtrain.layers.base import Context, LayerConfig, Mixer
 from ssmtrain.model.hybrid import HybridModel
 from ssmtrain.parallel import ranks
-from ssmtrain.parallel.shard import is_sharded, mine, on_first
+from ssmtrain.parallel.shard import holders, is_sharded, mine, on_first
 from ssmtrain.train.module import LitLM
 from ssmtrain.train.state import forked_rng
 
@@ -75,7 +75,7 @@ def gradient_norms(model: nn.Module, kinds: dict[str, str]) -> Figures:
             squares[kinds[name]] = squares[kinds[name]] + square if kinds[name] in squares else square
     sums = torch.stack([squares[kind] for kind in sorted(squares)])
     if is_sharded(model):
-        sums = ranks.sum_(sums)
+        sums = ranks.sum_(sums) / holders(model)
     return dict(zip(sorted(squares), sums.sqrt().tolist(), strict=True))
 
 
