@@ -69,6 +69,15 @@ class Fsdp(Ddp):
         assert self.lightning_module is not None
         return gradients_kept(self.lightning_module.model)  # type: ignore[arg-type]
 
+    def teardown(self) -> None:
+        """As DDP's, but what is cut over the ranks stays: Lightning would move it to the host."""
+        self.optimizers = []
+        module, self._lightning_module = self._lightning_module, None
+        try:
+            super().teardown()
+        finally:
+            self._lightning_module = module
+
 
 def spread(kind: str, accelerator: str) -> Ddp:
     """The strategy of a kind for devices of a kind ("cpu": gloo, "gpu": nccl).
