@@ -35,7 +35,7 @@ config = page(Path(sys.argv[1])).model
 one = HybridModel(config, 257)
 init_weights(one, config.init, 0)
 model = copy.deepcopy(one)
-shard(model, torch.device("cpu"), Fsdp(replicas=replicas))
+shard(model, torch.device("cpu"), Fsdp(replicas=replicas, reshard=replicas == 1))
 assert is_sharded(model) and not is_sharded(one) and holders(model) == replicas
 
 # Each rank has about half: no more than a row of each parameter above it.
