@@ -89,7 +89,7 @@ class HybridModel(nn.Module):
         self, batch: int, max_len: int, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> list[State | None]:
         """Allocate empty decoding states for `batch` documents of up to max_len tokens, one per block."""
-        return [block.init_state(batch, max_len, dtype, device) for block in self.blocks]  # type: ignore[operator]
+        return [block.init_state(batch, max_len, dtype, device) for block in self.blocks]  # type: ignore[operator]  # Blocks
 
     def prefill(self, inputs: Tensor, ctx: Context) -> Tensor:
         """Run inputs (B, L) through the states in ctx; returns the last position's logits (B, V)."""
@@ -106,7 +106,7 @@ class HybridModel(nn.Module):
         assert ctx.states is not None, "a step needs ctx.states: call init_states first"
         stream = Stream(self.input(tokens))  # (B, 1, D)
         for block, state in zip(self.blocks, ctx.states):
-            stream = block.step(stream, ctx, state)  # type: ignore[operator]
+            stream = block.step(stream, ctx, state)  # type: ignore[operator]  # a Block
         ctx.offset += 1
         x = stream.total(self.multiplier)
         return self.head.logits(x[:, -1], self.input.weight)  # (B, V)

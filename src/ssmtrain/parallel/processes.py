@@ -16,6 +16,7 @@ from typing import Any
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from torch import nn
 
 from ssmtrain.config.errors import LOST, NON_FINITE, OUT_OF_MEMORY, UNFINISHED, WRONG_INPUT
 from ssmtrain.parallel.shard import gradients_kept
@@ -67,7 +68,9 @@ class Fsdp(Ddp):
     def block_backward_sync(self) -> Any:
         """Keep gradients whole until the step's last micro-batch."""
         assert self.lightning_module is not None
-        return gradients_kept(self.lightning_module.model)  # type: ignore[arg-type]
+        model = self.lightning_module.model
+        assert isinstance(model, nn.Module)
+        return gradients_kept(model)
 
     def teardown(self) -> None:
         """As DDP's, but what is cut over the ranks stays: Lightning would move it to the host."""
