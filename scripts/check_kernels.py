@@ -46,7 +46,7 @@ SPILLS = {
 """Bytes a thread may spill in the place of --spill: the first one's accumulators must stay; more programs
 of the second side by side are worth it (9.2 ms instead of 12.5); the third's are between its loops."""
 SPILLS_FP32 = 12 << 10
-"""Of kernels that take fp32 as three TF32 products: their parts do not fit, which is slower and as right."""
+"""Of kernels that take fp32 as six products of bf16 parts: they do not fit, which is slower and as right."""
 ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100"]
 
 
@@ -76,7 +76,7 @@ class Row:
         if self.registers * self.warps * 32 > REGISTERS:
             return "more registers than there are"
         limit = SPILLS.get(self.kernel, spill) if spill >= 0 else spill
-        if "PRECISION=tf32x3" in self.config and spill >= 0:
+        if "PRECISION=bf16x6" in self.config and spill >= 0:
             limit = SPILLS_FP32
         return f"spills {self.spilled} bytes" if self.spilled > limit else ""
 

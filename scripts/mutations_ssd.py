@@ -25,8 +25,8 @@ def hopper(name: str, old: str, new: str, occurrence: int = 0, gpu: str = "") ->
 
 PROPERTIES = "tests/kernels/triton/test_triton_ssd_properties.py"
 EXTREMES, STILL, FAR = (f"{PROPERTIES} -k {test}" for test in ("extremes", "step_of_zero", "far_apart"))
-MASKED = "gram = tl.where(past, tl.dot(read, tl.trans(keys), input_precision=PRECISION), 0.0)"
-MASKED_BACK = "gram = tl.where(later, tl.dot(keys, tl.trans(read), input_precision=PRECISION), 0.0)"
+MASKED = "gram = tl.where(past, product(read, tl.trans(keys), PRECISION), 0.0)"
+MASKED_BACK = "gram = tl.where(later, product(keys, tl.trans(read), PRECISION), 0.0)"
 
 SSD_CHUNKS = [
     ssd("32-bit rows", "_chunks", "row.to(tl.int64) * length", "row * length", tests=WIDE_SSD),
@@ -298,6 +298,37 @@ SSD_GRADS = [
         "_grads",
         "mask=live & (p < P)[None, :]",
         "mask=(p < P)[None, :]",
+    ),
+    ssd(
+        "through states in fp32: no step",
+        "_grads",
+        "found *= tl.load(steps + head * Q + t)[:, None]",
+        "found *= 1.0",
+    ),
+    ssd(
+        "through states in fp32: no decay",
+        "_grads",
+        "summed_apart(g * weight[:, None], of",
+        "summed_apart(g, of",
+    ),
+    ssd(
+        "through states in fp32: the first channels alone",
+        "_grads",
+        "tl.static_range(0, BP, SLICE)",
+        "tl.static_range(0, SLICE, SLICE)",
+    ),
+    ssd(
+        "through states in fp32: tokens past the end",
+        "_grads",
+        "mask=live & (k < P)[None, :]",
+        "mask=(k < P)[None, :]",
+    ),
+    ssd("through states in fp32: nothing passes", "_grads", "tl.sum(entered * state)", "0.0 * tl.sum(state)"),
+    ssd(
+        "sums of parts: the even half twice",
+        "_outputs",
+        "product(more_a, tl.trans(more_b), PRECISION)",
+        "product(a, tl.trans(b), PRECISION)",
     ),
     ssd(
         "through states: sources for readers",

@@ -5,6 +5,7 @@
 | associative_scan | one Python call per element | one per step of the scanned axis |
 | tl.dot of bf16 | multiplies the raw bits | widens them to fp32 |
 | fp32 to bf16 | truncates | rounds to nearest, ties to even |
+| a product's precision of bf16x3 or bf16x6 | an error | allowed, and exact as all others |
 | arithmetic on bf16 | adds the raw bits | an error: cast to fp32 first |
 | masked-off lanes of a load without `other` | zero | NaN, or a large number: a GPU promises nothing |
 | a run-time bound of range (3.6 with numpy 2.4) | TypeError | an int |
@@ -21,6 +22,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -32,6 +34,9 @@ from triton.runtime import interpreter
 
 POISON = 0x3FFFFFF7
 """What uninitialised integers hold: as an index it is out of bounds, as a sum it does not overflow soon."""
+
+upstream_options = interpreter.interpreter_builder.options
+OPTIONS = replace(upstream_options, allowed_dot_input_precisions=("tf32", "tf32x3", "ieee", "bf16x3", "bf16x6"))
 
 _upstream_convert = interpreter._convert_float
 _upstream_dot = interpreter.InterpreterBuilder.create_dot
@@ -65,6 +70,7 @@ def repaired() -> Iterator[None]:
             ("create_atomic_rmw", _atomic),
         ):
             patch.setattr(interpreter.InterpreterBuilder, name, repair)
+        patch.setattr(interpreter.interpreter_builder, "options", OPTIONS)
         yield
 
 

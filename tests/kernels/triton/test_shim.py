@@ -14,6 +14,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.runtime.errors import InterpreterError
 
 from kernels.triton import shim
 from ssmtrain.kernels.tuned import interpreting
@@ -36,9 +37,9 @@ def _scan(a, b, out, ROWS: tl.constexpr, COLS: tl.constexpr, AXIS: tl.constexpr,
 
 
 @triton.jit
-def _dot(a, b, out, SIZE: tl.constexpr):
+def _dot(a, b, out, SIZE: tl.constexpr, PRECISION: tl.constexpr = "tf32"):
     at = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
-    tl.store(out + at, tl.dot(tl.load(a + at), tl.load(b + at)))
+    tl.store(out + at, tl.dot(tl.load(a + at), tl.load(b + at), input_precision=PRECISION))
 
 
 @triton.jit
@@ -97,6 +98,7 @@ def _count(out, n):
 def upstream(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter as it comes."""
     builder = shim.interpreter.InterpreterBuilder
+    monkeypatch.setattr(shim.interpreter.interpreter_builder, "options", shim.upstream_options)
     monkeypatch.setattr(shim.interpreter, "_convert_float", shim._upstream_convert)
     monkeypatch.setattr(shim.interpreter, "_patch_lang_tensor", shim._upstream_patch)
     monkeypatch.setattr(shim.interpreter, "_patch_lang_core", shim._upstream_core)
@@ -124,11 +126,11 @@ def scan(rows: int, cols: int, axis: int, reverse: bool) -> tuple[torch.Tensor, 
     return out, expected.movedim(0, axis)
 
 
-def dot(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def dot(dtype: torch.dtype, precision: str = "tf32") -> tuple[torch.Tensor, torch.Tensor]:
     """The interpreter's product and torch's in float64."""
     a, b = torch.randn(2, 16, 16).to(dtype)
     out = torch.empty(16, 16)
-    _dot[(1,)](a, b, out, 16)
+    _dot[(1,)](a, b, out, 16, precision)
     return out, a.double() @ b.double()
 
 
@@ -147,9 +149,10 @@ def test_scans_are_right(axis: int, reverse: bool) -> None:
     torch.testing.assert_close(*scan(16, 8, axis, reverse), check_dtype=False)
 
 
+@pytest.mark.parametrize("precision", ["tf32", "bf16x6"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_products_are_right(dtype: torch.dtype) -> None:
-    torch.testing.assert_close(*dot(dtype), check_dtype=False, rtol=1e-5, atol=1e-5)
+def test_products_are_right(dtype: torch.dtype, precision: str) -> None:
+    torch.testing.assert_close(*dot(dtype, precision), check_dtype=False, rtol=1e-5, atol=1e-5)
 
 
 def test_casts_to_bf16_round_to_nearest_even() -> None:
@@ -251,6 +254,10 @@ class TestCanaries:
     def test_products_of_bf16_are_of_raw_bits(self) -> None:
         out, expected = dot(torch.bfloat16)
         assert not torch.allclose(out.double(), expected, rtol=1e-2, atol=1e-2)
+
+    def test_products_of_bf16_parts_are_refused(self) -> None:
+        with pytest.raises(InterpreterError, match="input_precision must be one of"):
+            dot(torch.float32, "bf16x6")
 
     def test_casts_to_bf16_truncate(self) -> None:
         out, expected = casts()

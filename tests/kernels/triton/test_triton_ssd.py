@@ -93,6 +93,14 @@ def test_sizes_that_are_no_power_of_two_and_tiles_smaller_than_a_state(
     check(draw(33, n_docs, P=20, N=24), doc_ids, n_docs, device, chunk_size=32)
 
 
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_sums_over_more_channels_and_states_than_are_taken_at_once(
+    blocks: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch, blocks)
+    check(draw(24, P=48, N=72, heads=1), None, 1, device, chunk_size=32)
+
+
 def test_more_heads_than_a_program_takes_steps_of(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

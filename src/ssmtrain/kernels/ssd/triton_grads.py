@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from ssmtrain.kernels.ssd.triton_chunks import ANY_SIZE, place, share_of
-from ssmtrain.kernels.ssd.triton_outputs import block_of, in_registers
+from ssmtrain.kernels.ssd.triton_outputs import SUM, block_of, in_registers, product, summed_apart
 
 
 @triton.jit(do_not_specialize=ANY_SIZE)
@@ -76,11 +76,11 @@ def sources(
     keys = block_of(B, i, s_B, n, m * BM + i < size, N, OPERAND)
     read = block_of(C, i, s_C, n, m * BM + i < size, N, OPERAND)
     later = i[None, :] >= i[:, None]
-    gram = tl.where(later, tl.dot(keys, tl.trans(read), input_precision=PRECISION), 0.0).to(OPERAND)
+    gram = tl.where(later, product(keys, tl.trans(read), PRECISION), 0.0).to(OPERAND)
     if BLOCKS == 2:
         following = (m + 1) * BM + i < tl.where(m == 0, size, 0)
         read = block_of(C + BM * s_C, i, s_C, n, following, N, OPERAND)
-        across = tl.dot(keys, tl.trans(read), input_precision=PRECISION).to(OPERAND)
+        across = product(keys, tl.trans(read), PRECISION).to(OPERAND)
     if HOLD:
         keys = in_registers(keys, n)
     part = i[:, None] * s_dy + p[None, :]
@@ -98,7 +98,7 @@ def sources(
             skip = tl.load(D + h).to(tl.float32)
         dstate = tl.load(dstates + head * P * N + entry, mask=inside, other=0.0).to(OPERAND)
         g = tl.load(dy + h * P + part, mask=own, other=0.0)
-        du = tl.dot(keys, tl.trans(dstate), input_precision=PRECISION)  # (BM, P)
+        du = product(keys, tl.trans(dstate), PRECISION)  # (BM, P)
         if BLOCKS == 2:
             middle = tl.load(logs + rows + BM - 1)
             column = tl.load(logs + rows + BM + i, mask=(i >= 0) & (m == 0), other=float("-inf"))
@@ -188,16 +188,16 @@ def pairs(
     later = i[None, :] >= i[:, None]
     same = i[:, None] == i[None, :]
     # Rounded, for room in registers: source and reader of a pair see the same, and what cancels cancels.
-    gram = tl.dot(keys, tl.trans(read), input_precision=PRECISION)
+    gram = product(keys, tl.trans(read), PRECISION)
     own_pairs = selves + (c.to(tl.int64) * (H // per_group) + group) * Q + i
     tl.store(own_pairs, tl.sum(tl.where(same, gram, 0.0), 1))  # the same bits from each run of heads
     gram = tl.where(later & (i[:, None] != i[None, :]), gram, 0.0).to(OPERAND)
     bracket = tl.zeros((BM, BM), tl.float32)  # (sources, readers)
     if TWO:
         read = block_of(C + BM * s_C, i, s_C, n, i < size - BM, N, OPERAND)
-        across = tl.dot(keys, tl.trans(read), input_precision=PRECISION).to(OPERAND)
+        across = product(keys, tl.trans(read), PRECISION).to(OPERAND)
         keys = block_of(B + BM * s_B, i, s_B, n, i < size - BM, N, OPERAND)
-        gram_2 = tl.dot(keys, tl.trans(read), input_precision=PRECISION)
+        gram_2 = product(keys, tl.trans(read), PRECISION)
         tl.store(own_pairs + BM, tl.sum(tl.where(same, gram_2, 0.0), 1))
         gram_2 = tl.where(later & (i[:, None] != i[None, :]), gram_2, 0.0).to(OPERAND)
         bracket_2 = tl.zeros((BM, BM), tl.float32)
@@ -226,7 +226,7 @@ def pairs(
         next_to = tl.load(logs + ahead + along)
         u = tl.load(x + h * P + part_x, mask=own, other=0.0).to(OPERAND)
         g = tl.load(dy + h * P + part_dy, mask=own, other=0.0).to(OPERAND)
-        near = tl.dot(u, tl.trans(g), input_precision=PRECISION)  # (BM, BM)
+        near = product(u, tl.trans(g), PRECISION)  # (BM, BM)
         itself = tl.where(same, near, 0.0)
         # Clamped, since the reader may come before the source; there gram is 0, and bracket is not used.
         near *= tl.exp2(tl.minimum(to - log, 0.0))
@@ -238,12 +238,12 @@ def pairs(
             next_to_2 = tl.load(logs + ahead + BM + along)
             next_middle = tl.load(logs + ahead + BM - 1)
             g = tl.load(dy + BM * s_dy + h * P + part_dy, mask=own_2, other=0.0).to(OPERAND)
-            far = tl.dot(u, tl.trans(g), input_precision=PRECISION)
+            far = product(u, tl.trans(g), PRECISION)
             far *= tl.exp2(middle - log) * tl.exp2(to_2 - middle)
             beyond += far * step
             far *= across.to(tl.float32)
             u = tl.load(x + BM * s_x + h * P + part_x, mask=own_2, other=0.0).to(OPERAND)
-            near_2 = tl.dot(u, tl.trans(g), input_precision=PRECISION)
+            near_2 = product(u, tl.trans(g), PRECISION)
             itself_2 = tl.where(same, near_2, 0.0)
             near_2 *= tl.exp2(tl.minimum(to_2 - log_2, 0.0))
             bracket_2 += near_2 * step_2
@@ -325,6 +325,7 @@ def through_states(
     n = piece * BN + tl.arange(0, BN)
     p = tl.arange(0, BP)
     live = (t < size)[:, None]
+    SLICE: tl.constexpr = min(BP, SUM)
     share = (c.to(tl.int64) * (H // per_group) + group) * runs + run
     bracket = tl.load(dgram + share * Q * Q + (t[:, None] * Q + t[None, :]))  # (sources, readers)
     if READER:
@@ -338,21 +339,44 @@ def through_states(
         head = c.to(tl.int64) * H + h
         at = head * P * N + p[:, None] * N + n[None, :]
         inside = (p < P)[:, None] & (n < N)[None, :]
-        state = tl.load(states + at, mask=inside, other=0.0).to(OPERAND)
-        g = tl.load(source + h * P + part, mask=live & (p < P)[None, :], other=0.0).to(tl.float32)
         weight = tl.exp2(tl.load(decays + head * Q + t))
+        state = tl.load(states + at, mask=inside, other=0.0).to(OPERAND)
         if not READER:
             entered = tl.load(others + at, mask=inside, other=0.0).to(OPERAND)
-            # Only its diagonal is wanted, but operands of a matrix product are what Triton prefetches.
-            cross = tl.dot(entered, tl.trans(state), input_precision=PRECISION)  # (P, P)
-            cross = tl.where(p[:, None] == p[None, :], cross, 0.0)
-            tl.store(passed + head * pieces + piece, tl.sum(cross))
-        seen = tl.dot(mate, tl.trans(state), input_precision=PRECISION)  # (Q, P)
-        tl.store(products + (head * pieces + piece) * Q + t, tl.sum(seen * g, 1) * weight)
-        if not READER:
-            weight *= tl.load(steps + head * Q + t)
-        g *= weight[:, None]
-        acc = tl.dot(g.to(OPERAND), state, acc, input_precision=PRECISION)
+        if PRECISION == "tf32":
+            g = tl.load(source + h * P + part, mask=live & (p < P)[None, :], other=0.0).to(tl.float32)
+            if not READER:
+                # Only its diagonal is wanted, but operands of a matrix product are what Triton prefetches.
+                cross = tl.dot(entered, tl.trans(state), input_precision=PRECISION)  # (P, P)
+                cross = tl.where(p[:, None] == p[None, :], cross, 0.0)
+                tl.store(passed + head * pieces + piece, tl.sum(cross))
+            seen = tl.dot(mate, tl.trans(state), input_precision=PRECISION)  # (Q, P)
+            tl.store(products + (head * pieces + piece) * Q + t, tl.sum(seen * g, 1) * weight)
+            if not READER:
+                weight *= tl.load(steps + head * Q + t)
+            g *= weight[:, None]
+            acc = tl.dot(g.to(OPERAND), state, acc, input_precision=PRECISION)
+        else:
+            if not READER:
+                tl.store(passed + head * pieces + piece, tl.sum(entered * state))
+            found = tl.zeros((Q, BN), tl.float32)
+            for start in tl.static_range(0, BP, SLICE):
+                k = start + tl.arange(0, SLICE)
+                of = tl.load(
+                    states + head * P * N + k[:, None] * N + n[None, :],
+                    mask=(k < P)[:, None] & (n < N)[None, :],
+                    other=0.0,
+                )
+                g = tl.load(
+                    source + h * P + t[:, None] * s_source + k[None, :],
+                    mask=live & (k < P)[None, :],
+                    other=0.0,
+                ).to(tl.float32)
+                found += summed_apart(g * weight[:, None], of.to(OPERAND), PRECISION)
+            tl.store(products + (head * pieces + piece) * Q + t, tl.sum(mate * found, 1))
+            if not READER:
+                found *= tl.load(steps + head * Q + t)[:, None]
+            acc += found
     if WHOLE:
         at = out + (first + t)[:, None] * s_out + group * N + n[None, :]
         tl.store(at, acc.to(out.dtype.element_ty), mask=live & (n < N)[None, :])

@@ -17,6 +17,9 @@ import triton.language as tl
 
 from ssmtrain.kernels.ssd.triton_chunks import ANY_SIZE, place, share_of
 
+SUM = tl.constexpr(32)
+"""Products that the matrix units add up by themselves where results are fp32's."""
+
 
 @triton.jit
 def in_registers(a, k):
@@ -27,6 +30,40 @@ def in_registers(a, k):
     """
     eye = tl.where(k[:, None] == k[None, :], 1.0, 0.0).to(a.dtype)
     return tl.dot(a, eye).to(a.dtype)
+
+
+@triton.jit
+def summed_apart(a, b, PRECISION: tl.constexpr):
+    """Return the product of a (M, K) and b (K, N), which is not taken as the beginning of another's sums.
+
+    A limit to inexact sums, which binds FP8 only, keeps it apart: the compiler would add the next product up
+    inside this one.
+    """
+    return tl.dot(a, b, input_precision=PRECISION, max_num_imprecise_acc=a.shape[1])
+
+
+@triton.jit
+def product(a, b, PRECISION: tl.constexpr):
+    """Return the matrix product of a (M, K) and b (K, N), in fp32.
+
+    The matrix units cut sums off rather than round them, at each addition of 8 or 16 products: over 128 the
+    error grows to several times that of fp32. Where that counts, `SUM` products are added up at a time.
+    """
+    if PRECISION == "tf32":
+        total = tl.dot(a, b, input_precision=PRECISION)
+    elif a.shape[1] <= SUM:
+        total = summed_apart(a, b, PRECISION)
+    else:
+        a, more_a = _halves(a)
+        b, more_b = _halves(tl.trans(b))
+        total = product(a, tl.trans(b), PRECISION) + product(more_a, tl.trans(more_b), PRECISION)
+    return total
+
+
+@triton.jit
+def _halves(a):
+    """Cut a (M, K) in its even and its odd columns, each (M, K / 2): neighbours are in one thread."""
+    return tl.split(tl.reshape(a, (a.shape[0], a.shape[1] // 2, 2)))
 
 
 @triton.jit
@@ -91,11 +128,11 @@ def outputs(
     keys = block_of(B, i, s_B, n, m * BM + i < size, N, OPERAND)
     past = i[:, None] >= i[None, :]
     # Rounded, for room in registers: so is its product with the decays.
-    gram = tl.where(past, tl.dot(read, tl.trans(keys), input_precision=PRECISION), 0.0).to(OPERAND)
+    gram = tl.where(past, product(read, tl.trans(keys), PRECISION), 0.0).to(OPERAND)
     if BLOCKS == 2:
         second = (i >= 0) & (m > 0)
         keys = block_of(B - BM * s_B, i, s_B, n, second, N, OPERAND)
-        across = tl.dot(read, tl.trans(keys), input_precision=PRECISION).to(OPERAND)
+        across = product(read, tl.trans(keys), PRECISION).to(OPERAND)
     if HOLD:
         read = in_registers(read, n)
     part = i[:, None] * s_x + p[None, :]
@@ -112,7 +149,7 @@ def outputs(
         here = tl.load(late + rows + i)
         state = tl.load(states + head * P * N + entry, mask=inside, other=0.0).to(OPERAND)
         u = tl.load(x + h * P + part, mask=own, other=0.0)
-        acc = tl.dot(read, tl.trans(state), input_precision=PRECISION)  # (BM, P)
+        acc = product(read, tl.trans(state), PRECISION)  # (BM, P)
         if BLOCKS == 2:
             before = tl.load(
                 x - BM * s_x + h * P + part, mask=second[:, None] & (p < P)[None, :], other=0.0
