@@ -36,7 +36,8 @@ POISON = 0x3FFFFFF7
 """What uninitialised integers hold: as an index it is out of bounds, as a sum it does not overflow soon."""
 
 upstream_options = interpreter.interpreter_builder.options
-OPTIONS = replace(upstream_options, allowed_dot_input_precisions=("tf32", "tf32x3", "ieee", "bf16x3", "bf16x6"))
+PRECISIONS = (*upstream_options.allowed_dot_input_precisions, "bf16x3", "bf16x6")
+OPTIONS = replace(upstream_options, allowed_dot_input_precisions=PRECISIONS)
 
 _upstream_convert = interpreter._convert_float
 _upstream_dot = interpreter.InterpreterBuilder.create_dot

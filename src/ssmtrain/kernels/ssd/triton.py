@@ -142,8 +142,8 @@ class Shape(NamedTuple):
     def products(self) -> dict[str, object]:
         """Operand type and precision of the matrix products.
 
-        fp16 and fp32 are cut in three bf16 parts, which hold all of their digits, and the six products that
-        reach fp32's last digit are taken: as fast as three of TF32, and states of fp16 inputs do not overflow.
+        fp16 and fp32 are cut in three bf16 parts, which hold all of their digits; six products of these reach
+        fp32's last digit, as fast as three of TF32, and states of fp16 inputs do not overflow.
         """
         if not self.exact:
             return {"OPERAND": tl.bfloat16, "PRECISION": "tf32"}

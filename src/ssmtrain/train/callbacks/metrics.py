@@ -6,6 +6,7 @@ import math
 import time
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback
 
 from ssmtrain.parallel import ranks
@@ -72,4 +73,6 @@ class Metrics(Callback):
             found["nonfinite"] = lit.state.nonfinite
         if self.peak is not None:
             found["mfu"] = self.flops * speed / (self.peak * ranks.world())
+        if lit.device.type == "cuda":
+            found["memory_gb"] = torch.cuda.max_memory_allocated(lit.device) / 1e9
         return found
