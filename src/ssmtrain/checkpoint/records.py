@@ -57,7 +57,9 @@ def read_status(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         status = {}
     fresh = {"status": "unfinished", "step": 0, "tokens": 0}
-    return fresh | status if isinstance(status, dict) else fresh
+    if not isinstance(status, dict) or any(type(status.get(key)) is not type(fresh[key]) for key in fresh):
+        return fresh
+    return status
 
 
 def cut_jsonl(path: Path, step: int) -> int:
@@ -89,4 +91,5 @@ def _is_within(line: bytes, step: int) -> bool:
         record = json.loads(line)
     except ValueError:
         return False
-    return isinstance(record, dict) and record.get("step", 0) <= step
+    at = record.get("step", 0) if isinstance(record, dict) else None
+    return isinstance(at, int) and at <= step

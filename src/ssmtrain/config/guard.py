@@ -41,7 +41,7 @@ def check_tree(tree: Tree) -> None:
             problems.append(f"{where}: this looks like a secret key; use the service's login instead")
         elif isinstance(value, str) and any(secret in value for secret in secrets):
             problems.append(
-                f"{where}: this is the value of a secret in the environment; leave it out, services read it there"
+                f"{where}: this is a secret in the environment; leave it out, services read it from there"
             )
     if problems:
         raise UserError(*problems)
