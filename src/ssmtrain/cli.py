@@ -61,7 +61,12 @@ def run(args: list[str]) -> int:
     flags, words = _flags(name, verb, rest)
     if flags.pop("help", False):
         name, verb, words, flags = "help", VERBS["help"], name.split(), {}
-    if name not in ("help", "completion"):
+    if name not in ("help", "completion", "doctor"):
+        if not __debug__:
+            raise UserError(
+                "python -O takes assertions away, and Hydra's reader of key=value words works inside some",
+                "run without -O, and unset PYTHONOPTIMIZE",
+            )
         from ssmtrain.config.redact import redact_logging
 
         redact_logging()
