@@ -31,7 +31,8 @@ _ENVIRONMENT = re.compile(
     re.IGNORECASE,
 )
 _ASSIGNED = re.compile(
-    rf"((?:[\w.-]*[_.-])?\b(?:{_NAMES}))(=|[\"']\s*:\s*)([\"']?[^\s\"',;)}}]+)", re.IGNORECASE
+    rf"(?<![A-Za-z0-9])({_NAMES})(=|[\"']\s*:\s*)([\"']?[^\s\"',;)}}]+)",
+    re.IGNORECASE,
 )
 _IN_URL = re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
 _BEARER = re.compile(r"(?<=\bBearer )[A-Za-z0-9._~+/=-]{8,}")
