@@ -257,6 +257,7 @@ CASES = [
     case("115 single file", lambda at: at / MODEL, "a single file; expected a folder with its manifest"),
     case("116 zip bomb", zip_bomb, ".pt files are pickles"),
     case("117 other architecture", tensors(MODEL, lambda t: [t.pop(WEIGHT), t.update({f"layers.{i}.w": torch.zeros(1) for i in range(12)})]), "1 tensors are missing, 12 are not in the model", f"{WEIGHT} is missing", "layers.6.w is not in the model", "… and 3 more", "tiny/config.yaml"),
+    case("117 names with a terminal's codes", tensors(MODEL, lambda t: t.update({"\x1b[2Jw\n": torch.zeros(1)})), "\\x1b[2Jw\\n is not in the model"),
     case("118 other pattern", lambda at: at, "trained with another model", "model.layout: 'MA' in the run, 'AM' now", words=("model.layout=AM",)),
     resumed("118 other pattern continued", lambda at: at, "another config", "model.layout", words=("model.layout=AM",)),
     resumed("119 no optimizer state", tensors(OPTIM, dict.clear), "it holds no optimizer state", "take another checkpoint"),
@@ -343,7 +344,7 @@ def test_a_bad_checkpoint_is_told(one: Case, newest: Path, capsys: pytest.Captur
     for part in one.says:
         assert part in told, told
     assert all(len(text) < 500 for text in told.splitlines())
-    assert not os.path.exists("owned")
+    assert not os.path.exists("owned") and "\x1b" not in told
     assert spent < SECONDS
 
 

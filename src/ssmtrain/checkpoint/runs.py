@@ -331,7 +331,7 @@ def _follow(config: RunConfig, name: str, folder: Path) -> Run:
         return Run(name, folder, config, Path(chosen) if chosen else None)
     run = Run(name, folder, config)
     if config.resume not in ("auto", "never"):
-        run.checkpoint = Path(config.resume).resolve()
+        run.checkpoint = real(Path(config.resume), "resume")
     elif (folder / CONFIG).is_file() and not _is_finished(run):
         run.checkpoint = store.newest_good(run.checkpoints, lambda line: None)
     run.notices.clear()
