@@ -124,7 +124,7 @@ def test_a_config_with_the_environments_secret_is_refused_unnamed() -> None:
 
 def test_every_log_is_redacted(logging_redacted: None, caplog: pytest.LogCaptureFixture) -> None:
     redact_logging()
-    for name in ("ssmtrain.train", "wandb", "lightning.pytorch"):
+    for name in ("ssmtrain.train", "wandb", "some.library"):
         logging.getLogger(name).warning("login of %s failed", SECRET)
         try:
             raise ConnectionError(f"401 for {SECRET}")
