@@ -61,6 +61,15 @@ def run(args: list[str]) -> int:
     flags, words = _flags(name, verb, rest)
     if flags.pop("help", False):
         name, verb, words, flags = "help", VERBS["help"], name.split(), {}
+    if name not in ("help", "completion", "doctor"):
+        if not __debug__:
+            raise UserError(
+                "python -O takes assertions away, and Hydra's reader of key=value words works inside some",
+                "run without -O, and unset PYTHONOPTIMIZE",
+            )
+        from ssmtrain.config.redact import redact_logging
+
+        redact_logging()
     if name in ("fit", "eval", "generate"):
         _share_the_cpu()
     # Imports make a million objects that live on: looking for garbage among them costs half a second.
@@ -99,7 +108,13 @@ def _cpu_ticks() -> tuple[int, int]:
 
 def _verb(args: list[str]) -> tuple[str, list[str]]:
     """The verb (one or two words) and what follows it."""
-    if not args or args[0] in ("-h", "--help"):
+    if not args:
+        width = max(map(len, VERBS))
+        raise UserError(
+            "a verb is missing; `ssmtrain help` explains them, `ssmtrain fit config=quickstart` is a start",
+            details=[f"  {name.ljust(width)}  {verb.summary}" for name, verb in VERBS.items()],
+        )
+    if args[0] in ("-h", "--help"):
         return "help", args[1:]
     pair = " ".join(args[:2])
     if pair in VERBS:
@@ -222,9 +237,7 @@ def _ended_by(error: BaseException) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return PIPE_CLOSED
     if os.environ.get("SSMTRAIN_DEBUG") == "1":
-        import traceback
-
-        traceback.print_exception(error)
+        _trace(error)
     if isinstance(error, KeyboardInterrupt):
         _say("interrupted")
         return INTERRUPTED
@@ -251,21 +264,29 @@ def _unexpected(error: BaseException) -> int:
         _say(f"{error.filename or 'the disk'}: {error.strerror}")
         return WRONG_INPUT
     if os.environ.get("SSMTRAIN_DEBUG") != "1":
-        import traceback
-
-        traceback.print_exception(error)
+        _trace(error)
     _say(
         "this is a bug in ssmtrain; please report it with the lines above and the output of `ssmtrain doctor`"
     )
     return BUG
 
 
+def _trace(error: BaseException) -> None:
+    import traceback
+
+    from ssmtrain.config.redact import redact
+
+    print(redact("".join(traceback.format_exception(error))), end="", file=sys.stderr)
+
+
 def _say(*lines: str, details: Sequence[str] = ()) -> None:
+    from ssmtrain.config.redact import redact
+
+    # A name out of a stranger's file may hold the codes that move a terminal's cursor or rewrite its lines.
+    told = [f"{'       ' if i else 'error: '}{line}" for i, line in enumerate(lines)]
     try:
-        for i, line in enumerate(lines):
-            print(f"{'       ' if i else 'error: '}{line}", file=sys.stderr)
-        for line in details:
-            print(line, file=sys.stderr)
+        for line in [*told, *details]:
+            print(redact("".join(c if c.isprintable() else repr(c)[1:-1] for c in line)), file=sys.stderr)
         sys.stderr.flush()
     except OSError:
         pass

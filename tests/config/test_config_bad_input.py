@@ -129,23 +129,44 @@ CASES = [
     case("43 environment", plus("name: ${oc.env:AWS_SECRET_ACCESS_KEY}"), "name", "AWS_SECRET_ACCESS_KEY", "allowed"),
     case("43 secret of slurm", plus("name: ${oc.env:SLURM_JWT}"), "SLURM_JWT", "may not be read"),
     case("43 resolver", plus("name: ${oc.create:x}"), "oc.create", "refused"),
+    case("43 with a default", plus("name: '${oc.env:AWS_SECRET_ACCESS_KEY,x}'"), "AWS_SECRET_ACCESS_KEY", "may not be read"),
+    case("43 nested", plus("name: '${oc.env:${recipe}}'"), "name", "not nested ones"),
+    case("43 defaults", f"defaults: [optim: '${{oc.env:AWS_SECRET_ACCESS_KEY}}', _self_]\n{GOOD}", "defaults list", "are refused"),
+    case("43 defaults of a key", f"defaults: ['${{oc.env:AWS_SECRET_ACCESS_KEY}}': a, _self_]\n{GOOD}", "defaults list", "are refused"),
+    word("43 word", "name='${oc.env:AWS_SECRET_ACCESS_KEY}'", "AWS_SECRET_ACCESS_KEY", "may not be read"),
     case("44 target", swap("lr: 0.001", "_target_: os.system"), "optim._target_", "choose a component by its `kind`"),
+    case("45 target that opens", plus("logger: {_target_: builtins.open, file: owned, mode: w}"), "logger._target_", "`kind`"),
+    case("46 target that unpickles", swap("kind: attention,", "kind: attention, _target_: torch.load,"), "A.mixer._target_"),
     case("47 nested target", swap("d_state: 16", "x: [{_target_: torch.load}]"), "mixer.x.0._target_", "`kind`"),
     case("48 partial", swap("lr: 0.001", "_partial_: true"), "optim._partial_", "`kind`"),
+    case("48 args", plus("_args_: [1]"), "_args_", "`kind`"),
+    case("48 recursive", swap("d_model: 64", "d_model: 64\n  _recursive_: false"), "model._recursive_", "`kind`"),
+    word("48 convert on the line", "model.init._convert_=all", "model.init._convert_", "`kind`"),
+    word("48 target on the line", "+optim._target_=os.system", "optim._target_", "`kind`"),
     case("49 tag", plus("name: !!python/object/apply:os.system [id]"), "page.yaml:12", "tag", "refused"),
+    case("49 tag of a key", plus("!!python/name:os.system x: 1"), "page.yaml:12", "a key must be a plain word"),
+    case("49 tag of one's own", plus("name: !include /etc/passwd"), "page.yaml:12", "the tag !include is refused"),
     case("50 alias bomb", "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
         f"{n}: &{n} [{','.join([f'*{m}'] * 9)}]\n" for m, n in zip("abcdef", "bcdefg")), "aliases"),
     case("50 many aliases", "a: &a x\nb: [" + "*a, " * 65 + "]\n", "more than 64 aliases"),
+    case("50 merged aliases", "a: &a {x: 1}\nb: {<<: [" + "*a, " * 65 + "]}\n", "more than 64 aliases"),
     case("50 reference bomb", "a0: xxxxxxxxxx\n" + "".join(f"a{i}: '{f'${{a{i - 1}}}' * 9}'\n" for i in range(1, 12)),
         "grow too large"),
     case("50 reference bomb of mappings", "a0: {x: 1}\n" + "".join(
         f"a{i}: {{x: '${{a{i - 1}}}', z: '${{a{i - 1}}}'}}\n" for i in range(1, 40)), "grow too large"),
     case("51 deep", "a: " + "[" * 10_000, "nested deeper than 32"),
+    case("51 deep mappings", "".join(f"{' ' * i}a:\n" for i in range(40)), "nested deeper than 32"),
+    word("51 deep word", "data.include=" + "[" * 500 + "]" * 500, "data.include=[[[", "nested too deeply"),
+    word("51 deep key", ".".join(["a"] * 2000) + "=1", "a.a.a", "nested too deeply"),
     case("52 large", b"# " + b"x" * 2**20, "larger than 1 MiB"),
     case("53 defaults ring", f"defaults: [page, _self_]\n{GOOD}", "defaults list"),
     case("54 defaults outside", f"defaults: [../../../../etc/passwd, _self_]\n{GOOD}", "etc/passwd"),
     case("55 backslash", f"defaults: ['..\\\\secret', _self_]\n{GOOD}", "secret"),
     case("56 hydra", plus("hydra: {run: {dir: /}}"), "hydra", "no such key"),
+    word("56 hydra word", "hydra.searchpath=[file:///etc]", "hydra", "no such key"),
+    case("56 NUL in a path", plus('runs_dir: "a\\0b"'), "runs_dir", "NUL"),
+    case("56 NUL in a resume", plus('resume: "a\\0b"'), "resume", "NUL"),
+    case("56 NUL in the tokenizer", plus('tokenizer: {kind: file, path: "a\\0b"}'), "tokenizer.path", "NUL"),
     case("57 name outside", plus("name: ../../x"), "name = '../../x'", "expected letters"),
     case("57 name long", plus(f"name: {'x' * 300}"), "name = ", "at most 100"),
     case("57 name newline", plus('name: "a\\nb"'), r"name = 'a\nb'", "expected letters"),
@@ -154,6 +175,9 @@ CASES = [
     case("58 api key", plus("logger: {kind: wandb, api_key: 0123456789}"), "logger.api_key", "does not belong"),
     case("58 token", plus("logger: {kind: wandb, project: hf_abcdefghijklmnopqrst}"), "logger.project", "secret"),
     word("58 word", "logger.password=hunter2", "logger.password", "does not belong"),
+    case("58 the environment's", plus("logger: {kind: wandb, entity: canary-of-aws-0}"), "logger.entity", "secret in the environment"),
+    case("58 signed token", plus(f"generate: {{prompt: eyJ{'a' * 10}.eyJ{'b' * 10}.c}}"), "generate.prompt", "secret"),
+    case("58 wandb key", plus("logger: {kind: wandb, wandb_api_key: hunter2}"), "logger.wandb_api_key", "does not belong"),
     word("59 sweep", "optim.lr=1e-3,2e-3", "--multirun"),
     word("60 empty axis", "optim.lr=choice()", "optim.lr=choice()"),
     case("61 warmup", swap("warmup: 0.1", "warmup: 21"), "schedule.warmup = 21", "20 steps"),
@@ -201,7 +225,7 @@ CASES = [
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary-of-aws-0")
     return tmp_path
 
 
@@ -217,6 +241,12 @@ def test_wrong_input_is_told(one: Case, folder: Path) -> None:
     assert "canary" not in text and "hunter2" not in text and "hf_abc" not in text
     assert all("\n" not in line and len(line) < 500 for line in caught.value.lines), text
     assert os.listdir(folder) == ["page.yaml"]
+
+
+def test_what_the_environment_may_give(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "42")
+    (folder / "page.yaml").write_text(plus("name: job-${oc.env:SLURM_JOB_ID}"))
+    assert load(["config=page.yaml"]).name == "job-42"
 
 
 def test_the_good_page_is_good(folder: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 PIECE = 16 * 2**20
 """Bytes handed to the system at once."""
@@ -114,6 +114,12 @@ def replace_file(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def append_file(path: Path) -> TextIO:
+    """Open a text file to append to (0600 when it is made); OSError for a link, whose target is not ours."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+    return open(os.open(path, flags, 0o600), "a", encoding="utf-8")
 
 
 def json_bytes(data: Any) -> bytes:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ssmtrain.checkpoint.durable import json_bytes, replace_file
 from ssmtrain.config.errors import UserError
+from ssmtrain.config.guard import check_tree
 from ssmtrain.config.identity import default_name
 from ssmtrain.config.schema import RunConfig
 from ssmtrain.config.yaml_reader import read_yaml
@@ -37,7 +38,9 @@ def read_config(folder: Path) -> RunConfig:
     if not path.is_file():
         raise UserError(f"{folder} is not a run folder: it has no {CONFIG}")
     try:
-        return typed(read_yaml(path))
+        tree = read_yaml(path)
+        check_tree(tree)  # a run folder from a stranger is a page like any other
+        return typed(tree)
     except UserError as error:
         raise UserError(f"{path} is not a config of this version:", *error.lines) from None
 
@@ -54,7 +57,9 @@ def read_status(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         status = {}
     fresh = {"status": "unfinished", "step": 0, "tokens": 0}
-    return fresh | status if isinstance(status, dict) else fresh
+    if not isinstance(status, dict) or any(type(status.get(key)) is not type(fresh[key]) for key in fresh):
+        return fresh
+    return status
 
 
 def cut_jsonl(path: Path, step: int) -> int:
@@ -86,4 +91,5 @@ def _is_within(line: bytes, step: int) -> bool:
         record = json.loads(line)
     except ValueError:
         return False
-    return isinstance(record, dict) and record.get("step", 0) <= step
+    at = record.get("step", 0) if isinstance(record, dict) else None
+    return isinstance(at, int) and at <= step

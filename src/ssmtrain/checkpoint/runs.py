@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ssmtrain.checkpoint import lock, store
 from ssmtrain.checkpoint.durable import make_folder, sync_folder
+from ssmtrain.checkpoint.paths import real, refuse_links, why_none
 from ssmtrain.checkpoint.records import (
     CONFIG,
     cut_jsonl,
@@ -112,6 +113,7 @@ def resolve(config: RunConfig) -> Run:
         )
     if not exists:
         _refuse_foreign(folder)
+    refuse_links(folder)
     run = Run(name, folder, config)
     try:
         make_folder(run.checkpoints)
@@ -139,10 +141,12 @@ def open_run(where: str, runs_dir: str = "runs") -> Run:
     """A run (name or folder) or a checkpoint (folder) to read from: newest good checkpoint, no lock."""
     given = Path(where)
     if store.is_name(given.name) and given.is_dir():
-        checkpoint = given.resolve()
+        checkpoint = real(given, "run")
         problems = store.verify(checkpoint)
         if problems:
-            raise UserError(f"{given} is damaged:", *problems)
+            raise UserError(
+                f"{given} is damaged:", *problems[:3], f"the newest good one: run={checkpoint.parent.parent}"
+            )
         folder = checkpoint.parent.parent
         return Run(folder.name, folder, read_config(folder), checkpoint)
     candidates = [given, Path(runs_dir) / where]
@@ -151,11 +155,12 @@ def open_run(where: str, runs_dir: str = "runs") -> Run:
         known = sorted(path.parent.name for path in Path(runs_dir).glob(f"*/{CONFIG}"))
         near = difflib.get_close_matches(where, known, 3, 0.4) or known[-3:]
         hint = f"runs in {runs_dir}: {', '.join(near)}" if near else f"there are no runs in {runs_dir}"
-        raise UserError(f"run={where}: there is no such run", hint)
+        raise UserError(f"run={where}: {why_none(given, 'there is no such run')}", hint)
     run = Run(folder.resolve().name, folder, read_config(folder))
     run.checkpoint = store.newest_good(run.checkpoints, run.notices.append)
     if run.checkpoint is None:
-        raise UserError(f"run={where}: it has no good checkpoint yet", *run.notices)
+        advice = f"train it first: ssmtrain fit config={folder / CONFIG}"
+        raise UserError(f"run={where}: it has no good checkpoint yet", *run.notices[:3], advice)
     return run
 
 
@@ -171,7 +176,7 @@ def locate(config: RunConfig) -> tuple[str, Path]:
         )
     base = Path(config.runs_dir)
     folder = base.joinpath(*parts)
-    if not folder.resolve().is_relative_to(base.resolve()):
+    if not real(folder, "name").is_relative_to(real(base, "runs_dir")):
         raise UserError(f"name: {name} leads out of {base} through a link")
     return name, folder
 
@@ -193,8 +198,15 @@ def _decide(run: Run) -> None:
     for log in LOGS:
         cut_jsonl(run.folder / log, run.step if run.checkpoint else -1)
     write_config(run.folder, run.config)
-    tokens = int(store.load_state(run.checkpoint).get("tokens", 0)) if run.checkpoint else 0
-    run.mark("unfinished", run.step, tokens)
+    run.mark("unfinished", run.step, _tokens(run.checkpoint) if run.checkpoint else 0)
+
+
+def _tokens(checkpoint: Path) -> int:
+    """The tokens that a checkpoint was trained on; Damaged when its state does not say."""
+    tokens = store.load_state(checkpoint).get("tokens")
+    if type(tokens) is not int or tokens < 0:
+        raise store.Damaged(checkpoint, [f"state.json: its tokens are {str(tokens)[:40]!r}"])
+    return tokens
 
 
 def _compare(run: Run) -> None:
@@ -261,10 +273,10 @@ def _newest(run: Run) -> Path | None:
 
 def _named_checkpoint(run: Run) -> Path:
     """The checkpoint of `resume=<folder>`, good and of the same config; no other is tried in its place."""
-    path = Path(run.config.resume).resolve()
+    path = real(Path(run.config.resume), "resume")
     if not store.is_name(path.name) or not path.is_dir():
         raise UserError(
-            f"resume: {run.config.resume} is not a checkpoint folder",
+            f"resume: {run.config.resume} is not a checkpoint folder: {why_none(path, 'no such folder')}",
             "expected auto, never, or a folder such as runs/<name>/checkpoints/step-00000100",
         )
     problems = store.verify(path)
@@ -319,7 +331,7 @@ def _follow(config: RunConfig, name: str, folder: Path) -> Run:
         return Run(name, folder, config, Path(chosen) if chosen else None)
     run = Run(name, folder, config)
     if config.resume not in ("auto", "never"):
-        run.checkpoint = Path(config.resume).resolve()
+        run.checkpoint = real(Path(config.resume), "resume")
     elif (folder / CONFIG).is_file() and not _is_finished(run):
         run.checkpoint = store.newest_good(run.checkpoints, lambda line: None)
     run.notices.clear()

@@ -28,6 +28,10 @@ _DTYPES = {
 }
 
 
+_HEADER_LIMIT = 100_000_000
+"""Bytes of a header beyond which the safetensors library reads no file."""
+
+
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> Written:
     """Write `tensors` (any device, any strides) as safetensors and fsync; one at a time is on the host."""
     # Widest first: every tensor then starts at a multiple of its item size, as readers by mmap want.
@@ -46,11 +50,38 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> Written:
 
 
 def read_shard(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, on the CPU; ValueError if it is not one."""
+    """All tensors of a safetensors file, on the CPU; ValueError if it is not one, or holds a type or a name
+    that no checkpoint has."""
     try:
-        return load_file(path, device="cpu")
-    except SafetensorError as error:
-        raise ValueError(f"{path.name} is not a safetensors file: {error}") from error
+        _refuse_twins(path)
+        found = load_file(path, device="cpu")
+    except (SafetensorError, TypeError, RuntimeError, OverflowError) as error:
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"it is not a safetensors file: {said}") from error
+    for name, tensor in found.items():
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(f"{name[:80]!r} is {tensor.dtype}, which no checkpoint holds")
+    return found
+
+
+def _refuse_twins(path: Path) -> None:
+    """ValueError when a name stands twice in the header: the library takes the last one without a word."""
+
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twin = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"{twin[:80]!r} stands twice in its header")
+        return found
+
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(length) if length <= _HEADER_LIMIT else b""
+    try:
+        json.loads(header, object_pairs_hook=unique)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+        return  # the library says better what is wrong with it
 
 
 def _header(tensors: Mapping[str, Tensor], names: list[str]) -> bytes:

@@ -27,6 +27,7 @@ from torch import Tensor
 from ssmtrain.checkpoint.durable import Written, json_bytes, make_folder, sync_folder, write_file
 from ssmtrain.checkpoint.faults import point
 from ssmtrain.checkpoint.shard import read_shard, write_shard
+from ssmtrain.config.errors import UserError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -49,11 +50,13 @@ class SaveFailed(Exception):
         self.path = path
 
 
-class Damaged(Exception):
+class Damaged(UserError):
     """A checkpoint is not what its manifest says; `problems` has one line per file."""
 
     def __init__(self, path: Path, problems: list[str]) -> None:
-        super().__init__(f"{path} is damaged: " + "; ".join(problems))
+        super().__init__(
+            f"{path} is damaged:", *problems[:3], "use another one: resume=auto takes the newest good"
+        )
         self.path = path
         self.problems = problems
 
@@ -236,11 +239,11 @@ def _publish(temporary: Path, final: Path) -> None:
 def _delete(path: Path) -> bool:
     """Take the name away in one rename, then the files; what a crash leaves is a dead writer's folder."""
     aside = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex}")
-    if path.is_symlink():
-        path.unlink()
-        return True
     try:
         os.replace(path, aside)
+        if aside.is_symlink():  # asked of the name that no one else knows; what it points to stays
+            aside.unlink()
+            return True
         sync_folder(path.parent)
         for name in sorted(os.listdir(aside)):
             os.unlink(aside / name)
@@ -274,9 +277,10 @@ def _manifest(path: Path) -> dict[str, dict[str, Any]]:
     manifest = _read_json(path / MANIFEST)
     version, step, files = (manifest.get(key) for key in ("format", "step", "files"))
     if version != FORMAT:
-        raise ValueError(f"format {version!r} is not one this version reads ({FORMAT})")
+        newer = "; pip install -U ssmtrain" if type(version) is int and version > FORMAT else ""
+        raise ValueError(f"format {str(version)[:40]} is not one this version reads ({FORMAT}){newer}")
     if step != named or isinstance(step, bool):
-        raise ValueError(f"it is of step {step!r}, but the folder is {path.name}")
+        raise ValueError(f"it is of step {str(step)[:40]}, but the folder is {path.name}")
     if not isinstance(files, dict) or STATE not in files:
         raise ValueError(f"it does not list {STATE}")
     for name, entry in files.items():

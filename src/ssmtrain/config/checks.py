@@ -46,6 +46,7 @@ def problems(config: Any, training: bool = False) -> list[str]:
     return [
         *(_limits(config) if training else ()),
         *_name(config),
+        *_paths(config),
         *_model(config.model),
         *_vocabulary(config),
         *_batch(config),
@@ -83,6 +84,19 @@ def _name(config: Any) -> Iterator[str]:
             f"name = {show_value(config.name)}: expected letters, digits, '.', '_' and '-' (at most 100, "
             "starting with a letter or digit), as in name=mine or name=mine/arm"
         )
+
+
+def _paths(config: Any) -> Iterator[str]:
+    """No file system has a name with a NUL in it, and every call that is given one fails in its own way."""
+    paths = {
+        "runs_dir": config.runs_dir,
+        "resume": config.resume,
+        "data.cache_dir": config.data.cache_dir,
+        "tokenizer.path": getattr(config.tokenizer, "path", None),
+    }
+    for key, path in paths.items():
+        if path is not None and "\0" in path:
+            yield f"{key} = {show_value(path)}: a path cannot hold a NUL character; delete it"
 
 
 def _model(model: Any) -> Iterator[str]:
@@ -140,6 +154,8 @@ def _vocabulary(config: Any) -> Iterator[str]:
     size: int | None = BYTES_VOCABULARY
     if tokenizer.kind == "file":
         path = Path(os.path.expanduser(tokenizer.path))
+        if "\0" in tokenizer.path:
+            return  # said among the paths
         if not path.is_file():
             yield f"tokenizer.path = {show_value(tokenizer.path)}: there is no such file"
             return

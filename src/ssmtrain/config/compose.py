@@ -31,7 +31,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ssmtrain.config import schema_file
 from ssmtrain.config.catalog import Page
 from ssmtrain.config.errors import UserError
-from ssmtrain.config.guard import check_tree, walk
+from ssmtrain.config.guard import check_defaults, check_tree, walk
 from ssmtrain.config.words import Word
 from ssmtrain.config.yaml_reader import read_yaml
 
@@ -53,6 +53,7 @@ class PageSource(FileConfigSource):
         """Read one page."""
         file = Path(self.path) / self._normalize_file_name(config_path)
         page = read_yaml(file)
+        check_defaults(page, file.name)
         header = ConfigSource._get_header_dict(file.read_text(encoding="utf-8-sig")[:512])
         return ConfigResult(
             config=OmegaConf.create(page), path=self.full_path(), provider=self.provider, header=header

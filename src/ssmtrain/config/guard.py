@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ssmtrain.config.errors import UserError
+from ssmtrain.config.redact import SECRET_KEY, SECRET_VALUE, environment_secrets
 
 Tree = dict[str, Any]
 
@@ -17,12 +18,6 @@ ENVIRONMENT = re.compile(
 _SECRET_ENVIRONMENT = re.compile(r"KEY|TOKEN|SECRET|PASS|CRED|JWT|AUTH")
 
 _INSTANTIATE = re.compile(r"_[a-z]+_")
-_SECRET_KEY = re.compile(
-    r"(.*[_-])?(api[_-]?key|secret([_-]?(access[_-]?)?key)?|passwo?r?d|passphrase|credentials?"
-    r"|(access|auth|hf|hub|wandb|bearer)?[_-]?token|(access|private)[_-]?key)",
-    re.IGNORECASE,
-)
-_SECRET_VALUE = re.compile(r"(hf_|sk-|ghp_|github_pat_|glpat-|AKIA|xox[abp]-|wandb_v1_)[A-Za-z0-9_-]{12,}")
 _REFERENCE = re.compile(r"\$\{([^{}]*)\}")
 
 MAX_EXPANDED = 50_000
@@ -32,20 +27,35 @@ MAX_EXPANDED = 50_000
 def check_tree(tree: Tree) -> None:
     """Refuse, before anything is resolved, what a page may not contain; UserError names the key."""
     problems: list[str] = []
+    secrets = environment_secrets()
     for path, key, value in walk(tree):
         where = ".".join(path)
         if _INSTANTIATE.fullmatch(key):
             problems.append(f"{where}: a config never names code to call; choose a component by its `kind`")
-        elif _SECRET_KEY.fullmatch(key) and value is not None:
+        elif SECRET_KEY.fullmatch(key) and value is not None:
             problems.append(
                 f"{where}: a secret does not belong in a config (it is copied into the run folder); "
                 "use the service's login or an environment variable"
             )
-        elif isinstance(value, str) and _SECRET_VALUE.search(value):
+        elif isinstance(value, str) and SECRET_VALUE.search(value):
             problems.append(f"{where}: this looks like a secret key; use the service's login instead")
+        elif isinstance(value, str) and any(secret in value for secret in secrets):
+            problems.append(
+                f"{where}: this is a secret in the environment; leave it out, services read it from there"
+            )
     if problems:
         raise UserError(*problems)
     _References(tree).check()
+
+
+def check_defaults(page: Tree, shown: str) -> None:
+    """Refuse references in a page's defaults list: Hydra would resolve them, secrets of the environment
+    included, and name the result in its messages."""
+    listed = page.get("defaults")
+    pairs = list(walk(listed))
+    texts = [listed, *(key for _, key, _ in pairs), *(value for _, _, value in pairs)]
+    if any(isinstance(text, str) and "${" in text for text in texts):
+        raise UserError(f"{shown}: a defaults list names pages; references such as ${{…}} are refused in it")
 
 
 def walk(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str, Any]]:

@@ -76,8 +76,12 @@ def _load(page: Page, texts: list[str], training: bool = False) -> RunConfig:
     from ssmtrain.config.compose import compose
     from ssmtrain.config.words import parse
 
-    words = parse(texts)
-    composed = compose(page, words)
+    try:
+        words = parse(texts)
+        composed = compose(page, words)
+    except RecursionError:
+        longest = max(texts, key=len, default="")
+        raise UserError(f"{longest[:60]}…: nested too deeply") from None
     if any(word.key == "model.layout" for word in words):
         composed.notices.extend(_without_unused_blocks(composed.tree))
     _say(composed.notices)

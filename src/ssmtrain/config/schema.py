@@ -284,6 +284,8 @@ class TrainerConfig(Config):
     """Checkpoints kept; at least 2, so that a damaged newest one has a predecessor."""
     max_nonfinite: Positive = 3
     """Stop (exit 3) after this many non-finite steps in a row; each one is skipped and counted."""
+    load_nonfinite: bool = False
+    """Load a checkpoint that holds NaN or infinity as it is; else it is refused and its tensors are named."""
 
 
 class AutoParallel(Config):

@@ -12,9 +12,9 @@ import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from ssmtrain.config.base import Config
 from ssmtrain.config.errors import UserError
@@ -45,9 +45,9 @@ class Manifest(Config):
     """Token ids are below this."""
     eot: int
     """The token that closes each document."""
-    dtype: str
-    """Type of a token on disk: <u2 or <u4."""
-    shard_tokens: int
+    dtype: Literal["<u2", "<u4"]
+    """Type of a token on disk."""
+    shard_tokens: Annotated[int, Field(gt=0)]
     """Tokens in each shard but a split's last."""
     source: str
     """SHA-256 of the source's fingerprint: which files, how large, and when they last changed."""
@@ -126,7 +126,7 @@ def _make(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
     """Tokenise into a temporary folder beside the final one, then rename it into place."""
     temporary = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
     temporary.mkdir()
-    dtype = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
+    dtype: Literal["<u2", "<u4"] = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
     try:
         splits = {}
         for split, spans in source.splits.items():

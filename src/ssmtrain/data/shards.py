@@ -7,9 +7,10 @@ import os
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Annotated, BinaryIO
 
 import numpy as np
+from pydantic import Field
 
 from ssmtrain.config.base import Config
 from ssmtrain.config.errors import UserError
@@ -21,9 +22,9 @@ SHARD_TOKENS = 2**27
 class ShardEntry(Config):
     """One file of the manifest."""
 
-    file: str
+    file: Annotated[str, Field(pattern=r"^[a-z]+-([0-9]+|documents)\.bin$")]
     """Name inside the folder."""
-    items: int
+    items: Annotated[int, Field(gt=0)]
     """Tokens in it (or document starts)."""
     sha256: str
     """SHA-256 of the file."""

@@ -28,6 +28,7 @@ PACKED = {
     b"\x28\xb5\x2f\xfd": "zstd",
     b"PAR1": "Parquet",
 }
+"""First bytes of what is no text. Nothing is unpacked, so no archive can grow or write outside itself."""
 
 
 class BadText(UserError):
@@ -158,6 +159,8 @@ def _text(data: bytes, file: Member | TextFile, at: int) -> str:
         return text
     offset = min(bad)
     kind = next((k for magic, k in PACKED.items() if at == 0 and data.startswith(magic)), None)
+    if at == 0 and data[257:262] == b"ustar":
+        kind = "tar"
     byte = "a NUL byte" if data[offset] == 0 else f"byte {data[offset]:#04x} is not UTF-8"
     why = f"this is {kind} data, not text" if kind else f"{byte}: this is not plain text"
     raise BadText(f"{getattr(file, 'key', 'data')}: {file.path}:{at + offset}: {why}")

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from ssmtrain.config.errors import NonFinite
 from ssmtrain.config.schema import GenerateConfig
 from ssmtrain.data.tokenizer import Tokenizer
 from ssmtrain.layers.base import Context
@@ -54,6 +55,11 @@ def _tokens(model: HybridModel, prompt: list[int], config: GenerateConfig, seed:
         ctx = Context(states=states)
         logits = model.prefill(torch.tensor([prompt], device=device), ctx)  # (1, V)
         for _ in range(config.max_tokens):
+            if not torch.isfinite(logits.amax(-1)).all():  # a row's largest is NaN where any of it is
+                raise NonFinite(
+                    "the model's logits are not finite: its weights are not, or too large",
+                    "take an earlier checkpoint: run=<run>/checkpoints/step-…",
+                )
             token = choose(logits, config, generator)  # (1,)
             yield int(token)
             logits = model.step(token[:, None], ctx)  # (1, V)
@@ -64,7 +70,8 @@ def stream(
 ) -> Iterator[str]:
     """Continue a prompt piece by piece, until max_tokens or the text's end; an empty one starts a document.
 
-    The pieces joined are the decoded text: a piece is held back while it ends inside a character.
+    The pieces joined are the decoded text: a piece is held back while it ends inside a character. NonFinite
+    when the logits are not finite.
     """
     ids = [int(i) for i in tokenizer.encode(prompt)]
     made: list[int] = []

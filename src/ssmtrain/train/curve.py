@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import json
 import logging
 import math
 from pathlib import Path
 from typing import Any
+
+from ssmtrain.checkpoint.durable import replace_file
 
 log = logging.getLogger(__name__)
 
@@ -23,8 +26,9 @@ def read(path: Path) -> tuple[Points, Points]:
     found: dict[str, Points] = {"train": [], "val": []}
     for record in _records(path):
         kind, bpb = record.get("kind"), record.get("bpb")
-        if kind in found and isinstance(bpb, (int, float)) and math.isfinite(bpb):
-            found[kind].append((record["step"], float(bpb)))
+        step = record.get("step")
+        if kind in found and isinstance(step, int) and isinstance(bpb, (int, float)) and math.isfinite(bpb):
+            found[kind].append((step, float(bpb)))
     return found["train"], found["val"]
 
 
@@ -75,7 +79,9 @@ def picture(path: Path, train: Points, val: Points, marks: dict[str, float]) -> 
         if train or val:
             axes.legend(loc="upper right")
         axes.grid(alpha=0.2)
-        figure.savefig(path, dpi=120)
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format="png", dpi=120)
+        replace_file(path, drawn.getvalue())
     except Exception as error:  # fonts, a full disk, a matplotlib without its parts: no reason to lose a run
         log.warning("no picture of the loss: %s", error)
         return False
@@ -88,4 +94,4 @@ def _records(path: Path) -> list[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         with contextlib.suppress(ValueError):
             found.append(json.loads(line))
-    return found
+    return [record for record in found if isinstance(record, dict)]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import warnings
 from typing import TYPE_CHECKING
 
 import torch
 
+from ssmtrain.checkpoint.reading import no_gpu
 from ssmtrain.checkpoint.runs import Run, resolve
 from ssmtrain.config.errors import FINISHED, NON_FINITE, UNFINISHED, Lost, NonFinite, OutOfMemory, UserError
 from ssmtrain.config.request import Request
@@ -19,6 +21,7 @@ from ssmtrain.kernels import backend
 from ssmtrain.model.count import Counts
 from ssmtrain.model.show import report as picture
 from ssmtrain.parallel import ranks
+from ssmtrain.parallel.agreement import check_launch
 from ssmtrain.train import report
 from ssmtrain.train.clock import Clock
 from ssmtrain.train.signals import Signals
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
 def command(request: Request) -> int:
     """`ssmtrain fit config=…`: find or make the run, say what it will do, train."""
     assert request.config is not None
+    check_launch(place(request.config)[1])
     run = resolve(request.config)
     try:
         for notice in run.notices:
@@ -60,6 +64,11 @@ def fit(config: RunConfig, run: Run) -> int:
     except (MemoryError, RuntimeError) as error:
         if _is_out_of_memory(error):
             raise _out_of_memory(config) from error
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+            port = os.environ.get("MASTER_PORT", "")
+            raise UserError(
+                f"MASTER_PORT={port} is in use", "set another, the same for every rank"
+            ) from error
         if _is_lost_rank(error):
             raise Lost("another rank was lost", f"continue with: {report.how_to_continue(run)}") from error
         raise
@@ -143,11 +152,12 @@ def place(config: RunConfig) -> tuple[str, int]:
     else:
         devices = trainer.devices or gpus
         if not gpus:
-            raise UserError(
-                "trainer.accelerator: gpu asked for and none found", "set trainer.accelerator=cpu"
-            )
+            raise no_gpu()
         if devices > gpus:
-            raise UserError(f"trainer.devices: {devices} asked for, this machine has {gpus} GPUs")
+            raise UserError(
+                f"trainer.devices: {devices} asked for, this machine has {gpus} GPUs",
+                f"set trainer.devices={gpus}",
+            )
     if trainer.cuda_graphs and (accelerator == "cpu" or devices > 1):
         where = "on the CPU" if accelerator == "cpu" else f"on {devices} devices"
         raise UserError(

@@ -8,6 +8,9 @@ import math
 from pathlib import Path
 from typing import Any, Protocol
 
+from ssmtrain.checkpoint.durable import append_file
+from ssmtrain.config.redact import redacted
+
 log = logging.getLogger(__name__)
 
 Record = dict[str, Any]
@@ -32,7 +35,7 @@ class Journal:
 
     def write(self, kind: str, step: int, **figures: Any) -> None:
         """Send one record; a sink that fails is dropped with a warning, because no record is worth a run."""
-        record = {"kind": kind, "step": step, **figures}
+        record = redacted({"kind": kind, "step": step, **figures})
         for sink in list(self.sinks):
             try:
                 sink.write(record)
@@ -54,7 +57,7 @@ class JsonLines:
     """A file of one JSON object per line; what is not finite becomes null, as JSON knows no NaN."""
 
     def __init__(self, path: Path) -> None:
-        self.file = path.open("a", encoding="utf-8")
+        self.file = append_file(path)
 
     def write(self, record: Record) -> None:
         """Append one line and hand it to the system, so that a killed process loses nothing."""

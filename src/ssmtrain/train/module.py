@@ -25,6 +25,7 @@ from ssmtrain.layers.base import Context
 from ssmtrain.model.hybrid import HybridModel, Output
 from ssmtrain.model.init import init_weights
 from ssmtrain.parallel import ranks
+from ssmtrain.parallel.agreement import agree_on_config
 from ssmtrain.parallel.apply import apply
 from ssmtrain.parallel.shard import shard
 from ssmtrain.train import nonfinite, optim, snapshot
@@ -89,6 +90,7 @@ class LitLM(LightningModule):
 
     def configure_model(self) -> None:
         """Build on the meta device, apply what the trainer asks for, then initialise or load."""
+        agree_on_config(self.config)
         with torch.device("meta"):
             model = HybridModel(self.config.model, self.vocab_size)
         self.model = apply(model, self.config.trainer)
@@ -101,7 +103,7 @@ class LitLM(LightningModule):
         if self.checkpoint is None:
             init_weights(self.model, self.config.model.init, self.config.seed)
         else:
-            load_weights(self.checkpoint, self.model)
+            load_weights(self.checkpoint, self.model, self.config.trainer.load_nonfinite)
         if spread.kind == "fsdp":
             shard(self.model, self.trainer.strategy.root_device, spread)
         self._assert_fp32()

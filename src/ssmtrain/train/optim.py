@@ -15,6 +15,12 @@ from ssmtrain.parallel.shard import like, mine
 
 EMBEDDING = "input.weight"
 
+_STATE: dict[type[Optimizer], set[str]] = {
+    torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"},
+    torch.optim.Muon: {"momentum_buffer"},
+}
+"""What each optimiser keeps of a parameter."""
+
 
 def is_decayed(name: str, spec: ParamSpec, config: AnyOptim) -> bool:
     """Whether weight decay applies: where the kind allows it, to the embedding only if asked for."""
@@ -106,15 +112,18 @@ def load_state_tensors(
         parameter = named.get(name)
         if parameter is None:
             problems.append(f"{full}: no such parameter")
-        elif value.ndim and value.shape != parameter.shape:
-            problems.append(
-                f"{full}: {tuple(value.shape)} in the file, {tuple(parameter.shape)} in the model"
-            )
+            continue
+        optimizer, scalar = owner[id(parameter)], key == "step"
+        shape, dtype = (torch.Size(), torch.float32) if scalar else (parameter.shape, parameter.dtype)
+        if key not in _STATE[type(optimizer)]:
+            problems.append(f"{full}: {type(optimizer).__name__} keeps no {key}")
+        elif value.shape != shape or value.dtype != dtype:
+            found = f"{tuple(value.shape)} {value.dtype} in the file"
+            problems.append(f"{full}: {found}, {tuple(shape)} {dtype} in the model")
         else:
-            place = parameter if value.ndim else mine(parameter)
-            owner[id(parameter)].state[parameter][key] = like(value, place)
-    covered = {full.rpartition("/")[0] for full in saved}
-    problems += [f"{name}: no optimizer state in the file" for name in named if saved and name not in covered]
+            optimizer.state[parameter][key] = like(value, mine(parameter) if scalar else parameter)
+    wanted = [f"{n}/{key}" for n, p in named.items() if saved for key in sorted(_STATE[type(owner[id(p)])])]
+    problems += [f"{full}: not in the file" for full in wanted if full not in saved]
     if problems:
         raise ValueError("the optimizer state does not fit the model: " + "; ".join(problems[:5]))
 

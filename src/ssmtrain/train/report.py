@@ -12,6 +12,7 @@ from typing import Any
 
 from ssmtrain.checkpoint.durable import replace_file
 from ssmtrain.checkpoint.runs import Run
+from ssmtrain.config.redact import redact, redacted
 from ssmtrain.config.schema import RunConfig
 from ssmtrain.data.sources import split_text
 from ssmtrain.data.yardsticks import yardsticks
@@ -32,6 +33,7 @@ def measure(config: RunConfig, n_bytes: int) -> dict[str, float]:
 
 def write(run: Run, figures: dict[str, Any], sample: str) -> str:
     """Write report.json, report.md and loss.png into the run's folder; returns the text for the console."""
+    figures, sample = redacted(figures), redact(sample)
     train, val = read(run.metrics)
     drawn = picture(run.folder / "loss.png", train, val, figures.get("yardsticks", {}))
     replace_file(run.folder / "report.json", (json.dumps(finite(figures), indent=2) + "\n").encode())

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import ssmtrain
 from ssmtrain.checkpoint import store
+from ssmtrain.checkpoint.weights import refuse_nonfinite
 from ssmtrain.config.errors import UserError
 from ssmtrain.parallel import ranks
 from ssmtrain.parallel.shard import whole
@@ -59,18 +60,26 @@ def fingerprint(lit: LitLM) -> dict[str, Any]:
 def restore(lit: LitLM, checkpoint: Path) -> RunState:
     """Put optimiser and generators back and return the counters; UserError when the text is another one."""
     state = store.load_state(checkpoint)
-    saved, now = state.get("text") or {}, fingerprint(lit)
+    text, now = state.get("text"), fingerprint(lit)
+    saved = text if isinstance(text, dict) else {}
     if saved != now:
         changed = [
             f"  {key}: {saved.get(key)} then, {now[key]} now" for key in now if saved.get(key) != now[key]
         ]
         raise UserError("data: the text or the tokenizer has changed since the run started", *changed)
     named = dict(lit.model.named_parameters())
+    moments = store.load_tensors(checkpoint, "optim")
+    if not lit.config.trainer.load_nonfinite:
+        refuse_nonfinite(checkpoint, moments)
+    run = _counters(checkpoint, state)
     try:
-        optim.load_state_tensors(lit.opt, named, store.load_tensors(checkpoint, "optim"))
+        optim.load_state_tensors(lit.opt, named, moments)
+        if not moments and run.step > run.nonfinite:
+            raise ValueError("it holds no optimizer state, which training cannot continue without")
     except ValueError as error:
-        raise UserError(f"{checkpoint}: {error}") from None
-    run = RunState.from_dict(state["run"])
+        raise UserError(
+            f"{checkpoint}: {error}", "take another checkpoint with resume=<its folder>"
+        ) from None
     mine = f"rank{ranks.rank()}/"
     generators = {
         key.removeprefix(mine): value
@@ -78,9 +87,24 @@ def restore(lit: LitLM, checkpoint: Path) -> RunState:
         if key.startswith(mine)
     }
     if generators:
-        set_rng_tensors(generators, lit.device)
+        try:
+            set_rng_tensors(generators, lit.device)
+        except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+            said = f"the random states of rank {ranks.rank()} in rng.safetensors cannot be used: {error}"
+            raise store.Damaged(checkpoint, [said.splitlines()[0]]) from None
     else:
         seed_generators(lit.config.seed, ranks.rank(), run.step)
+    return run
+
+
+def _counters(checkpoint: Path, state: dict[str, Any]) -> RunState:
+    """The run's counters, of this checkpoint's step; Damaged when they are not what `take` writes."""
+    try:
+        run = RunState.from_dict(state.get("run") or {})
+    except ValueError as error:
+        raise store.Damaged(checkpoint, [f"state.json: {error}"]) from None
+    if run.step != store.step_of(checkpoint):
+        raise store.Damaged(checkpoint, [f"state.json is of step {run.step}"])
     return run
 
 

@@ -46,9 +46,19 @@ class RunState:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> RunState:
-        """The inverse of as_dict; unknown keys are ignored, so that older programs read newer files."""
-        known = {f.name for f in fields(cls)}
-        return cls(**{key: value for key, value in data.items() if key in known})
+        """The inverse of as_dict; unknown keys are ignored, so that older programs read newer files.
+
+        ValueError names a value that is not what as_dict writes.
+        """
+        if not isinstance(data, dict):
+            raise ValueError("its run is not a mapping")
+        kept = {f.name: data[f.name] for f in fields(cls) if f.name in data}
+        for f in fields(cls):
+            value, kinds = kept.get(f.name, f.default), str(f.type)
+            number = (type(value) is int and value >= 0) or (type(value) is float and "float" in kinds)
+            if not number and not (value is None and "None" in kinds):
+                raise ValueError(f"its run.{f.name} is {str(value)[:40]!r}, expected {kinds}")
+        return cls(**kept)
 
 
 def seed_generators(seed: int, rank: int, step: int) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback
 
+from ssmtrain.config.errors import NonFinite
 from ssmtrain.data.tokenizer import Tokenizer
 from ssmtrain.generate.sampler import printable, sample
 from ssmtrain.parallel import ranks
@@ -22,7 +23,10 @@ def draw(lit: LitLM, tokenizer: Tokenizer, max_tokens: int | None = None) -> str
     with forked_rng(lit.device), lit.autocast(), on_first(lit.model) as model:
         if model is None:
             return ""
-        text = sample(model, tokenizer, page.prompt, page, lit.config.seed + lit.state.step)
+        try:
+            text = sample(model, tokenizer, page.prompt, page, lit.config.seed + lit.state.step)
+        except NonFinite as error:  # what to do about it is for the steps to say
+            return f"(none: {error.lines[0]})"
         return printable(page.prompt + text)
 
 

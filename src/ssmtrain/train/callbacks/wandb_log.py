@@ -7,6 +7,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from ssmtrain.checkpoint.durable import replace_file
+from ssmtrain.config.redact import redact, redacted
 from ssmtrain.config.schema import RunConfig, WandbLogger, dump
 from ssmtrain.train.journal import Record, finite
 
@@ -47,12 +49,20 @@ def open_wandb(page: WandbLogger, config: RunConfig, name: str, folder: Path) ->
             id=run_id,
             resume="allow",
             dir=str(folder),
-            config=dump(config),
-            settings=wandb.Settings(init_timeout=INIT_TIMEOUT, console="off", silent=True),
+            config=redacted(dump(config)),
+            settings=wandb.Settings(
+                init_timeout=INIT_TIMEOUT,
+                console="off",
+                silent=True,
+                # The address of a git remote can hold a token, and a diff anything at all.
+                disable_git=True,
+                disable_code=True,
+            ),
         )
     except Exception as error:  # a missing key, no network, a service that answers nonsense
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        log.warning("Weights & Biases is not available (%s): metrics.jsonl has everything", reason)
+        said = redact(reason)
+        log.warning("Weights & Biases is not available (%s): metrics.jsonl has everything", said)
         return None
     return WandbSink(run)
 
@@ -83,5 +93,5 @@ def _run_id(folder: Path, name: str) -> str:
         return path.read_text().strip()
     run_id = secrets.token_hex(8)
     with contextlib.suppress(OSError):
-        path.write_text(run_id)
+        replace_file(path, run_id.encode())
     return run_id
