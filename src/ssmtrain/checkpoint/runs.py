@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ssmtrain.checkpoint import lock, store
+from ssmtrain.checkpoint.choose import choose
 from ssmtrain.checkpoint.durable import make_folder, sync_folder
 from ssmtrain.checkpoint.records import (
     CONFIG,
@@ -27,6 +28,7 @@ from ssmtrain.checkpoint.records import (
 )
 from ssmtrain.config.errors import UserError
 from ssmtrain.config.identity import default_name, differences, may_change
+from ssmtrain.config.reference import BEST, parse
 from ssmtrain.config.schema import RunConfig
 
 DECISION = "SSMTRAIN_RUN"
@@ -135,9 +137,13 @@ def resolve(config: RunConfig) -> Run:
     return run
 
 
-def open_run(where: str, runs_dir: str = "runs") -> Run:
-    """A run (name or folder) or a checkpoint (folder) to read from: newest good checkpoint, no lock."""
-    given = Path(where)
+def open_run(where: str, runs_dir: str = "runs", word: str = "run") -> Run:
+    """A run (name or folder, @step-<number> or @best behind it) or a checkpoint (folder) to read from, no lock.
+
+    Without @ it is the newest good checkpoint; `word` is what the line calls it, for errors.
+    """
+    named = parse(where, word)
+    where, given = named.where, Path(named.where)
     if store.is_name(given.name) and given.is_dir():
         checkpoint = given.resolve()
         problems = store.verify(checkpoint)
@@ -151,11 +157,9 @@ def open_run(where: str, runs_dir: str = "runs") -> Run:
         known = sorted(path.parent.name for path in Path(runs_dir).glob(f"*/{CONFIG}"))
         near = difflib.get_close_matches(where, known, 3, 0.4) or known[-3:]
         hint = f"runs in {runs_dir}: {', '.join(near)}" if near else f"there are no runs in {runs_dir}"
-        raise UserError(f"run={where}: there is no such run", hint)
+        raise UserError(f"{word}={where}: there is no such run", hint)
     run = Run(folder.resolve().name, folder, read_config(folder))
-    run.checkpoint = store.newest_good(run.checkpoints, run.notices.append)
-    if run.checkpoint is None:
-        raise UserError(f"run={where}: it has no good checkpoint yet", *run.notices)
+    run.checkpoint = choose(folder, named, word, run.notices.append)
     return run
 
 
@@ -164,6 +168,7 @@ def locate(config: RunConfig) -> tuple[str, Path]:
     name = default_name(config) if config.name is None else config.name
     parts = name.split("/")
     bad = [part for part in parts if not _PART.fullmatch(part) or part in _RESERVED]
+    bad += [part for part in parts[1:] if part == BEST]
     if bad or len(parts) > 2:
         raise UserError(
             f"name: {name[:100]!r} cannot be a folder of its own under runs_dir",

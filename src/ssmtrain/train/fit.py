@@ -189,10 +189,10 @@ def _callbacks(lit: LitLM, run: Run, tokenizer: Tokenizer, counts: Counts) -> li
     if page.health_every:
         found.append(Health(page.health_every))
     if page.val_every:
-        found.append(Validation(page.val_every, page.val_tokens))
+        found.append(Validation(page.val_every))
     if page.sample_every:
         found.append(Samples(tokenizer, page.sample_every))
-    return [*found, Saving(run, page.save_every, page.keep_last), console]
+    return [*found, Saving(run, page.save_every, page.keep_last, page.keep_every), console]
 
 
 def _trainer(
