@@ -17,6 +17,8 @@ class Verb:
     flags: dict[str, str] = field(default_factory=dict)
     """Flag -> what it does; a flag whose text starts with = takes a value."""
     example: str = ""
+    words: dict[str, str] = field(default_factory=dict)
+    """Words of the line that are this verb's own and no keys of the config -> =VALUE and what they do."""
 
 
 _JSON = {"json": "print JSON"}
@@ -31,6 +33,10 @@ VERBS: dict[str, Verb] = {
             "json": "with --multirun: print JSON",
         },
         "ssmtrain fit config=quickstart optim.lr=2e-3",
+        {
+            "from": "=RUN[@step-N|@best] fork it: keep its weights, optimiser, step and place in the data",
+            "init": "=RUN|EXPORT begin at step 0 from its weights alone",
+        },
     ),
     "show": Verb(
         "print a recipe's layers, parameters, FLOPs, state and memory",

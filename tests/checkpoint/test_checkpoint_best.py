@@ -74,7 +74,11 @@ def test_a_link_is_only_a_name(tmp_path: Path) -> None:
 
 def test_intervals_and_the_best_outlive_the_newest(train: Train, tmp_path: Path) -> None:  # noqa: F811
     code, folder = train(
-        trainer__save_every=1, trainer__val_every=1, trainer__keep_every=3, optim__lr=3.0, trainer__max_steps=7
+        trainer__save_every=1,
+        trainer__val_every=1,
+        trainer__keep_every=3,
+        optim__lr=3.0,
+        trainer__max_steps=7,
     )
     assert code == 0
     losses = {record["step"]: record["loss"] for record in records(folder, "val")}
@@ -112,7 +116,9 @@ def test_a_reference_names_a_checkpoint(tmp_path: Path) -> None:
 def test_steps_that_are_not_there_name_the_nearest(train: Train, tmp_path: Path) -> None:  # noqa: F811
     _, folder = train(trainer__save_every=2, trainer__keep_last=9, trainer__val_every=3)
     assert open_run(f"{folder}@step-4").step == 4
-    with pytest.raises(UserError, match=r"there is no such checkpoint\nthe nearest: .*@step-2, .*@step-4, .*@step-6;"):
+    with pytest.raises(
+        UserError, match=r"there is no such checkpoint\nthe nearest: .*@step-2, .*@step-4, .*@step-6;"
+    ):
         open_run(f"{folder}@step-3")
     shard = folder / "checkpoints" / "step-00000004" / "model.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1] + b"!")

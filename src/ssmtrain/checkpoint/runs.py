@@ -17,6 +17,7 @@ from pathlib import Path
 from ssmtrain.checkpoint import lock, store
 from ssmtrain.checkpoint.choose import choose
 from ssmtrain.checkpoint.durable import make_folder, sync_folder
+from ssmtrain.checkpoint.origins import open_origin
 from ssmtrain.checkpoint.records import (
     CONFIG,
     cut_jsonl,
@@ -62,6 +63,8 @@ class Run:
     checkpoint: Path | None = None
     finished: bool = False
     """The run had reached its end before; there is nothing to do."""
+    origin: Path | None = None
+    """The checkpoint of another run to begin from, where this one has none of its own yet."""
     notices: list[str] = field(default_factory=list)
     """Lines for the user, rank 0 only."""
     held: lock.Lock | None = None
@@ -132,8 +135,9 @@ def resolve(config: RunConfig) -> Run:
     except BaseException:
         run.close()
         raise
-    decision = {"folder": str(folder), "checkpoint": str(run.checkpoint) if run.checkpoint else None}
-    os.environ[DECISION] = json.dumps(decision)
+    chosen = {"checkpoint": run.checkpoint, "origin": run.origin}
+    paths = {key: str(path) if path else None for key, path in chosen.items()}
+    os.environ[DECISION] = json.dumps({"folder": str(folder), **paths})
     return run
 
 
@@ -195,6 +199,8 @@ def _decide(run: Run) -> None:
         run.checkpoint = _named_checkpoint(run)
     elif existing:
         run.checkpoint = _newest(run)
+    if run.checkpoint is None and run.config.origin is not None:
+        run.origin = open_origin(run.config)
     for log in LOGS:
         cut_jsonl(run.folder / log, run.step if run.checkpoint else -1)
     write_config(run.folder, run.config)
@@ -320,13 +326,15 @@ def _follow(config: RunConfig, name: str, folder: Path) -> Run:
     """A rank above 0: rank 0's decision when it started this process, else the same decision, read only."""
     decision = json.loads(os.environ.get(DECISION, "{}"))
     if decision.get("folder") == str(folder):
-        chosen = decision["checkpoint"]
-        return Run(name, folder, config, Path(chosen) if chosen else None)
+        paths = {key: Path(decision[key]) for key in ("checkpoint", "origin") if decision[key]}
+        return Run(name, folder, config, **paths)
     run = Run(name, folder, config)
     if config.resume not in ("auto", "never"):
         run.checkpoint = Path(config.resume).resolve()
     elif (folder / CONFIG).is_file() and not _is_finished(run):
         run.checkpoint = store.newest_good(run.checkpoints, lambda line: None)
+    if run.checkpoint is None and config.origin is not None:
+        run.origin = open_origin(config)
     run.notices.clear()
     return run
 

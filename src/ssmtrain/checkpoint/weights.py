@@ -5,16 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ssmtrain.checkpoint import store
+from ssmtrain.checkpoint.exported import read_export
 from ssmtrain.config.errors import UserError
 from ssmtrain.config.schema import RunConfig
 from ssmtrain.model.hybrid import HybridModel
 
 
+def saved_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """Parameters and buffers by name, on the CPU, of a checkpoint or of an export's file."""
+    if checkpoint.is_file():
+        return read_export(checkpoint)
+    return store.load_tensors(checkpoint, "model")
+
+
 def load_weights(checkpoint: Path, model: HybridModel) -> None:
-    """Copy the checkpoint's parameters and buffers into the model; UserError when they do not fit it."""
-    saved = store.load_tensors(checkpoint, "model")
+    """Copy saved parameters and buffers into the model; UserError when they do not fit it."""
+    saved = saved_weights(checkpoint)
     own = model.state_dict()
     problems = [f"{name} is missing" for name in own if name not in saved]
     problems += [f"{name} is not in the model" for name in saved if name not in own]

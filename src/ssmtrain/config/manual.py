@@ -76,6 +76,8 @@ def _verb(name: str) -> list[str]:
     for flag, text in verb.flags.items():
         shown = f"--{flag} {text[1:].split()[0]}" if text.startswith("=") else f"--{flag}"
         lines.append(f"  {shown.ljust(18)} {text.split(' ', 1)[1] if text.startswith('=') else text}")
+    for word, text in verb.words.items():
+        lines.append(f"  {(word + text.split()[0]).ljust(18)} {text.split(' ', 1)[1]}")
     if verb.example:
         lines += ["", f"  {verb.example}"]
     if verb.takes.startswith("config"):

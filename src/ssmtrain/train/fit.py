@@ -88,7 +88,7 @@ def _fit(config: RunConfig, run: Run, signals: Signals, clock: Clock) -> int:
     from ssmtrain.train.callbacks.ending import Ending
     from ssmtrain.train.module import LitLM
 
-    lit = LitLM(config, vocab, data, signals, clock, run.checkpoint)
+    lit = LitLM(config, vocab, data, signals, clock, run.checkpoint, run.origin)
     ending = Ending(run, tokenizer, counts.params.total)
     trainer = _trainer(config, run, accelerator, devices, [*_callbacks(lit, run, tokenizer, counts), ending])
     return _train(trainer, lit, run, ending)

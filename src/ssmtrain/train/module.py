@@ -63,11 +63,12 @@ class LitLM(LightningModule):
         signals: Signals,
         clock: Clock,
         checkpoint: Path | None = None,
+        origin: Path | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.config, self.vocab_size, self.text, self.signals = config, vocab_size, data, signals
-        self.checkpoint = checkpoint
+        self.checkpoint, self.origin = checkpoint, origin
         self.horizon = horizon(config.trainer)
         self.state = RunState()
         self.journal = Journal()
@@ -96,12 +97,13 @@ class LitLM(LightningModule):
         # A model that is too large for a device is made in the host's memory, whole, and cut from there.
         self.model.to_empty(device="cpu" if spread.kind == "fsdp" else self.device)
         # Rank 0 decides where to continue; the others must not find out for themselves.
-        path = ranks.from_first(str(self.checkpoint) if self.checkpoint else None)
-        self.checkpoint = Path(path) if path else None
-        if self.checkpoint is None:
+        own, other = (ranks.from_first(str(p) if p else None) for p in (self.checkpoint, self.origin))
+        self.checkpoint, self.origin = (Path(path) if path else None for path in (own, other))
+        start = self.checkpoint or self.origin
+        if start is None:
             init_weights(self.model, self.config.model.init, self.config.seed)
         else:
-            load_weights(self.checkpoint, self.model)
+            load_weights(start, self.model)
         if spread.kind == "fsdp":
             shard(self.model, self.trainer.strategy.root_device, spread)
         self._assert_fp32()
@@ -123,6 +125,8 @@ class LitLM(LightningModule):
         """Continue from the checkpoint, or seed the generators."""
         if self.checkpoint is not None:
             self.state = snapshot.restore(self, self.checkpoint)
+        elif self.origin is not None and self.config.origin and self.config.origin.kind == "fork":
+            self.state = snapshot.begin(self, self.origin)
         else:
             seed_generators(self.config.seed, ranks.rank(), 0)
         self.clock.before = self.state.seconds

@@ -12,6 +12,7 @@ from typing import Any
 
 from ssmtrain.checkpoint.durable import replace_file
 from ssmtrain.checkpoint.runs import Run
+from ssmtrain.config.origin import describe
 from ssmtrain.config.schema import RunConfig
 from ssmtrain.data.sources import split_text
 from ssmtrain.data.yardsticks import yardsticks
@@ -42,6 +43,7 @@ def write(run: Run, figures: dict[str, Any], sample: str) -> str:
         f"# {run.name}",
         "",
         summary(figures),
+        *describe(run.config.origin),
         "",
         *(f"- {line}" for line in scores),
         "",
@@ -63,6 +65,7 @@ def write(run: Run, figures: dict[str, Any], sample: str) -> str:
             *curve,
             "",
             summary(figures),
+            *describe(run.config.origin),
             *scores,
             "",
             "Sample:",

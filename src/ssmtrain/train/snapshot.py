@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import platform
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,8 @@ from ssmtrain.train.state import RunState, rng_tensors, seed_generators, set_rng
 
 if TYPE_CHECKING:
     from ssmtrain.train.module import LitLM
+
+log = logging.getLogger(__name__)
 
 Tensors = dict[str, dict[str, Tensor]]
 
@@ -40,6 +44,8 @@ def take(lit: LitLM) -> tuple[Tensors, dict[str, Any]]:
         "tokens": lit.state.tokens,
         "run": lit.state.as_dict(),
         "text": fingerprint(lit),
+        "seq_len": lit.config.data.seq_len,
+        "tokenizer": lit.text.prepared.manifest.tokenizer,
         "world": ranks.world(),
         "versions": {
             "ssmtrain": ssmtrain.__version__,
@@ -65,12 +71,49 @@ def restore(lit: LitLM, checkpoint: Path) -> RunState:
             f"  {key}: {saved.get(key)} then, {now[key]} now" for key in now if saved.get(key) != now[key]
         ]
         raise UserError("data: the text or the tokenizer has changed since the run started", *changed)
+    run = RunState.from_dict(state["run"])
+    _load_optimizers(lit, checkpoint)
+    _load_generators(lit, checkpoint, run.step)
+    return run
+
+
+def begin(lit: LitLM, checkpoint: Path) -> RunState:
+    """What a fork keeps of another run's checkpoint: optimiser, generators, step and place in the data.
+
+    On another text the rows begin at the first; what the other run counted of itself is left to it.
+    UserError when the tokenizer's content has changed.
+    """
+    state = store.load_state(checkpoint)
+    run = RunState.from_dict(state["run"])
+    own = {"nonfinite": 0, "seconds": 0.0, "best_val": None, "best_step": None, "save_failures": 0}
+    run = replace(run, **own)  # type: ignore[arg-type]  # fields of RunState
+    tokenizer = lit.text.prepared.manifest.tokenizer
+    if state.get("tokenizer", tokenizer) != tokenizer:
+        raise UserError("tokenizer: its content has changed since the run forked from was trained")
+    same = state.get("text") == fingerprint(lit) and state.get("seq_len") == lit.config.data.seq_len
+    if not same:
+        log.info("the data is not that of the run forked from: it is read from its beginning")
+        run.rows = 0
+    if state.get("weights_only"):
+        log.info("%s has weights alone: the optimiser begins anew", checkpoint)
+        seed_generators(lit.config.seed, ranks.rank(), run.step)
+    else:
+        _load_optimizers(lit, checkpoint)
+        _load_generators(lit, checkpoint, run.step)
+    lit.journal.write("fork", run.step, path=str(checkpoint), data="kept" if same else "from its beginning")
+    return run
+
+
+def _load_optimizers(lit: LitLM, checkpoint: Path) -> None:
     named = dict(lit.model.named_parameters())
     try:
         optim.load_state_tensors(lit.opt, named, store.load_tensors(checkpoint, "optim"))
     except ValueError as error:
         raise UserError(f"{checkpoint}: {error}") from None
-    run = RunState.from_dict(state["run"])
+
+
+def _load_generators(lit: LitLM, checkpoint: Path, step: int) -> None:
+    """This rank's generators; a rank that the checkpoint does not know is seeded."""
     mine = f"rank{ranks.rank()}/"
     generators = {
         key.removeprefix(mine): value
@@ -80,8 +123,7 @@ def restore(lit: LitLM, checkpoint: Path) -> RunState:
     if generators:
         set_rng_tensors(generators, lit.device)
     else:
-        seed_generators(lit.config.seed, ranks.rank(), run.step)
-    return run
+        seed_generators(lit.config.seed, ranks.rank(), step)
 
 
 def _on_group_device(tensor: Tensor, device: torch.device) -> Tensor:
