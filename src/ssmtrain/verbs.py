@@ -22,6 +22,7 @@ class Verb:
 
 
 _JSON = {"json": "print JSON"}
+_EMA = {"weights": "=ema the moving average of the weights, where the run has one"}
 
 VERBS: dict[str, Verb] = {
     "fit": Verb(
@@ -51,6 +52,7 @@ VERBS: dict[str, Verb] = {
         "config or run",
         {"prompt": "=TEXT the text to continue", **_JSON},
         'ssmtrain generate run=quickstart-1a2b3c --prompt "It is a truth"',
+        _EMA,
     ),
     "eval": Verb(
         "loss, perplexity and bits per byte of a run on a split or a file",
@@ -58,6 +60,7 @@ VERBS: dict[str, Verb] = {
         "config or run",
         {"split": "=NAME train or val (default)", "file": "=PATH a text file instead", **_JSON},
         "ssmtrain eval run=quickstart-1a2b3c --file my.txt",
+        _EMA,
     ),
     "prepare": Verb(
         "turn a recipe's text into token shards (fit does it by itself)",

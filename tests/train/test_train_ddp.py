@@ -64,23 +64,25 @@ def test_one_two_and_one_ranks_train_as_one(
     kind: str, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One process for two steps, two for some, one to the end: the tokens and losses of an unbroken run."""
-    _, whole = train(name="whole")
+    _, whole = train(name="whole", ema__decay=0.5)
     monkeypatch.setenv(faults.VARIABLE, "after_optimizer:1:TERM")
     faults._passed.clear()
-    assert train(name="parts")[0] == 75
+    assert train(name="parts", ema__decay=0.5)[0] == 75
     monkeypatch.delenv(faults.VARIABLE)
     # One rank only is told to stop: both finish the step, save once, and end with 75.
-    code, folder, said = two_ranks(tmp_path, "1", "after_optimizer:3:TERM", name="parts", parallel__kind=kind)
+    changes = {"name": "parts", "ema__decay": 0.5}
+    code, folder, said = two_ranks(tmp_path, "1", "after_optimizer:3:TERM", parallel__kind=kind, **changes)
     assert code == 75, said
     assert said.count("saved at step") == 1
     assert 4 <= len(ledger(folder)) < 8
-    assert train(name="parts")[0] == 0
+    assert train(**changes)[0] == 0
     assert [e["samples"] for e in ledger(folder)] == [e["samples"] for e in ledger(whole)]
     assert losses(folder) == pytest.approx(losses(whole), rel=2e-6)
     assert norms(folder) == pytest.approx(norms(whole), rel=1e-5)
-    one, two = weights(whole, 8), weights(folder, 8)
-    for name, tensor in one.items():
-        assert tensor.allclose(two[name], rtol=1e-3, atol=1e-4), name
+    for stem in ("model", "ema"):
+        one, two = weights(whole, 8, stem), weights(folder, 8, stem)
+        for name, tensor in one.items():
+            assert tensor.allclose(two[name], rtol=1e-3, atol=1e-4), (stem, name)
 
 
 def test_replicas_divide_the_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,8 @@ from pathlib import Path
 from ssmtrain.checkpoint import lock, store
 from ssmtrain.checkpoint.choose import choose
 from ssmtrain.checkpoint.durable import make_folder, sync_folder
-from ssmtrain.checkpoint.origins import open_origin
+from ssmtrain.checkpoint.exported import files, is_export, open_export
+from ssmtrain.checkpoint.origins import config_of, open_origin
 from ssmtrain.checkpoint.records import (
     CONFIG,
     cut_jsonl,
@@ -73,6 +74,11 @@ class Run:
     def step(self) -> int:
         """The step of `checkpoint`; 0 without one."""
         return store.step_of(self.checkpoint) if self.checkpoint else 0
+
+    @property
+    def page(self) -> Path:
+        """Its config, a page for config=."""
+        return files(self.folder).page
 
     @property
     def checkpoints(self) -> Path:
@@ -155,6 +161,9 @@ def open_run(where: str, runs_dir: str = "runs", word: str = "run") -> Run:
             raise UserError(f"{given} is damaged:", *problems)
         folder = checkpoint.parent.parent
         return Run(folder.name, folder, read_config(folder), checkpoint)
+    if is_export(given):
+        export = open_export(given, word)
+        return Run(given.name, given, config_of(export.page), export.file)
     candidates = [given, Path(runs_dir) / where]
     folder = next((path for path in candidates if (path / CONFIG).is_file()), Path())
     if folder == Path():

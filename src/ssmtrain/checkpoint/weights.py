@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -14,16 +15,41 @@ from ssmtrain.config.schema import RunConfig
 from ssmtrain.model.hybrid import HybridModel
 
 
-def saved_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """Parameters and buffers by name, on the CPU, of a checkpoint or of an export's file."""
+EMA = "ema"
+"""What weights= is to name for the moving average in place of the weights that trained."""
+
+
+def wants_ema(words: Mapping[str, str]) -> bool:
+    """Whether a line says weights=ema; UserError for any other text."""
+    text = words.get("weights", EMA)
+    if text != EMA:
+        raise UserError(f"weights={text}: expected {EMA}; without it the weights are those that trained")
+    return "weights" in words
+
+
+def saved_weights(checkpoint: Path, ema: bool = False) -> dict[str, Tensor]:
+    """Parameters and buffers by name, on the CPU, of a checkpoint or of an export's file.
+
+    With `ema` the parameters are their moving averages; UserError where none were saved.
+    """
     if checkpoint.is_file():
+        if ema:
+            raise UserError(f"weights={EMA}: {checkpoint} holds one set of weights, as it was exported")
         return read_export(checkpoint)
-    return store.load_tensors(checkpoint, "model")
+    tensors = store.load_tensors(checkpoint, "model")
+    if not ema:
+        return tensors
+    if not store.load_state(checkpoint).get("ema"):
+        raise UserError(
+            f"weights={EMA}: {checkpoint} has no moving average of the weights",
+            "train with ema.decay=0.999, and see ema.start for the step at which it begins",
+        )
+    return tensors | store.load_tensors(checkpoint, "ema")
 
 
-def load_weights(checkpoint: Path, model: HybridModel) -> None:
+def load_weights(checkpoint: Path, model: HybridModel, ema: bool = False) -> None:
     """Copy saved parameters and buffers into the model; UserError when they do not fit it."""
-    saved = saved_weights(checkpoint)
+    saved = saved_weights(checkpoint, ema)
     own = model.state_dict()
     problems = [f"{name} is missing" for name in own if name not in saved]
     problems += [f"{name} is not in the model" for name in saved if name not in own]
@@ -39,10 +65,12 @@ def load_weights(checkpoint: Path, model: HybridModel) -> None:
             tensor.copy_(saved[name])
 
 
-def load_model(checkpoint: Path, config: RunConfig, vocab_size: int, device: torch.device) -> HybridModel:
+def load_model(
+    checkpoint: Path, config: RunConfig, vocab_size: int, device: torch.device, ema: bool = False
+) -> HybridModel:
     """The trained model on `device` in evaluation mode; UserError when the checkpoint does not fit it."""
     with torch.device("meta"):
         model = HybridModel(config.model, vocab_size)
     model.to_empty(device=device)
-    load_weights(checkpoint, model)
+    load_weights(checkpoint, model, ema)
     return model.eval()

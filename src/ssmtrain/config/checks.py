@@ -193,6 +193,8 @@ def _schedule(config: Any) -> Iterator[str]:
         steps = -(-trainer.max_tokens // trainer.global_batch)
     else:
         return
+    if config.ema is not None and config.ema.start >= steps:
+        yield f"ema.start = {config.ema.start}: the run ends at step {steps}, so there would be no average"
     total = steps * (trainer.global_batch if schedule.unit == "tokens" else 1)
     warmup = _units(schedule.warmup, total)
     if warmup > total:

@@ -171,6 +171,7 @@ def place(config: RunConfig) -> tuple[str, int]:
 
 def _callbacks(lit: LitLM, run: Run, tokenizer: Tokenizer, counts: Counts) -> list[Callback]:
     """What happens after a step, in this order; figures before the save, so that it holds them."""
+    from ssmtrain.train.callbacks.averaging import Averaging
     from ssmtrain.train.callbacks.console import Console
     from ssmtrain.train.callbacks.health import Health
     from ssmtrain.train.callbacks.ledger import Ledger, wanted
@@ -183,6 +184,8 @@ def _callbacks(lit: LitLM, run: Run, tokenizer: Tokenizer, counts: Counts) -> li
     page = lit.config.trainer
     console = Console()
     found: list[Callback] = [Sinks(run, console)]
+    if lit.config.ema is not None:
+        found.append(Averaging())
     if wanted():
         found.append(Ledger(run.ledger))
     found.append(Metrics(page.log_every, counts.flops.total))

@@ -29,6 +29,7 @@ from ssmtrain.parallel.apply import apply
 from ssmtrain.parallel.shard import shard
 from ssmtrain.train import nonfinite, optim, snapshot
 from ssmtrain.train.clock import Clock
+from ssmtrain.train.ema import Ema
 from ssmtrain.train.graph import Graphs, Pass
 from ssmtrain.train.journal import Journal
 from ssmtrain.train.schedule import horizon, lr_at
@@ -83,6 +84,7 @@ class LitLM(LightningModule):
         self.stop: str | None = None
         """Why no further step is taken: "finished", "signal" or "seconds"."""
         self.graphs: Graphs | None = None
+        self.ema: Ema | None = None
         self.on_gradients: list[Callable[[], None]] = []
         """Called with the whole gradient in place, before it is clipped."""
 
@@ -123,12 +125,16 @@ class LitLM(LightningModule):
 
     def on_fit_start(self) -> None:
         """Continue from the checkpoint, or seed the generators."""
+        if self.config.ema is not None:
+            self.ema = Ema(self.config.ema, dict(self.model.named_parameters()))
         if self.checkpoint is not None:
             self.state = snapshot.restore(self, self.checkpoint)
         elif self.origin is not None and self.config.origin and self.config.origin.kind == "fork":
             self.state = snapshot.begin(self, self.origin)
         else:
             seed_generators(self.config.seed, ranks.rank(), 0)
+        if self.ema is not None:
+            self.ema.begin(self.state.step)
         self.clock.before = self.state.seconds
         self.parameters_list = list(self.model.parameters())
         if self.config.trainer.cuda_graphs:

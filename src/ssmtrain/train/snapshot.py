@@ -39,11 +39,15 @@ def take(lit: LitLM) -> tuple[Tensors, dict[str, Any]]:
         "optim": whole(optim.state_tensors(lit.opt, named)),
         "rng": generators,
     }
+    averages = lit.ema.shadow if lit.ema is not None else {}
+    if averages:
+        tensors["ema"] = whole(averages)
     state = {
         "step": lit.state.step,
         "tokens": lit.state.tokens,
         "run": lit.state.as_dict(),
         "text": fingerprint(lit),
+        "ema": bool(averages),
         "seq_len": lit.config.data.seq_len,
         "tokenizer": lit.text.prepared.manifest.tokenizer,
         "world": ranks.world(),
@@ -73,6 +77,7 @@ def restore(lit: LitLM, checkpoint: Path) -> RunState:
         raise UserError("data: the text or the tokenizer has changed since the run started", *changed)
     run = RunState.from_dict(state["run"])
     _load_optimizers(lit, checkpoint)
+    _load_averages(lit, checkpoint, state)
     _load_generators(lit, checkpoint, run.step)
     return run
 
@@ -99,6 +104,7 @@ def begin(lit: LitLM, checkpoint: Path) -> RunState:
         seed_generators(lit.config.seed, ranks.rank(), run.step)
     else:
         _load_optimizers(lit, checkpoint)
+        _load_averages(lit, checkpoint, state)
         _load_generators(lit, checkpoint, run.step)
     lit.journal.write("fork", run.step, path=str(checkpoint), data="kept" if same else "from its beginning")
     return run
@@ -108,6 +114,16 @@ def _load_optimizers(lit: LitLM, checkpoint: Path) -> None:
     named = dict(lit.model.named_parameters())
     try:
         optim.load_state_tensors(lit.opt, named, store.load_tensors(checkpoint, "optim"))
+    except ValueError as error:
+        raise UserError(f"{checkpoint}: {error}") from None
+
+
+def _load_averages(lit: LitLM, checkpoint: Path, state: dict[str, Any]) -> None:
+    """The moving average, where there is one to go on with; otherwise it begins where it is said to."""
+    if lit.ema is None or not state.get("ema"):
+        return
+    try:
+        lit.ema.load(store.load_tensors(checkpoint, "ema"))
     except ValueError as error:
         raise UserError(f"{checkpoint}: {error}") from None
 
