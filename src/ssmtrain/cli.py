@@ -177,6 +177,8 @@ def _request(name: str, verb: Verb, flags: dict[str, Any], words: list[str]) -> 
             if own:
                 raise UserError(f"{next(iter(own))}= begins one run at a time: leave out --multirun")
             return Request(name, overrides=words, flags=flags)
+        if verb.takes == "run":
+            raise UserError(f"{name} needs run=<name or folder>", f"as in: {verb.example}")
         return Request(name, _load(name, verb, words, own), None, overrides, flags, own)
     if "run" not in verb.takes:
         raise UserError(

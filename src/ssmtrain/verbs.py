@@ -13,7 +13,7 @@ class Verb:
     target: str
     """module:function, taking a Request and returning an exit code."""
     takes: str = ""
-    """What the line must name: "config", "config or run", or nothing; "words" takes bare words."""
+    """What the line must name: "config", "run", "config or run", or nothing; "words" takes bare words."""
     flags: dict[str, str] = field(default_factory=dict)
     """Flag -> what it does; a flag whose text starts with = takes a value."""
     example: str = ""
@@ -61,6 +61,27 @@ VERBS: dict[str, Verb] = {
         {"split": "=NAME train or val (default)", "file": "=PATH a text file instead", **_JSON},
         "ssmtrain eval run=quickstart-1a2b3c --file my.txt",
         _EMA,
+    ),
+    "average": Verb(
+        "merge the weights of several checkpoints into one",
+        "ssmtrain.checkpoint.average:command",
+        "words",
+        {},
+        "ssmtrain average run=quickstart-1a2b3c last=3 out=averaged",
+        {
+            "out": "=FOLDER where the average goes; it reads as a run",
+            "run": "=RUN with last=: take its newest checkpoints",
+            "last": "=N how many of them",
+            "weights": "=A,B,… what each checkpoint counts; without it all count the same",
+        },
+    ),
+    "convert": Verb(
+        "write a run's weights as one safetensors file with its config",
+        "ssmtrain.checkpoint.convert:command",
+        "run",
+        {},
+        "ssmtrain convert run=quickstart-1a2b3c@best out=exported",
+        {"out": "=FOLDER|FILE.safetensors where they go", **_EMA},
     ),
     "prepare": Verb(
         "turn a recipe's text into token shards (fit does it by itself)",
@@ -122,6 +143,9 @@ SYNONYMS = {
     "train": "fit",
     "run": "fit",
     "resume": "fit",
+    "merge": "average",
+    "export": "convert",
+    "fork": "fit",
     "sample": "generate",
     "evaluate": "eval",
     "info": "show",

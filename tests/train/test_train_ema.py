@@ -106,7 +106,9 @@ def test_eval_and_generate_read_it(train: Train, capsys: pytest.CaptureFixture[s
 def test_where_there_is_none(train: Train, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     _, folder = train(trainer__max_steps=1)
     assert main(["eval", f"run={folder}", "weights=ema"]) == 2
-    assert "has no moving average of the weights\n       train with ema.decay=0.999" in capsys.readouterr().err
+    assert (
+        "has no moving average of the weights\n       train with ema.decay=0.999" in capsys.readouterr().err
+    )
     tree = dump(page(tmp_path)) | {"ema": {"start": 8}}
     with pytest.raises(UserError, match=r"ema\.start = 8: the run ends at step 8"):
         typed(tree)

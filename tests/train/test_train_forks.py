@@ -19,33 +19,6 @@ from ssmtrain.train.fit import fit
 from ssmtrain.train.forks import load_from
 from train.conftest import ledger, losses, page, records, same, weights
 
-CONSTANT = {"kind": "constant", "warmup": 2}
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of eight steps that has kept 2, 4, 6 and 8, trained once."""
-    changes = {"trainer__save_every": 2, "trainer__keep_last": 9, "trainer__val_every": 0}
-    config = page(tmp_path_factory.mktemp("trunk"), name="parent", schedule=CONSTANT, **changes)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SSMTRAIN_LEDGER", "1")
-        run = resolve(config)
-        try:
-            assert fit(config, run) == 0
-        finally:
-            run.close()
-    return run.folder
-
-
-@pytest.fixture
-def parent(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of it for a test to spoil."""
-    monkeypatch.setenv("SSMTRAIN_LEDGER", "1")
-    monkeypatch.delenv("SSMTRAIN_RUN", raising=False)
-    monkeypatch.delenv("SSMTRAIN_ORIGIN", raising=False)
-    shutil.copy(trained.parents[1] / "text.txt", tmp_path)
-    return Path(shutil.copytree(trained, tmp_path / "runs" / "parent"))
-
 
 def fork(own: str, *words: str) -> tuple[int, Path]:
     """`fit <own> <words>` in this process, in the runs folder beside the parent's."""

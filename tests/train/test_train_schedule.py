@@ -1,5 +1,6 @@
 """Schedules against values worked out by hand."""
 
+import itertools
 import math
 
 import pytest
@@ -97,7 +98,7 @@ def test_the_branch_falls_from_its_share_to_its_floor(shape: str, half: float) -
     assert values[60] == pytest.approx(0.8)
     assert values[80] == pytest.approx(0.1 + 0.7 * half)
     assert factor(branch, 100, 101, 100) == pytest.approx(0.1)
-    assert all(a > b for a, b in zip(values[60:], values[61:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(values[60:]))
     assert values[10] == pytest.approx(11 / 90)
     tokens = schema.DecaySchedule(unit="tokens", start=60_000, share=0.8, shape=shape, floor=0.1)  # type: ignore[arg-type]
     assert curve(tokens)[60:] == pytest.approx(values[60:])

@@ -133,8 +133,8 @@ def _refuse_batch(source: RunConfig, config: RunConfig) -> None:
     if trainer.global_batch == source.trainer.global_batch or (trainer.max_steps is not None and counted):
         return
     raise UserError(
-        f"trainer.global_batch: {source.trainer.global_batch} there, {trainer.global_batch} here: a fork that "
-        "changes it counts in steps",
+        f"trainer.global_batch: {source.trainer.global_batch} there, {trainer.global_batch} here: a fork "
+        "that changes it counts in steps",
         "set trainer.max_steps=… and schedule.unit=steps",
     )
 

@@ -148,7 +148,7 @@ def resolve(config: RunConfig) -> Run:
 
 
 def open_run(where: str, runs_dir: str = "runs", word: str = "run") -> Run:
-    """A run (name or folder, @step-<number> or @best behind it) or a checkpoint (folder) to read from, no lock.
+    """A run (name or folder, perhaps with @step-<number> or @best) or a checkpoint to read from, no lock.
 
     Without @ it is the newest good checkpoint; `word` is what the line calls it, for errors.
     """
@@ -335,8 +335,8 @@ def _follow(config: RunConfig, name: str, folder: Path) -> Run:
     """A rank above 0: rank 0's decision when it started this process, else the same decision, read only."""
     decision = json.loads(os.environ.get(DECISION, "{}"))
     if decision.get("folder") == str(folder):
-        paths = {key: Path(decision[key]) for key in ("checkpoint", "origin") if decision[key]}
-        return Run(name, folder, config, **paths)
+        own, other = (Path(path) if path else None for path in (decision["checkpoint"], decision["origin"]))
+        return Run(name, folder, config, own, origin=other)
     run = Run(name, folder, config)
     if config.resume not in ("auto", "never"):
         run.checkpoint = Path(config.resume).resolve()

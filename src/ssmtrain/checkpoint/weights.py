@@ -14,7 +14,6 @@ from ssmtrain.config.errors import UserError
 from ssmtrain.config.schema import RunConfig
 from ssmtrain.model.hybrid import HybridModel
 
-
 EMA = "ema"
 """What weights= is to name for the moving average in place of the weights that trained."""
 

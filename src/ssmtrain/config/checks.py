@@ -75,8 +75,8 @@ def _limits(config: Any) -> Iterator[str]:
     schedule = config.schedule
     if schedule.kind == "decay" and (schedule.start is None or schedule.share is None):
         yield (
-            "schedule.start: schedule=decay is the end of another run; fork one with from=<run>@step-<number>, "
-            "or set schedule.start and schedule.share"
+            "schedule.start: schedule=decay is the end of another run; fork one with "
+            "from=<run>@step-<number>, or set schedule.start and schedule.share"
         )
 
 

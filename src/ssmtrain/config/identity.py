@@ -28,7 +28,7 @@ FREE = (
 """Keys, and whole groups, that may change between starts, FIXED_TRAINER excepted."""
 
 LATER = ("origin", "ema")
-"""Keys that count only where they are set: runs that were named before there were such keys keep their names."""
+"""Keys that count only where they are set: runs named before there were such keys keep their names."""
 
 
 def may_change(key: str) -> bool:

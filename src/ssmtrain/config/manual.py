@@ -70,7 +70,12 @@ def _verb(name: str) -> list[str]:
     takes = {
         "config": "config=<recipe or page> key=value …",
         "config or run": "run=<name or folder> | config=<recipe or page>  key=value …",
-        "words": {"config diff": "<one> <other>", "completion": "bash|zsh"}.get(name, "[verb, kind or key]"),
+        "run": "run=<name or folder>",
+        "words": {
+            "average": "<checkpoint> <checkpoint> …",
+            "config diff": "<one> <other>",
+            "completion": "bash|zsh",
+        }.get(name, "[verb, kind or key]"),
     }.get(verb.takes, "")
     lines = [f"usage: ssmtrain {name} {takes}".rstrip(), "", f"  {verb.summary}"]
     for flag, text in verb.flags.items():

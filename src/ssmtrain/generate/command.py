@@ -36,7 +36,7 @@ def command(request: Request) -> int:
         report = {
             "run": str(opened.run.folder),
             "checkpoint": opened.checkpoint.name,
-        "weights": "ema" if opened.ema else "trained",
+            "weights": "ema" if opened.ema else "trained",
             "prompt": prompt,
             "text": text,
             "seed": config.seed,

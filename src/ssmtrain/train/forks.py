@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from ssmtrain.checkpoint import store
-from ssmtrain.checkpoint.choose import nearest
 from ssmtrain.checkpoint.exported import is_export
 from ssmtrain.checkpoint.origins import Source, config_of, of_checkpoint, of_export, refuse_changes
 from ssmtrain.checkpoint.records import CONFIG
@@ -119,7 +118,7 @@ def _recorded(named: Reference, runs_dir: str) -> Origin | None:
 def _fill_decay(
     tree: dict[str, Any], config: RunConfig, page: Path, origin: Origin, said: set[str], named: bool
 ) -> None:
-    """Let schedule=decay begin at the fork, from the rate there; a branch of a branch goes on with its own."""
+    """Let schedule=decay begin at the fork, from the rate there; a branch of a branch keeps its own."""
     schedule = config.schedule
     if schedule.kind != "decay":
         return
@@ -135,9 +134,9 @@ def _fill_decay(
     share = factor(source.schedule, at, at + per, horizon(source.trainer).steps * per)
     if share <= schedule.floor:
         raise UserError(
-            f"schedule=decay: at step {origin.step:,} the rate of {origin.run} is down to {share:.3g} of its peak "
-            "already",
-            f"fork an earlier step ({nearest(page.parent, Reference(origin.run, step=0))}), or set schedule.share=1.0",
+            f"schedule=decay: at step {origin.step:,} the rate of {origin.run} is down to {share:.3g} of its "
+            "peak already",
+            f"fork an earlier step ({origin.run}@step-<number>), or set schedule.share=1.0",
         )
     tree["schedule"]["share"] = share
 
@@ -146,6 +145,6 @@ def _refuse_short(config: RunConfig, origin: Origin) -> None:
     steps = config.trainer.max_steps or 0
     if steps <= origin.step:
         raise UserError(
-            f"trainer.max_steps = {steps}: the fork begins at step {origin.step:,}, and steps count on from there",
+            f"trainer.max_steps = {steps}: the fork begins at step {origin.step:,} and counts on",
             f"set more, as in trainer.max_steps={origin.step + max(1, origin.step // 5)}",
         )

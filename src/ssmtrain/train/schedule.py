@@ -66,7 +66,7 @@ def factor(schedule: AnySchedule, begin: int, end: int, total: int) -> float:
         return 1.0 - (1.0 - schedule.floor) * _decayed(schedule, begin, warmup, total)
     if schedule.kind == "power":
         return _power(schedule, begin, end, warmup, total)
-    if schedule.kind in ("constant", "decay"):
+    if schedule.kind == "constant" or schedule.kind == "decay":
         return 1.0
     done = min(1.0, max(0.0, begin - warmup) / max(total - warmup, 1.0))
     if schedule.kind == "cosine":
@@ -83,7 +83,7 @@ def _decayed(schedule: WsdSchedule | PowerSchedule, begin: float, warmup: float,
 
 
 def _branch(schedule: DecaySchedule, begin: int, total: int) -> float:
-    """From the rate at the fork down to the floor, in the shape asked for; no warm-up, whatever its length."""
+    """From the rate at the fork down to the floor, in the shape asked for; without a warm-up."""
     start, top = schedule.start or 0, 1.0 if schedule.share is None else schedule.share
     done = min(1.0, (begin - start) / max(total - start, 1))
     if schedule.shape == "cosine":

@@ -75,6 +75,11 @@ def restore(lit: LitLM, checkpoint: Path) -> RunState:
             f"  {key}: {saved.get(key)} then, {now[key]} now" for key in now if saved.get(key) != now[key]
         ]
         raise UserError("data: the text or the tokenizer has changed since the run started", *changed)
+    if state.get("weights_only"):
+        raise UserError(
+            f"{checkpoint} has weights alone, so no run can be resumed from it",
+            "start one from it with from=<folder>, or with init=<folder> at step 0",
+        )
     run = RunState.from_dict(state["run"])
     _load_optimizers(lit, checkpoint)
     _load_averages(lit, checkpoint, state)
