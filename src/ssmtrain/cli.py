@@ -5,6 +5,7 @@ sys.argv is never changed: Lightning starts the local ranks of a run by calling 
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import errno
 import gc
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: list[str]) -> int:
     """Dispatch a command line; exceptions pass through."""
+    began = time.monotonic()
     if args and args[0] in ("--version", "-V"):
         from ssmtrain import __version__
 
@@ -66,7 +68,7 @@ def run(args: list[str]) -> int:
     # Imports make a million objects that live on: looking for garbage among them costs half a second.
     gc.disable()
     try:
-        request = _request(name, verb, flags, words)
+        request = dataclasses.replace(_request(name, verb, flags, words), began=began)
         function = _function("ssmtrain.sweep.local:command" if flags.get("multirun") else verb.target)
     finally:
         gc.enable()

@@ -76,6 +76,12 @@ class Run:
         return store.step_of(self.checkpoint) if self.checkpoint else 0
 
     @property
+    def begins_at(self) -> int:
+        """The step that the next one follows: `step`, or the fork's before it has a checkpoint of its own."""
+        forked = self.origin is not None and self.config.origin and self.config.origin.kind == "fork"
+        return self.config.origin.step if forked and self.config.origin else self.step
+
+    @property
     def page(self) -> Path:
         """Its config, a page for config=."""
         return files(self.folder).page

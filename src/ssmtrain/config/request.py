@@ -31,6 +31,9 @@ class Request:
     words: dict[str, str] = field(default_factory=dict)
     """The words that are the verb's own (`from`, `out`, `weights`, …) and their text."""
 
+    began: float | None = field(default=None, compare=False)
+    """When the program started, on the monotonic clock."""
+
     @property
     def as_json(self) -> bool:
         """Whether the line asked for --json."""

@@ -19,7 +19,7 @@ from ssmtrain.kernels import backend
 from ssmtrain.model.count import Counts
 from ssmtrain.model.show import report as picture
 from ssmtrain.parallel import ranks
-from ssmtrain.train import report
+from ssmtrain.train import attempts, report
 from ssmtrain.train.clock import Clock
 from ssmtrain.train.signals import Signals
 
@@ -38,18 +38,19 @@ def command(request: Request) -> int:
     try:
         for notice in run.notices:
             print(notice, flush=True)
-        return FINISHED if run.finished else fit(request.config, run)
+        return FINISHED if run.finished else fit(request.config, run, request.began)
     finally:
         run.close()
         gc.freeze()  # the interpreter's last collection would take seconds and free nothing that matters
 
 
-def fit(config: RunConfig, run: Run) -> int:
+def fit(config: RunConfig, run: Run, began: float | None = None) -> int:
     """Train until a limit or a signal; returns 0 when finished, 75 when saved and unfinished.
 
+    `began` is when the program started, on the monotonic clock; absent: now.
     Raises UserError (2), NonFinite (3), Lost (4) and OutOfMemory (5).
     """
-    signals, clock = Signals(), Clock()
+    signals, clock = Signals(), Clock(start=began)
     signals.install()
     try:
         return _fit(config, run, signals, clock)
@@ -128,7 +129,8 @@ def _train(trainer: Trainer, lit: LitLM, run: Run, ending: Ending) -> int:
 
 def _stopped(lit: LitLM, run: Run) -> str:
     why = "out of time" if lit.stop == "seconds" else f"stopped by {lit.signals.asked or 'a signal'}"
-    return f"{why}: saved at step {lit.state.step:,}; continue with: {report.how_to_continue(run)}"
+    text = f"{why}: saved at step {lit.state.step:,}; continue with: {report.how_to_continue(run)}"
+    return f"{text}\n{attempts.line(lit.attempts.account())}" if lit.attempts else text
 
 
 def place(config: RunConfig) -> tuple[str, int]:

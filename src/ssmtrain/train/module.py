@@ -28,6 +28,7 @@ from ssmtrain.parallel import ranks
 from ssmtrain.parallel.apply import apply
 from ssmtrain.parallel.shard import shard
 from ssmtrain.train import nonfinite, optim, snapshot
+from ssmtrain.train.attempts import Attempts
 from ssmtrain.train.clock import Clock
 from ssmtrain.train.ema import Ema
 from ssmtrain.train.graph import Graphs, Pass
@@ -74,6 +75,8 @@ class LitLM(LightningModule):
         self.state = RunState()
         self.journal = Journal()
         self.clock = clock
+        self.attempts: Attempts | None = None
+        """Rank 0's."""
         self.tokens_here = 0
         """Tokens that this process's run of the program has trained on, over all ranks."""
         self.model: HybridModel
@@ -146,6 +149,7 @@ class LitLM(LightningModule):
         """Take the signals over: Lightning has set its own handlers after on_fit_start."""
         self.signals.install()
         self.signals.training = True
+        self.clock.startup = self.clock.elapsed
 
     def train_dataloader(self) -> Iterator[int]:
         """Lightning's loop wants something to iterate over; the step reads the rows itself, by number."""

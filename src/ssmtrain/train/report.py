@@ -16,6 +16,7 @@ from ssmtrain.config.origin import describe
 from ssmtrain.config.schema import RunConfig
 from ssmtrain.data.sources import split_text
 from ssmtrain.data.yardsticks import yardsticks
+from ssmtrain.train.attempts import line
 from ssmtrain.train.callbacks.words import duration, si
 from ssmtrain.train.curve import draw, picture, read
 from ssmtrain.train.journal import finite
@@ -92,7 +93,7 @@ def summary(figures: dict[str, Any]) -> str:
 
 
 def score_lines(figures: dict[str, Any]) -> list[str]:
-    """The validation score beside what compressors need for the same text."""
+    """The validation score beside what compressors need for the same text; what the time went into."""
     lines = [
         f"validation: {figures['val_bpb']:.3f} bits per byte (loss {figures['val_loss']:.4f}, "
         f"perplexity {figures['val_perplexity']:.4g}) on all of {figures['val_bytes']:,} bytes"
@@ -102,6 +103,8 @@ def score_lines(figures: dict[str, Any]) -> list[str]:
         lines.append(
             "the same text compressed: " + ", ".join(f"{name} {bits:.3f}" for name, bits in found.items())
         )
+    if figures.get("goodput"):
+        lines.append(line(figures["goodput"]))
     return lines
 
 

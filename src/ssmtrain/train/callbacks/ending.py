@@ -34,7 +34,8 @@ class Ending(Callback):
         val = note(lit, validate(lit))
         self.compare(lit)
         tokens = min(SAMPLE_TOKENS, max(lit.config.generate.max_tokens, 1))
-        text = draw(lit, self.tokenizer, tokens)
+        with lit.clock("sample"):
+            text = draw(lit, self.tokenizer, tokens)
         if ranks.rank():
             return
         figures = self.figures(lit, val)
@@ -71,4 +72,5 @@ class Ending(Callback):
             "nonfinite": state.nonfinite,
             "seconds": lit.clock.total,
             "time": lit.clock.split(),
+            "goodput": lit.attempts.account() if lit.attempts else None,
         }
