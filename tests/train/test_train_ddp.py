@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 
 from ssmtrain.checkpoint import faults
+from ssmtrain.checkpoint.runs import resolve
 from ssmtrain.config.errors import UserError
-from ssmtrain.train.fit import place
+from ssmtrain.train.fit import fit, place
+from ssmtrain.train.forks import load_from
 from train.conftest import ledger, losses, norms, page, weights
 
 SRC = Path(__file__).parents[2] / "src"
@@ -83,6 +85,27 @@ def test_one_two_and_one_ranks_train_as_one(
         one, two = weights(whole, 8, stem), weights(folder, 8, stem)
         for name, tensor in one.items():
             assert tensor.allclose(two[name], rtol=1e-3, atol=1e-4), (stem, name)
+
+
+def test_ranks_fork_what_rank_0_chose(parent: Path, tmp_path: Path) -> None:
+    """The newest checkpoint, which only rank 0 looks for, on two ranks that hold parts of the model."""
+    words = ["trainer.max_steps=10", "schedule=decay", f"runs_dir={tmp_path}/runs", "trainer.threads=1"]
+    single = load_from({"from": str(parent)}, [*words, "name=single"])
+    run = resolve(single)
+    assert fit(single, run) == 0
+    run.close()
+    line = ["fit", f"from={parent}", *words, "name=double", "trainer.devices=2", "parallel=fsdp"]
+    env = {**os.environ, "SSMTRAIN_LEDGER": "1", "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1"}
+    for inherited in ("SSMTRAIN_RUN", "SSMTRAIN_ORIGIN"):
+        env.pop(inherited, None)
+    done = subprocess.run(
+        [sys.executable, "-m", "ssmtrain", *line], env=env, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    double = tmp_path / "runs" / "double"
+    assert [e["samples"] for e in ledger(double)] == [e["samples"] for e in ledger(run.folder)]
+    assert losses(double) == pytest.approx(losses(run.folder), rel=2e-6)
+    assert [e["step"] for e in ledger(double)] == [9, 10]
 
 
 def test_replicas_divide_the_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
