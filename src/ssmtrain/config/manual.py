@@ -170,6 +170,8 @@ def _page(where: str, piece: Schema) -> list[str]:
             "",
             *_page("each", at["additionalProperties"]),
         ]
+    inside = [one for one in options(schema, at) if "properties" in one]
+    at = inside[0] if len(inside) == 1 else at
     if "properties" in at:
         lines = [f"{where}: {_about(schema, piece)}", ""]
         for name, child in at["properties"].items():
