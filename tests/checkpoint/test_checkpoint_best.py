@@ -59,6 +59,8 @@ def test_losses_over_other_texts_are_not_compared(tmp_path: Path) -> None:
     folder = _saved(tmp_path, 2, 4, 6)
     assert Best(tmp_path, folder, _records(tmp_path, *found)).step == 6
     assert Best(tmp_path, folder, _records(tmp_path, *found, ("best", 6, 2.2, 10))).step == 4
+    # After trainer.val_tokens has changed, those of before do not count.
+    assert Best(tmp_path, folder, _records(tmp_path, ("val", 2, 1.0, 99), *found[1:2])).step == 4
 
 
 def test_a_link_is_only_a_name(tmp_path: Path) -> None:

@@ -136,6 +136,11 @@ def test_an_export_that_is_damaged_or_half_written_is_refused(
     assert "is damaged" in _said(capsys, "eval", f"run={out}")
     (out / "export.json").unlink()
     assert "it was not written whole" in _said(capsys, "fit", f"init={out}")
+    bare = tmp_path / "bare.safetensors"
+    shutil.copy(out / "model.safetensors", bare)
+    assert "bare.yaml, the config of these weights, is not beside them" in _said(
+        capsys, "fit", f"init={bare}"
+    )
 
 
 def test_convert_takes_the_moving_average(

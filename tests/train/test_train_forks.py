@@ -15,6 +15,7 @@ from ssmtrain.checkpoint.runs import locate, resolve
 from ssmtrain.config.errors import UserError
 from ssmtrain.config.identity import config_hash
 from ssmtrain.model.show import report as picture
+from ssmtrain.train.attempts import read
 from ssmtrain.train.fit import fit
 from ssmtrain.train.forks import load_from
 from train.conftest import ledger, losses, page, records, same, weights
@@ -39,6 +40,7 @@ def test_a_fork_without_changes_goes_on_as_its_parent_did(parent: Path) -> None:
     for stem in ("model", "optim", "rng"):
         assert same(weights(folder, 8, stem), weights(parent, 8, stem)), stem
     assert [r["step"] for r in records(folder, "train")] == [6, 8]
+    assert [(a.begin, a.step) for a in read(folder / "attempts.jsonl")] == [(4, 8)]
     assert records(folder, "fork") == [
         {"kind": "fork", "step": 4, "path": str(parent / "checkpoints/step-00000004"), "data": "kept"}
     ]

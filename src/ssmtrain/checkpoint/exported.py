@@ -21,6 +21,8 @@ from ssmtrain.config.errors import UserError
 
 FORMAT = 1
 SUFFIX = ".safetensors"
+NOTE_LIMIT = 2**20
+"""Bytes of a note that are read."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ def files(out: Path) -> Export:
 def is_export(path: Path) -> bool:
     """Whether there is an export, whole or not, at a path."""
     found = files(path)
+    if path.suffix == SUFFIX:
+        return found.file.is_file()
     return found.file.is_file() and found.page.is_file() and not (path / "checkpoints").exists()
 
 
@@ -71,8 +75,14 @@ def write_export(out: Path, tensors: Mapping[str, Tensor], page: str, note: Mapp
 def open_export(path: Path, word: str) -> Export:
     """An export, read through against its note; UserError when it is half written or damaged."""
     found = files(path)
+    if not found.page.is_file():
+        raise UserError(
+            f"{word}={path}: {found.page.name}, the config of these weights, is not beside them",
+            "take both from where they were exported, or export again with: ssmtrain convert run=<run> out=…",
+        )
     try:
-        note = json.loads(found.note.read_bytes())
+        with found.note.open("rb") as file:
+            note = json.loads(file.read(NOTE_LIMIT))
         step, expected = note["step"], note["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
