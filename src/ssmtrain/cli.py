@@ -5,6 +5,7 @@ sys.argv is never changed: Lightning starts the local ranks of a run by calling 
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import errno
 import gc
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: list[str]) -> int:
     """Dispatch a command line; exceptions pass through."""
+    began = time.monotonic()
     if args and args[0] in ("--version", "-V"):
         from ssmtrain import __version__
 
@@ -75,7 +77,7 @@ def run(args: list[str]) -> int:
     # Imports make a million objects that live on: looking for garbage among them costs half a second.
     gc.disable()
     try:
-        request = _request(name, verb, flags, words)
+        request = dataclasses.replace(_request(name, verb, flags, words), began=began)
         function = _function("ssmtrain.sweep.local:command" if flags.get("multirun") else verb.target)
     finally:
         gc.enable()
@@ -178,8 +180,9 @@ def _unknown_flag(name: str, verb: Verb, word: str, flag: str) -> str:
 
 def _request(name: str, verb: Verb, flags: dict[str, Any], words: list[str]) -> Request:
     """Check what the line names and load its config."""
+    own, words = _own(verb, words)
     if verb.takes == "words":
-        return Request(name, overrides=words, flags=flags)
+        return Request(name, overrides=words, flags=flags, words=own)
     if not verb.takes:
         if words:
             raise UserError(f"{name} takes no {words[0]!r}")
@@ -188,20 +191,45 @@ def _request(name: str, verb: Verb, flags: dict[str, Any], words: list[str]) -> 
     overrides = [word for word in words if not word.startswith(("run=", "config="))]
     if not runs:
         if flags.get("multirun"):
+            if own:
+                raise UserError(f"{next(iter(own))}= begins one run at a time: leave out --multirun")
             return Request(name, overrides=words, flags=flags)
-        return Request(name, _load(name, verb, words), None, overrides, flags)
+        if verb.takes == "run":
+            raise UserError(f"{name} needs run=<name or folder>", f"as in: {verb.example}")
+        return Request(name, _load(name, verb, words, own), None, overrides, flags, own)
     if "run" not in verb.takes:
         raise UserError(
             f"{name} takes config=; to go on with a run: {name} config=runs/{runs[0]}/config.yaml"
         )
     if len(runs) > 1 or len(overrides) + 1 < len(words):
         raise UserError(f"{name} takes one run= or one config=, not both")
-    return Request(name, None, runs[0], overrides, flags)
+    return Request(name, None, runs[0], overrides, flags, own)
 
 
-def _load(name: str, verb: Verb, words: list[str]) -> Any:
+def _own(verb: Verb, words: list[str]) -> tuple[dict[str, str], list[str]]:
+    """The words that are the verb's own, and the rest."""
+    own: dict[str, str] = {}
+    rest = []
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals or key not in verb.words:
+            rest.append(word)
+        elif key in own:
+            raise UserError(f"{key}= is given twice: {own[key]} and {text}")
+        elif not text:
+            raise UserError(f"{key}= needs a value: {key}{verb.words[key].split()[0]}")
+        else:
+            own[key] = text
+    return own, rest
+
+
+def _load(name: str, verb: Verb, words: list[str], own: dict[str, str]) -> Any:
     from ssmtrain.config.load import load
 
+    if name == "fit" and own:
+        from ssmtrain.train.forks import load_from
+
+        return load_from(own, words)
     if "run" in verb.takes and not any(word.startswith("config=") for word in words):
         from ssmtrain.config.catalog import recipe_lines
 

@@ -13,13 +13,16 @@ class Verb:
     target: str
     """module:function, taking a Request and returning an exit code."""
     takes: str = ""
-    """What the line must name: "config", "config or run", or nothing; "words" takes bare words."""
+    """What the line must name: "config", "run", "config or run", or nothing; "words" takes bare words."""
     flags: dict[str, str] = field(default_factory=dict)
     """Flag -> what it does; a flag whose text starts with = takes a value."""
     example: str = ""
+    words: dict[str, str] = field(default_factory=dict)
+    """Words of the line that are this verb's own and no keys of the config -> =VALUE and what they do."""
 
 
 _JSON = {"json": "print JSON"}
+_EMA = {"weights": "=ema the moving average of the weights, where the run has one"}
 
 VERBS: dict[str, Verb] = {
     "fit": Verb(
@@ -31,6 +34,10 @@ VERBS: dict[str, Verb] = {
             "json": "with --multirun: print JSON",
         },
         "ssmtrain fit config=quickstart optim.lr=2e-3",
+        {
+            "from": "=RUN[@step-N|@best] fork it: keep its weights, optimiser, step and place in the data",
+            "init": "=RUN|EXPORT begin at step 0 from its weights alone",
+        },
     ),
     "show": Verb(
         "print a recipe's layers, parameters, FLOPs, state and memory",
@@ -45,6 +52,7 @@ VERBS: dict[str, Verb] = {
         "config or run",
         {"prompt": "=TEXT the text to continue", **_JSON},
         'ssmtrain generate run=quickstart-1a2b3c --prompt "It is a truth"',
+        _EMA,
     ),
     "eval": Verb(
         "loss, perplexity and bits per byte of a run on a split or a file",
@@ -52,6 +60,28 @@ VERBS: dict[str, Verb] = {
         "config or run",
         {"split": "=NAME train or val (default)", "file": "=PATH a text file instead", **_JSON},
         "ssmtrain eval run=quickstart-1a2b3c --file my.txt",
+        _EMA,
+    ),
+    "average": Verb(
+        "merge the weights of several checkpoints into one",
+        "ssmtrain.checkpoint.average:command",
+        "words",
+        {},
+        "ssmtrain average run=quickstart-1a2b3c last=3 out=averaged",
+        {
+            "out": "=FOLDER where the average goes; it reads as a run",
+            "run": "=RUN with last=: take its newest checkpoints",
+            "last": "=N how many of them",
+            "weights": "=A,B,… what each checkpoint counts; without it all count the same",
+        },
+    ),
+    "convert": Verb(
+        "write a run's weights as one safetensors file with its config",
+        "ssmtrain.checkpoint.convert:command",
+        "run",
+        {},
+        "ssmtrain convert run=quickstart-1a2b3c@best out=exported",
+        {"out": "=FOLDER|FILE.safetensors where they go", **_EMA},
     ),
     "prepare": Verb(
         "turn a recipe's text into token shards (fit does it by itself)",
@@ -113,6 +143,9 @@ SYNONYMS = {
     "train": "fit",
     "run": "fit",
     "resume": "fit",
+    "merge": "average",
+    "export": "convert",
+    "fork": "fit",
     "sample": "generate",
     "evaluate": "eval",
     "info": "show",

@@ -21,6 +21,13 @@ CASES = [
     ("ssmtrain fit config=quick", ["config=quickstart"]),
     ("ssmtrain generate ", ["run=", "config="]),
     ("ssmtrain fit config=quickstart optim.l", ["optim.lr="]),
+    ("ssmtrain fit fr", ["from="]),
+    ("ssmtrain fit ", ["from=", "init="]),
+    ("ssmtrain eval run=first w", ["weights="]),
+    ("ssmtrain average ", ["out=", "run=", "last=", "weights="]),
+    ("ssmtrain convert run=first o", ["out="]),
+    ("ssmtrain convert r", ["run="]),
+    ("ssmtrain convert run=first r", []),
     ("ssmtrain fit optim=m", ["optim=muon"]),
     ("ssmtrain fit optim.kind=", ["optim.kind=adamw", "optim.kind=muon"]),
     ("ssmtrain fit trainer.precision=b", ["trainer.precision=bf16"]),
@@ -52,6 +59,10 @@ def test_candidates(line: str, expected: list[str]) -> None:
     assert all(word.startswith(current) for word in found)
     if not expected:
         assert found == []
+
+
+def test_convert_takes_no_keys() -> None:
+    assert candidates("ssmtrain convert run=first o") == ["out="]
 
 
 def test_runs_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

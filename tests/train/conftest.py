@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,32 @@ def train(
             run.close()
 
     return go
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of eight steps that has kept 2, 4, 6 and 8, trained once; to read only."""
+    constant = {"kind": "constant", "warmup": 2}
+    changes = {"trainer__save_every": 2, "trainer__keep_last": 9, "trainer__val_every": 0}
+    config = page(tmp_path_factory.mktemp("trunk"), name="parent", schedule=constant, **changes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SSMTRAIN_LEDGER", "1")
+        run = resolve(config)
+        try:
+            assert fit(config, run) == 0
+        finally:
+            run.close()
+    return run.folder
+
+
+@pytest.fixture
+def parent(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it for a test to spoil."""
+    monkeypatch.setenv("SSMTRAIN_LEDGER", "1")
+    monkeypatch.delenv("SSMTRAIN_RUN", raising=False)
+    monkeypatch.delenv("SSMTRAIN_ORIGIN", raising=False)
+    shutil.copy(trained.parents[1] / "text.txt", tmp_path)
+    return Path(shutil.copytree(trained, tmp_path / "runs" / "parent"))
 
 
 def ledger(folder: Path) -> list[dict[str, Any]]:

@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 
 from ssmtrain.checkpoint import faults
+from ssmtrain.checkpoint.runs import resolve
 from ssmtrain.config.errors import UserError
-from ssmtrain.train.fit import place
+from ssmtrain.train.fit import fit, place
+from ssmtrain.train.forks import load_from
 from train.conftest import ledger, losses, norms, page, weights
 
 SRC = Path(__file__).parents[2] / "src"
@@ -64,23 +66,46 @@ def test_one_two_and_one_ranks_train_as_one(
     kind: str, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One process for two steps, two for some, one to the end: the tokens and losses of an unbroken run."""
-    _, whole = train(name="whole")
+    _, whole = train(name="whole", ema__decay=0.5)
     monkeypatch.setenv(faults.VARIABLE, "after_optimizer:1:TERM")
     faults._passed.clear()
-    assert train(name="parts")[0] == 75
+    assert train(name="parts", ema__decay=0.5)[0] == 75
     monkeypatch.delenv(faults.VARIABLE)
     # One rank only is told to stop: both finish the step, save once, and end with 75.
-    code, folder, said = two_ranks(tmp_path, "1", "after_optimizer:3:TERM", name="parts", parallel__kind=kind)
+    changes = {"name": "parts", "ema__decay": 0.5}
+    code, folder, said = two_ranks(tmp_path, "1", "after_optimizer:3:TERM", parallel__kind=kind, **changes)
     assert code == 75, said
     assert said.count("saved at step") == 1
     assert 4 <= len(ledger(folder)) < 8
-    assert train(name="parts")[0] == 0
+    assert train(**changes)[0] == 0
     assert [e["samples"] for e in ledger(folder)] == [e["samples"] for e in ledger(whole)]
     assert losses(folder) == pytest.approx(losses(whole), rel=2e-6)
     assert norms(folder) == pytest.approx(norms(whole), rel=1e-5)
-    one, two = weights(whole, 8), weights(folder, 8)
-    for name, tensor in one.items():
-        assert tensor.allclose(two[name], rtol=1e-3, atol=1e-4), name
+    for stem in ("model", "ema"):
+        one, two = weights(whole, 8, stem), weights(folder, 8, stem)
+        for name, tensor in one.items():
+            assert tensor.allclose(two[name], rtol=1e-3, atol=1e-4), (stem, name)
+
+
+def test_ranks_fork_what_rank_0_chose(parent: Path, tmp_path: Path) -> None:
+    """The newest checkpoint, which only rank 0 looks for, on two ranks that hold parts of the model."""
+    words = ["trainer.max_steps=10", "schedule=decay", f"runs_dir={tmp_path}/runs", "trainer.threads=1"]
+    single = load_from({"from": str(parent)}, [*words, "name=single"])
+    run = resolve(single)
+    assert fit(single, run) == 0
+    run.close()
+    line = ["fit", f"from={parent}", *words, "name=double", "trainer.devices=2", "parallel=fsdp"]
+    env = {**os.environ, "SSMTRAIN_LEDGER": "1", "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1"}
+    for inherited in ("SSMTRAIN_RUN", "SSMTRAIN_ORIGIN"):
+        env.pop(inherited, None)
+    done = subprocess.run(
+        [sys.executable, "-m", "ssmtrain", *line], env=env, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    double = tmp_path / "runs" / "double"
+    assert [e["samples"] for e in ledger(double)] == [e["samples"] for e in ledger(run.folder)]
+    assert losses(double) == pytest.approx(losses(run.folder), rel=2e-6)
+    assert [e["step"] for e in ledger(double)] == [9, 10]
 
 
 def test_replicas_divide_the_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

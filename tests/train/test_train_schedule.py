@@ -1,5 +1,6 @@
 """Schedules against values worked out by hand."""
 
+import itertools
 import math
 
 import pytest
@@ -85,3 +86,19 @@ def test_horizon_and_limits() -> None:
     assert both.reached(3, 9_000)
     with pytest.raises(ValueError, match=r"max_steps or trainer\.max_tokens"):
         horizon(schema.TrainerConfig())
+
+
+@pytest.mark.parametrize(
+    ("shape", "half"), [("linear", 0.5), ("cosine", 0.5), ("sqrt", 1.0 - math.sqrt(0.5))]
+)
+def test_the_branch_falls_from_its_share_to_its_floor(shape: str, half: float) -> None:
+    branch = schema.DecaySchedule(start=60, share=0.8, shape=shape, floor=0.1, warmup=90)  # type: ignore[arg-type]
+    values = curve(branch)
+    # The fork was after the warm-up of the run forked from, whatever the fraction of the new length is.
+    assert values[60] == pytest.approx(0.8)
+    assert values[80] == pytest.approx(0.1 + 0.7 * half)
+    assert factor(branch, 100, 101, 100) == pytest.approx(0.1)
+    assert all(a > b for a, b in itertools.pairwise(values[60:]))
+    assert values[10] == pytest.approx(11 / 90)
+    tokens = schema.DecaySchedule(unit="tokens", start=60_000, share=0.8, shape=shape, floor=0.1)  # type: ignore[arg-type]
+    assert curve(tokens)[60:] == pytest.approx(values[60:])

@@ -19,6 +19,8 @@ FIGURES = {
 }
 SHARDS = {"model": "tensors of parameters", "optim": "tensors of the optimiser", "rng": "random states"}
 
+AVERAGES = {"ema": "tensors of averages"}
+
 
 def compare(one: Run, other: Run, steps: int) -> tuple[dict[str, int], list[str]]:
     """({what: how many were equal}, differences in words) of two runs' ledgers and newest checkpoints."""
@@ -36,7 +38,8 @@ def compare(one: Run, other: Run, steps: int) -> tuple[dict[str, int], list[str]
     assert one.checkpoint and other.checkpoint
     if one.step != other.step:
         differences.append(f"the newest checkpoints are of steps {one.step} and {other.step}")
-    for shard, what in SHARDS.items():
+    averaged = all(store.load_state(run.checkpoint).get("ema") for run in (one, other) if run.checkpoint)
+    for shard, what in (SHARDS | AVERAGES if averaged else SHARDS).items():
         tensors = store.load_tensors(one.checkpoint, shard)
         names = differing(tensors, store.load_tensors(other.checkpoint, shard))
         equal[what] = len(tensors.keys() - set(names))

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ssmtrain.checkpoint.runs import Run, locate, open_run
+from ssmtrain.checkpoint.weights import wants_ema
 from ssmtrain.config.errors import UserError
 from ssmtrain.config.expect import show_value
 from ssmtrain.config.identity import differences
@@ -26,6 +27,8 @@ class Opened:
     """The run's config with the line's overrides on top."""
     checkpoint: Path
     device: torch.device
+    ema: bool = False
+    """Whether the line asks for the moving average of the weights."""
 
 
 def open_trained(request: Request) -> Opened:
@@ -35,13 +38,14 @@ def open_trained(request: Request) -> Opened:
     """
     from ssmtrain.config.load import load_run_config
 
+    ema = wants_ema(request.words)
     if request.config is not None:
         config = request.config
         run = open_run(str(locate(config)[1]), config.runs_dir)
     else:
         runs_dir = next((w.partition("=")[2] for w in request.overrides if w.startswith("runs_dir=")), "runs")
         run = open_run(request.run or "", runs_dir)
-        config = load_run_config(run.folder, request.overrides)
+        config = load_run_config(run.page, request.overrides)
     _refuse_another_model(run, config)
     wanted = config.trainer.accelerator
     gpu = torch.cuda.is_available()
@@ -55,7 +59,7 @@ def open_trained(request: Request) -> Opened:
     except backend.BackendError as error:
         raise UserError(f"trainer.kernels: {error}") from None
     assert run.checkpoint is not None, "open_run returns runs that have a checkpoint"
-    return Opened(run, config, run.checkpoint, device)
+    return Opened(run, config, run.checkpoint, device, ema)
 
 
 def no_gpu() -> UserError:

@@ -15,7 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ssmtrain.checkpoint import lock, store
+from ssmtrain.checkpoint.choose import choose
 from ssmtrain.checkpoint.durable import make_folder, sync_folder
+from ssmtrain.checkpoint.exported import files, is_export, open_export
+from ssmtrain.checkpoint.origins import config_of, open_origin
 from ssmtrain.checkpoint.paths import real, refuse_links, why_none
 from ssmtrain.checkpoint.records import (
     CONFIG,
@@ -28,6 +31,7 @@ from ssmtrain.checkpoint.records import (
 )
 from ssmtrain.config.errors import UserError
 from ssmtrain.config.identity import default_name, differences, may_change
+from ssmtrain.config.reference import BEST, parse
 from ssmtrain.config.schema import RunConfig
 
 DECISION = "SSMTRAIN_RUN"
@@ -61,6 +65,8 @@ class Run:
     checkpoint: Path | None = None
     finished: bool = False
     """The run had reached its end before; there is nothing to do."""
+    origin: Path | None = None
+    """The checkpoint of another run to begin from, where this one has none of its own yet."""
     notices: list[str] = field(default_factory=list)
     """Lines for the user, rank 0 only."""
     held: lock.Lock | None = None
@@ -69,6 +75,17 @@ class Run:
     def step(self) -> int:
         """The step of `checkpoint`; 0 without one."""
         return store.step_of(self.checkpoint) if self.checkpoint else 0
+
+    @property
+    def begins_at(self) -> int:
+        """The step that the next one follows: `step`, or the fork's before it has a checkpoint of its own."""
+        forked = self.origin is not None and self.config.origin and self.config.origin.kind == "fork"
+        return self.config.origin.step if forked and self.config.origin else self.step
+
+    @property
+    def page(self) -> Path:
+        """Its config, a page for config=."""
+        return files(self.folder).page
 
     @property
     def checkpoints(self) -> Path:
@@ -132,14 +149,19 @@ def resolve(config: RunConfig) -> Run:
     except BaseException:
         run.close()
         raise
-    decision = {"folder": str(folder), "checkpoint": str(run.checkpoint) if run.checkpoint else None}
-    os.environ[DECISION] = json.dumps(decision)
+    chosen = {"checkpoint": run.checkpoint, "origin": run.origin}
+    paths = {key: str(path) if path else None for key, path in chosen.items()}
+    os.environ[DECISION] = json.dumps({"folder": str(folder), **paths})
     return run
 
 
-def open_run(where: str, runs_dir: str = "runs") -> Run:
-    """A run (name or folder) or a checkpoint (folder) to read from: newest good checkpoint, no lock."""
-    given = Path(where)
+def open_run(where: str, runs_dir: str = "runs", word: str = "run") -> Run:
+    """A run (name or folder, perhaps with @step-<number> or @best) or a checkpoint to read from, no lock.
+
+    Without @ it is the newest good checkpoint; `word` is what the line calls it, for errors.
+    """
+    named = parse(where, word)
+    where, given = named.where, Path(named.where)
     if store.is_name(given.name) and given.is_dir():
         checkpoint = real(given, "run")
         problems = store.verify(checkpoint)
@@ -149,18 +171,18 @@ def open_run(where: str, runs_dir: str = "runs") -> Run:
             )
         folder = checkpoint.parent.parent
         return Run(folder.name, folder, read_config(folder), checkpoint)
+    if is_export(given):
+        export = open_export(given, word)
+        return Run(given.name, given, config_of(export.page), export.file)
     candidates = [given, Path(runs_dir) / where]
     folder = next((path for path in candidates if (path / CONFIG).is_file()), Path())
     if folder == Path():
         known = sorted(path.parent.name for path in Path(runs_dir).glob(f"*/{CONFIG}"))
         near = difflib.get_close_matches(where, known, 3, 0.4) or known[-3:]
         hint = f"runs in {runs_dir}: {', '.join(near)}" if near else f"there are no runs in {runs_dir}"
-        raise UserError(f"run={where}: {why_none(given, 'there is no such run')}", hint)
+        raise UserError(f"{word}={where}: {why_none(given, 'there is no such run')}", hint)
     run = Run(folder.resolve().name, folder, read_config(folder))
-    run.checkpoint = store.newest_good(run.checkpoints, run.notices.append)
-    if run.checkpoint is None:
-        advice = f"train it first: ssmtrain fit config={folder / CONFIG}"
-        raise UserError(f"run={where}: it has no good checkpoint yet", *run.notices[:3], advice)
+    run.checkpoint = choose(folder, named, word, run.notices.append)
     return run
 
 
@@ -169,6 +191,7 @@ def locate(config: RunConfig) -> tuple[str, Path]:
     name = default_name(config) if config.name is None else config.name
     parts = name.split("/")
     bad = [part for part in parts if not _PART.fullmatch(part) or part in _RESERVED]
+    bad += [part for part in parts[1:] if part == BEST]
     if bad or len(parts) > 2:
         raise UserError(
             f"name: {name[:100]!r} cannot be a folder of its own under runs_dir",
@@ -195,6 +218,8 @@ def _decide(run: Run) -> None:
         run.checkpoint = _named_checkpoint(run)
     elif existing:
         run.checkpoint = _newest(run)
+    if run.checkpoint is None and run.config.origin is not None:
+        run.origin = open_origin(run.config)
     for log in LOGS:
         cut_jsonl(run.folder / log, run.step if run.checkpoint else -1)
     write_config(run.folder, run.config)
@@ -327,13 +352,15 @@ def _follow(config: RunConfig, name: str, folder: Path) -> Run:
     """A rank above 0: rank 0's decision when it started this process, else the same decision, read only."""
     decision = json.loads(os.environ.get(DECISION, "{}"))
     if decision.get("folder") == str(folder):
-        chosen = decision["checkpoint"]
-        return Run(name, folder, config, Path(chosen) if chosen else None)
+        own, other = (Path(path) if path else None for path in (decision["checkpoint"], decision["origin"]))
+        return Run(name, folder, config, own, origin=other)
     run = Run(name, folder, config)
     if config.resume not in ("auto", "never"):
         run.checkpoint = real(Path(config.resume), "resume")
     elif (folder / CONFIG).is_file() and not _is_finished(run):
         run.checkpoint = store.newest_good(run.checkpoints, lambda line: None)
+    if run.checkpoint is None and config.origin is not None:
+        run.origin = open_origin(config)
     run.notices.clear()
     return run
 

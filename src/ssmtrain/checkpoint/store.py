@@ -180,8 +180,8 @@ def load_state(path: Path) -> dict[str, Any]:
         raise Damaged(path, [_reason(STATE, error)]) from error
 
 
-def prune(folder: Path, keep: int) -> list[Path]:
-    """Delete all but the `keep` newest good checkpoints and return what went.
+def prune(folder: Path, keep: int, spare: Callable[[int], bool] = lambda step: False) -> list[Path]:
+    """Delete all but the `keep` newest good checkpoints, and those of steps to `spare`; return what went.
 
     The newest one is read back and verified first; when it is not good, the newest good one is found and
     kept whatever its age. A deletion is a rename, so no half-deleted checkpoint has a checkpoint's name.
@@ -197,7 +197,7 @@ def prune(folder: Path, keep: int) -> list[Path]:
         return []
     older = [path for path in reversed(found) if path < last_good]
     sound = [path for path in older if not verify(path, hashes=False)][: keep - 1]
-    doomed = [path for path in reversed(older) if path not in sound]
+    doomed = [path for path in reversed(older) if path not in sound and not spare(step_of(path))]
     return [path for path in doomed if _delete(path)]
 
 

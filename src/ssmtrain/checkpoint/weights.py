@@ -9,18 +9,49 @@ import torch
 from torch import Tensor
 
 from ssmtrain.checkpoint import store
+from ssmtrain.checkpoint.exported import read_export
 from ssmtrain.config.errors import UserError
 from ssmtrain.config.schema import RunConfig
 from ssmtrain.model.hybrid import HybridModel
 
 SHOWN = 10
 """Tensors that are named where a checkpoint does not fit."""
+EMA = "ema"
+"""What weights= is to name for the moving average in place of the weights that trained."""
 
 
-def load_weights(checkpoint: Path, model: HybridModel, nonfinite: bool = False) -> None:
-    """Copy the checkpoint's parameters and buffers into the model; UserError when they do not fit it, or
-    hold NaN or infinity and `nonfinite` does not allow that."""
-    saved = store.load_tensors(checkpoint, "model")
+def wants_ema(words: Mapping[str, str]) -> bool:
+    """Whether a line says weights=ema; UserError for any other text."""
+    text = words.get("weights", EMA)
+    if text != EMA:
+        raise UserError(f"weights={text}: expected {EMA}; without it the weights are those that trained")
+    return "weights" in words
+
+
+def saved_weights(checkpoint: Path, ema: bool = False) -> dict[str, Tensor]:
+    """Parameters and buffers by name, on the CPU, of a checkpoint or of an export's file.
+
+    With `ema` the parameters are their moving averages; UserError where none were saved.
+    """
+    if checkpoint.is_file():
+        if ema:
+            raise UserError(f"weights={EMA}: {checkpoint} holds one set of weights, as it was exported")
+        return read_export(checkpoint)
+    tensors = store.load_tensors(checkpoint, "model")
+    if not ema:
+        return tensors
+    if not store.load_state(checkpoint).get("ema"):
+        raise UserError(
+            f"weights={EMA}: {checkpoint} has no moving average of the weights",
+            "train with ema.decay=0.999, and see ema.start for the step at which it begins",
+        )
+    return tensors | store.load_tensors(checkpoint, "ema")
+
+
+def load_weights(checkpoint: Path, model: HybridModel, ema: bool = False, nonfinite: bool = False) -> None:
+    """Copy saved parameters and buffers into the model; UserError when they do not fit it, or hold NaN or
+    infinity and `nonfinite` does not allow that."""
+    saved = saved_weights(checkpoint, ema)
     own = model.state_dict()
     _refuse_misfits(checkpoint, saved, own)
     if not nonfinite:
@@ -30,12 +61,14 @@ def load_weights(checkpoint: Path, model: HybridModel, nonfinite: bool = False) 
             tensor.copy_(saved[name])
 
 
-def load_model(checkpoint: Path, config: RunConfig, vocab_size: int, device: torch.device) -> HybridModel:
+def load_model(
+    checkpoint: Path, config: RunConfig, vocab_size: int, device: torch.device, ema: bool = False
+) -> HybridModel:
     """The trained model on `device` in evaluation mode; UserError when the checkpoint does not fit it."""
     with torch.device("meta"):
         model = HybridModel(config.model, vocab_size)
     model.to_empty(device=device)
-    load_weights(checkpoint, model, config.trainer.load_nonfinite)
+    load_weights(checkpoint, model, ema, config.trainer.load_nonfinite)
     return model.eval()
 
 

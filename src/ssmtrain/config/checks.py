@@ -73,6 +73,12 @@ def layer_problems(config: RunConfig) -> list[str]:
 def _limits(config: Any) -> Iterator[str]:
     if config.trainer.max_steps is None and config.trainer.max_tokens is None:
         yield "trainer.max_steps: set it, or trainer.max_tokens: the run and its schedule end there"
+    schedule = config.schedule
+    if schedule.kind == "decay" and (schedule.start is None or schedule.share is None):
+        yield (
+            "schedule.start: schedule=decay is the end of another run; fork one with "
+            "from=<run>@step-<number>, or set schedule.start and schedule.share"
+        )
 
 
 def _name(config: Any) -> Iterator[str]:
@@ -203,6 +209,8 @@ def _schedule(config: Any) -> Iterator[str]:
         steps = -(-trainer.max_tokens // trainer.global_batch)
     else:
         return
+    if config.ema is not None and config.ema.start >= steps:
+        yield f"ema.start = {config.ema.start}: the run ends at step {steps}, so there would be no average"
     total = steps * (trainer.global_batch if schedule.unit == "tokens" else 1)
     warmup = _units(schedule.warmup, total)
     if warmup > total:
@@ -211,6 +219,12 @@ def _schedule(config: Any) -> Iterator[str]:
             "expected less, or a fraction such as 0.05"
         )
         return
+    start = getattr(schedule, "start", None)
+    if start is not None and start >= total:
+        yield (
+            f"schedule.start = {start}: the run ends at {total} {schedule.unit}; expected less, or a larger "
+            "trainer.max_steps, which counts from the first step of the run forked from"
+        )
     decay = getattr(schedule, "decay", 0)
     if warmup + _units(decay, total) > total:
         yield (
@@ -246,6 +260,12 @@ def _ignored(config: Any) -> Iterator[str]:
         yield (
             f"generate.{which} = {getattr(generate, which)}: no effect at temperature 0, which always "
             "takes the most likely token"
+        )
+    trainer = config.trainer
+    if trainer.keep_every is not None and trainer.keep_every % trainer.save_every:
+        yield (
+            f"trainer.keep_every = {trainer.keep_every}: expected a multiple of trainer.save_every = "
+            f"{trainer.save_every}, because only what is saved can be kept"
         )
     if config.trainer.val_every == 0 and config.trainer.val_tokens is not None:
         yield (

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ssmtrain.config import catalog, schema_file
 from ssmtrain.config.errors import FINISHED, UserError
 from ssmtrain.config.schema_file import Schema, options
-from ssmtrain.verbs import VERBS
+from ssmtrain.verbs import VERBS, Verb
 
 if TYPE_CHECKING:
     from ssmtrain.config.request import Request
@@ -71,10 +71,26 @@ def candidates(line: str) -> list[str]:
         return []
     if current.startswith("-"):
         return [f"--{flag}" for flag in (*verb.flags, "help") if f"--{flag}".startswith(current)]
+    own = _own(verb, current)
     if verb.takes == "words":
-        return _topics(before[0], current)
-    found = _values(current, before) if "=" in current else _keys(current, before, verb.takes)
-    return sorted({word for word in found if word.startswith(current)})
+        return own or ([] if verb.words else _topics(before[0], current))
+    if "=" in current:
+        found = _values(current, before)
+    elif verb.takes == "run":
+        found = [] if any(word.startswith("run=") for word in before) else ["run="]
+    else:
+        found = _keys(current, before, verb.takes)
+    return sorted({word for word in [*own, *found] if word.startswith(current)})
+
+
+def _own(verb: Verb, current: str) -> list[str]:
+    """The verb's own words, and the runs that some of them take."""
+    key, equals, _ = current.partition("=")
+    if not equals:
+        return [f"{word}=" for word in verb.words if word.startswith(current)]
+    if verb.words.get(key, "").startswith("=RUN"):
+        return [word for name in _runs() if (word := f"{key}={name}").startswith(current)]
+    return []
 
 
 def _topics(verb: str, current: str) -> list[str]:
@@ -89,6 +105,10 @@ def _topics(verb: str, current: str) -> list[str]:
         schema = schema_file.load()
         topics = [where for where, _ in keys(schema)] + [kind for kind, _ in kinds(schema)]
     return sorted({topic for topic in topics if topic.startswith(current)})
+
+
+def _runs() -> list[str]:
+    return sorted(str(page.parent.relative_to("runs")) for page in Path("runs").glob("**/config.yaml"))
 
 
 def _page(before: list[str]) -> Any:
@@ -136,8 +156,7 @@ def _values(current: str, before: list[str]) -> list[str]:
     if key == "config":
         return [f"config={name}" for name in catalog.recipes()]
     if key == "run":
-        pages = Path("runs").glob("**/config.yaml")
-        return [f"run={page.parent.relative_to('runs')}" for page in pages]
+        return [f"run={name}" for name in _runs()]
     groups = catalog.groups()
     if key in groups:
         return [f"{key}={option}" for option in groups[key]]

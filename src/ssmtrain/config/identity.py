@@ -23,8 +23,12 @@ FREE = (
     "logger",
     "show",
     "generate",
+    "origin.run",
 )
 """Keys, and whole groups, that may change between starts, FIXED_TRAINER excepted."""
+
+LATER = ("origin", "ema")
+"""Keys that count only where they are set: runs named before there were such keys keep their names."""
 
 
 def may_change(key: str) -> bool:
@@ -45,7 +49,11 @@ def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def config_hash(config: RunConfig) -> str:
     """Hex sha256 of what decides the run: the config without limits, devices, logger and output settings."""
-    decisive = {key: value for key, value in flat(dump(config)) if not may_change(key)}
+    decisive = {
+        key: value
+        for key, value in flat(dump(config))
+        if not may_change(key) and not (key in LATER and value is None)
+    }
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 

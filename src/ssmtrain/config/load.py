@@ -16,6 +16,7 @@ from ssmtrain.config.checks import problems as contradictions
 from ssmtrain.config.errors import UserError
 from ssmtrain.config.expect import problems
 from ssmtrain.config.layout import expand
+from ssmtrain.config.reference import parse as parse_reference
 
 if TYPE_CHECKING:
     from ssmtrain.config.schema import RunConfig
@@ -57,6 +58,7 @@ def load_run_config(run: str | Path, overrides: Sequence[str] = ()) -> RunConfig
 
 def _run_page(run: Path, overrides: Sequence[str]) -> Path:
     runs_dir = next((word.partition("=")[2] for word in overrides if word.startswith("runs_dir=")), "runs")
+    run = Path(parse_reference(str(run)).where)
     for place in (run, Path(runs_dir) / run):
         for file in (place, place / "config.yaml"):
             if file.is_file() and file.suffix == ".yaml":

@@ -70,12 +70,19 @@ def _verb(name: str) -> list[str]:
     takes = {
         "config": "config=<recipe or page> key=value …",
         "config or run": "run=<name or folder> | config=<recipe or page>  key=value …",
-        "words": {"config diff": "<one> <other>", "completion": "bash|zsh"}.get(name, "[verb, kind or key]"),
+        "run": "run=<name or folder>",
+        "words": {
+            "average": "<checkpoint> <checkpoint> …",
+            "config diff": "<one> <other>",
+            "completion": "bash|zsh",
+        }.get(name, "[verb, kind or key]"),
     }.get(verb.takes, "")
     lines = [f"usage: ssmtrain {name} {takes}".rstrip(), "", f"  {verb.summary}"]
     for flag, text in verb.flags.items():
         shown = f"--{flag} {text[1:].split()[0]}" if text.startswith("=") else f"--{flag}"
         lines.append(f"  {shown.ljust(18)} {text.split(' ', 1)[1] if text.startswith('=') else text}")
+    for word, text in verb.words.items():
+        lines.append(f"  {(word + text.split()[0]).ljust(18)} {text.split(' ', 1)[1]}")
     if verb.example:
         lines += ["", f"  {verb.example}"]
     if verb.takes.startswith("config"):
@@ -163,6 +170,8 @@ def _page(where: str, piece: Schema) -> list[str]:
             "",
             *_page("each", at["additionalProperties"]),
         ]
+    inside = [one for one in options(schema, at) if "properties" in one]
+    at = inside[0] if len(inside) == 1 else at
     if "properties" in at:
         lines = [f"{where}: {_about(schema, piece)}", ""]
         for name, child in at["properties"].items():

@@ -28,6 +28,12 @@ class Request:
     flags: dict[str, Any] = field(default_factory=dict)
     """Flags by name without dashes: `json` and `multirun` are True, `prompt`, `file`, … hold their text."""
 
+    words: dict[str, str] = field(default_factory=dict)
+    """The words that are the verb's own (`from`, `out`, `weights`, …) and their text."""
+
+    began: float | None = field(default=None, compare=False)
+    """When the program started, on the monotonic clock."""
+
     @property
     def as_json(self) -> bool:
         """Whether the line asked for --json."""

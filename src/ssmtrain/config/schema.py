@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 from pydantic import Field
 
 from ssmtrain.config.base import Config
+from ssmtrain.config.ema import EmaConfig
+from ssmtrain.config.origin import Origin
 from ssmtrain.layers import ffn_kinds, mixer_kinds
 from ssmtrain.layers.base import FfnConfig, MixerConfig
 
@@ -199,6 +201,20 @@ class WsdSchedule(_Schedule):
     """Learning rate at the end, as a share of the peak."""
 
 
+class DecaySchedule(_Schedule):
+    """The decay branch of a WSD run: from the rate at `start`, where it was forked, down to `floor`."""
+
+    kind: Literal["decay"] = "decay"
+    start: Count | None = None
+    """Position where the decay begins; absent: the step that `from=` forks at."""
+    share: Fraction | None = None
+    """Learning rate at `start`, as a share of the peak; absent: what the run forked from had there."""
+    shape: Literal["linear", "cosine", "sqrt"] = "linear"
+    """A straight line, half a cosine, or 1 - sqrt (Haegele et al. 2024), which falls fastest at first."""
+    floor: Fraction = 0.0
+    """Learning rate at the end, as a share of the peak."""
+
+
 class CosineSchedule(_Schedule):
     """Half a cosine from the peak to `floor`."""
 
@@ -234,7 +250,7 @@ class PowerSchedule(_Schedule):
 
 
 AnySchedule = Annotated[
-    WsdSchedule | CosineSchedule | LinearSchedule | ConstantSchedule | PowerSchedule,
+    WsdSchedule | DecaySchedule | CosineSchedule | LinearSchedule | ConstantSchedule | PowerSchedule,
     Field(discriminator="kind"),
 ]
 
@@ -282,6 +298,8 @@ class TrainerConfig(Config):
     """Steps between checkpoints; one is always saved at the end."""
     keep_last: Annotated[int, Field(ge=2)] = 2
     """Checkpoints kept; at least 2, so that a damaged newest one has a predecessor."""
+    keep_every: Positive | None = None
+    """Steps between checkpoints that are kept for good, beside the last and the best; absent: none."""
     max_nonfinite: Positive = 3
     """Stop (exit 3) after this many non-finite steps in a row; each one is skipped and counted."""
     load_nonfinite: bool = False
@@ -377,6 +395,8 @@ class RunConfig(Config):
     """Where run folders are made."""
     resume: str = "auto"
     """auto: continue an unfinished run of this config; never: refuse to continue; or a checkpoint folder."""
+    origin: Origin | None = None
+    """The checkpoint of another run that this one began from; written by `from=` and `init=` of fit."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seeds the weights, the order of the data and the samples."""
     model: ModelConfig
@@ -389,6 +409,8 @@ class RunConfig(Config):
     """The optimiser."""
     schedule: AnySchedule = WsdSchedule()
     """The learning rate over the run."""
+    ema: EmaConfig | None = None
+    """A moving average of the weights beside those that train; absent: none."""
     trainer: TrainerConfig = TrainerConfig()
     """Length, batch, precision, saving and printing."""
     parallel: AnyParallel = AutoParallel()

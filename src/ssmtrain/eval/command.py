@@ -30,13 +30,14 @@ def command(request: Request) -> int:
     tokenizer = load_tokenizer(config.tokenizer)
     rows, tokens, n_bytes, what = _text(config, tokenizer, split, file)
     vocab = config.model.vocab_size or tokenizer.vocab_size
-    model = load_model(opened.checkpoint, config, vocab, opened.device)
+    model = load_model(opened.checkpoint, config, vocab, opened.device, opened.ema)
     bf16 = config.trainer.precision == "bf16"
     batch_rows = config.trainer.micro_batch or max(1, 16384 // config.data.seq_len)
     score = evaluate(model, rows, opened.device, batch_rows, bf16)
     report = {
         "run": str(opened.run.folder),
         "checkpoint": opened.checkpoint.name,
+        "weights": "ema" if opened.ema else "trained",
         "text": what,
         "loss": score.loss,
         "perplexity": score.perplexity,
@@ -56,6 +57,7 @@ def command(request: Request) -> int:
         f"{report['bits_per_byte']:.4f} bits per byte\n"
         f"{score.labels:,} labels in rows of {config.data.seq_len} tokens, {n_bytes:,} bytes; "
         f"{opened.run.folder}, {opened.checkpoint.name}"
+        + (", moving average of the weights" if opened.ema else "")
     )
     return FINISHED
 

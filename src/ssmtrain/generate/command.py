@@ -20,7 +20,7 @@ def command(request: Request) -> int:
     config = opened.config
     tokenizer = load_tokenizer(config.tokenizer)
     vocab = config.model.vocab_size or tokenizer.vocab_size
-    model = load_model(opened.checkpoint, config, vocab, opened.device)
+    model = load_model(opened.checkpoint, config, vocab, opened.device, opened.ema)
     prompt = request.flags.get("prompt", config.generate.prompt)
     pieces, start = [], time.perf_counter()
     if not request.as_json:
@@ -36,6 +36,7 @@ def command(request: Request) -> int:
         report = {
             "run": str(opened.run.folder),
             "checkpoint": opened.checkpoint.name,
+            "weights": "ema" if opened.ema else "trained",
             "prompt": prompt,
             "text": text,
             "seed": config.seed,

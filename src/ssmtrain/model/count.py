@@ -162,8 +162,9 @@ def count_training(config: RunConfig, built: HybridModel, vocab_size: int) -> Tr
     """Estimated bytes of one unsharded training process; activations are for one micro-batch."""
     total = sum(p.numel() for p in built.parameters())
     hidden = sum(p.numel() for n, p in built.named_parameters() if p.ndim == 2 and n.startswith("blocks."))
-    # AdamW keeps two fp32 moments; Muon keeps one, for hidden matrices.
+    # AdamW keeps two fp32 moments; Muon keeps one, for hidden matrices; a moving average is one more.
     moments = 2 * total - (hidden if config.optim.kind == "muon" else 0)
+    moments += total if config.ema is not None else 0
     rows = config.trainer.micro_batch or max(
         1, config.trainer.global_batch // (config.data.seq_len * (config.trainer.devices or 1))
     )

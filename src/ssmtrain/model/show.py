@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from ssmtrain.config.layout import expand, strip
+from ssmtrain.config.origin import describe
 from ssmtrain.config.schema import BlockConfig, RunConfig
 from ssmtrain.layers.base import LayerConfig
 from ssmtrain.model.count import Counts, count
@@ -68,6 +69,7 @@ def report(config: RunConfig, vocab: int) -> tuple[Counts, list[str]]:
         f"training    about {human_bytes(t.total)} a device: weights {human_bytes(t.weights)}, "
         f"gradients {human_bytes(t.gradients)}, optimiser {human_bytes(t.optimizer)}, "
         f"activations {human_bytes(t.activations)}",
+        *(f"origin      {line}" for line in describe(config.origin)),
     ]
     return counts, lines
 

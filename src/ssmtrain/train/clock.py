@@ -1,4 +1,4 @@
-"""Where the time of a run goes: data, step, save, val, and the rest."""
+"""Where the time of a run goes: start, data, step, save, val, sample, and the rest."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from contextlib import contextmanager
 
 
 class Clock:
-    """Seconds by purpose since this process began to fit, from a clock that never jumps."""
+    """Seconds by purpose since this process began, from a clock that never jumps."""
 
-    def __init__(self, before: float = 0.0) -> None:
-        self.start = time.monotonic()
+    def __init__(self, before: float = 0.0, start: float | None = None) -> None:
+        self.start = time.monotonic() if start is None else start
         self.before = before
         """Seconds that earlier processes of this run have had."""
-        self.spent: dict[str, float] = {"data": 0.0, "step": 0.0, "save": 0.0, "val": 0.0}
+        self.startup: float | None = None
+        """Seconds until the first step could begin; None until then."""
+        self.spent: dict[str, float] = {"data": 0.0, "step": 0.0, "save": 0.0, "val": 0.0, "sample": 0.0}
 
     @contextmanager
     def __call__(self, purpose: str) -> Iterator[None]:
@@ -36,6 +38,8 @@ class Clock:
         return self.before + self.elapsed
 
     def split(self) -> dict[str, float]:
-        """Seconds by purpose, `other` included, rounded to milliseconds."""
-        spent = {**self.spent, "other": max(0.0, self.elapsed - sum(self.spent.values()))}
+        """Seconds by purpose, start-up and `other` included, rounded to milliseconds."""
+        rest = max(0.0, self.elapsed - sum(self.spent.values()))
+        startup = rest if self.startup is None else min(self.startup, rest)
+        spent = {"start": startup, **self.spent, "other": rest - startup}
         return {key: round(value, 3) for key, value in spent.items()}

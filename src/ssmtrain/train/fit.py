@@ -22,7 +22,7 @@ from ssmtrain.model.count import Counts
 from ssmtrain.model.show import report as picture
 from ssmtrain.parallel import ranks
 from ssmtrain.parallel.agreement import check_launch
-from ssmtrain.train import report
+from ssmtrain.train import attempts, report
 from ssmtrain.train.clock import Clock
 from ssmtrain.train.signals import Signals
 
@@ -42,18 +42,19 @@ def command(request: Request) -> int:
     try:
         for notice in run.notices:
             print(notice, flush=True)
-        return FINISHED if run.finished else fit(request.config, run)
+        return FINISHED if run.finished else fit(request.config, run, request.began)
     finally:
         run.close()
         gc.freeze()  # the interpreter's last collection would take seconds and free nothing that matters
 
 
-def fit(config: RunConfig, run: Run) -> int:
+def fit(config: RunConfig, run: Run, began: float | None = None) -> int:
     """Train until a limit or a signal; returns 0 when finished, 75 when saved and unfinished.
 
+    `began` is when the program started, on the monotonic clock; absent: now.
     Raises UserError (2), NonFinite (3), Lost (4) and OutOfMemory (5).
     """
-    signals, clock = Signals(), Clock()
+    signals, clock = Signals(), Clock(start=began)
     signals.install()
     try:
         return _fit(config, run, signals, clock)
@@ -97,7 +98,7 @@ def _fit(config: RunConfig, run: Run, signals: Signals, clock: Clock) -> int:
     from ssmtrain.train.callbacks.ending import Ending
     from ssmtrain.train.module import LitLM
 
-    lit = LitLM(config, vocab, data, signals, clock, run.checkpoint)
+    lit = LitLM(config, vocab, data, signals, clock, run.checkpoint, run.origin)
     ending = Ending(run, tokenizer, counts.params.total)
     trainer = _trainer(config, run, accelerator, devices, [*_callbacks(lit, run, tokenizer, counts), ending])
     return _train(trainer, lit, run, ending)
@@ -137,7 +138,8 @@ def _train(trainer: Trainer, lit: LitLM, run: Run, ending: Ending) -> int:
 
 def _stopped(lit: LitLM, run: Run) -> str:
     why = "out of time" if lit.stop == "seconds" else f"stopped by {lit.signals.asked or 'a signal'}"
-    return f"{why}: saved at step {lit.state.step:,}; continue with: {report.how_to_continue(run)}"
+    text = f"{why}: saved at step {lit.state.step:,}; continue with: {report.how_to_continue(run)}"
+    return f"{text}\n{attempts.line(lit.attempts.account())}" if lit.attempts else text
 
 
 def place(config: RunConfig) -> tuple[str, int]:
@@ -181,6 +183,7 @@ def place(config: RunConfig) -> tuple[str, int]:
 
 def _callbacks(lit: LitLM, run: Run, tokenizer: Tokenizer, counts: Counts) -> list[Callback]:
     """What happens after a step, in this order; figures before the save, so that it holds them."""
+    from ssmtrain.train.callbacks.averaging import Averaging
     from ssmtrain.train.callbacks.console import Console
     from ssmtrain.train.callbacks.health import Health
     from ssmtrain.train.callbacks.ledger import Ledger, wanted
@@ -193,16 +196,18 @@ def _callbacks(lit: LitLM, run: Run, tokenizer: Tokenizer, counts: Counts) -> li
     page = lit.config.trainer
     console = Console()
     found: list[Callback] = [Sinks(run, console)]
+    if lit.config.ema is not None:
+        found.append(Averaging())
     if wanted():
         found.append(Ledger(run.ledger))
     found.append(Metrics(page.log_every, counts.flops.total))
     if page.health_every:
         found.append(Health(page.health_every))
     if page.val_every:
-        found.append(Validation(page.val_every, page.val_tokens))
+        found.append(Validation(page.val_every))
     if page.sample_every:
         found.append(Samples(tokenizer, page.sample_every))
-    return [*found, Saving(run, page.save_every, page.keep_last), console]
+    return [*found, Saving(run, page.save_every, page.keep_last, page.keep_every), console]
 
 
 def _trainer(

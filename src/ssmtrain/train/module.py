@@ -29,7 +29,9 @@ from ssmtrain.parallel.agreement import agree_on_config
 from ssmtrain.parallel.apply import apply
 from ssmtrain.parallel.shard import shard
 from ssmtrain.train import nonfinite, optim, snapshot
+from ssmtrain.train.attempts import Attempts
 from ssmtrain.train.clock import Clock
+from ssmtrain.train.ema import Ema
 from ssmtrain.train.graph import Graphs, Pass
 from ssmtrain.train.journal import Journal
 from ssmtrain.train.schedule import horizon, lr_at
@@ -64,15 +66,18 @@ class LitLM(LightningModule):
         signals: Signals,
         clock: Clock,
         checkpoint: Path | None = None,
+        origin: Path | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.config, self.vocab_size, self.text, self.signals = config, vocab_size, data, signals
-        self.checkpoint = checkpoint
+        self.checkpoint, self.origin = checkpoint, origin
         self.horizon = horizon(config.trainer)
         self.state = RunState()
         self.journal = Journal()
         self.clock = clock
+        self.attempts: Attempts | None = None
+        """Rank 0's."""
         self.tokens_here = 0
         """Tokens that this process's run of the program has trained on, over all ranks."""
         self.model: HybridModel
@@ -83,6 +88,7 @@ class LitLM(LightningModule):
         self.stop: str | None = None
         """Why no further step is taken: "finished", "signal" or "seconds"."""
         self.graphs: Graphs | None = None
+        self.ema: Ema | None = None
         self.on_gradients: list[Callable[[], None]] = []
         """Called with the whole gradient in place, before it is clipped."""
 
@@ -98,12 +104,13 @@ class LitLM(LightningModule):
         # A model that is too large for a device is made in the host's memory, whole, and cut from there.
         self.model.to_empty(device="cpu" if spread.kind == "fsdp" else self.device)
         # Rank 0 decides where to continue; the others must not find out for themselves.
-        path = ranks.from_first(str(self.checkpoint) if self.checkpoint else None)
-        self.checkpoint = Path(path) if path else None
-        if self.checkpoint is None:
+        own, other = (ranks.from_first(str(p) if p else None) for p in (self.checkpoint, self.origin))
+        self.checkpoint, self.origin = (Path(path) if path else None for path in (own, other))
+        start = self.checkpoint or self.origin
+        if start is None:
             init_weights(self.model, self.config.model.init, self.config.seed)
         else:
-            load_weights(self.checkpoint, self.model, self.config.trainer.load_nonfinite)
+            load_weights(start, self.model, nonfinite=self.config.trainer.load_nonfinite)
         if spread.kind == "fsdp":
             shard(self.model, self.trainer.strategy.root_device, spread)
         self._assert_fp32()
@@ -123,10 +130,16 @@ class LitLM(LightningModule):
 
     def on_fit_start(self) -> None:
         """Continue from the checkpoint, or seed the generators."""
+        if self.config.ema is not None:
+            self.ema = Ema(self.config.ema, dict(self.model.named_parameters()))
         if self.checkpoint is not None:
             self.state = snapshot.restore(self, self.checkpoint)
+        elif self.origin is not None and self.config.origin and self.config.origin.kind == "fork":
+            self.state = snapshot.begin(self, self.origin)
         else:
             seed_generators(self.config.seed, ranks.rank(), 0)
+        if self.ema is not None:
+            self.ema.begin(self.state.step)
         self.clock.before = self.state.seconds
         self.parameters_list = list(self.model.parameters())
         if self.config.trainer.cuda_graphs:
@@ -138,6 +151,7 @@ class LitLM(LightningModule):
         """Take the signals over: Lightning has set its own handlers after on_fit_start."""
         self.signals.install()
         self.signals.training = True
+        self.clock.startup = self.clock.elapsed
 
     def train_dataloader(self) -> Iterator[int]:
         """Lightning's loop wants something to iterate over; the step reads the rows itself, by number."""

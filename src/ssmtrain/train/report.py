@@ -12,10 +12,12 @@ from typing import Any
 
 from ssmtrain.checkpoint.durable import replace_file
 from ssmtrain.checkpoint.runs import Run
+from ssmtrain.config.origin import describe
 from ssmtrain.config.redact import redact, redacted
 from ssmtrain.config.schema import RunConfig
 from ssmtrain.data.sources import split_text
 from ssmtrain.data.yardsticks import yardsticks
+from ssmtrain.train.attempts import line
 from ssmtrain.train.callbacks.words import duration, si
 from ssmtrain.train.curve import draw, picture, read
 from ssmtrain.train.journal import finite
@@ -44,6 +46,7 @@ def write(run: Run, figures: dict[str, Any], sample: str) -> str:
         f"# {run.name}",
         "",
         summary(figures),
+        *describe(run.config.origin),
         "",
         *(f"- {line}" for line in scores),
         "",
@@ -65,6 +68,7 @@ def write(run: Run, figures: dict[str, Any], sample: str) -> str:
             *curve,
             "",
             summary(figures),
+            *describe(run.config.origin),
             *scores,
             "",
             "Sample:",
@@ -91,7 +95,7 @@ def summary(figures: dict[str, Any]) -> str:
 
 
 def score_lines(figures: dict[str, Any]) -> list[str]:
-    """The validation score beside what compressors need for the same text."""
+    """The validation score beside what compressors need for the same text; what the time went into."""
     lines = [
         f"validation: {figures['val_bpb']:.3f} bits per byte (loss {figures['val_loss']:.4f}, "
         f"perplexity {figures['val_perplexity']:.4g}) on all of {figures['val_bytes']:,} bytes"
@@ -101,6 +105,8 @@ def score_lines(figures: dict[str, Any]) -> list[str]:
         lines.append(
             "the same text compressed: " + ", ".join(f"{name} {bits:.3f}" for name, bits in found.items())
         )
+    if figures.get("goodput"):
+        lines.append(line(figures["goodput"]))
     return lines
 
 

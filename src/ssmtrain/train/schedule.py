@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ssmtrain.config.schema import AnySchedule, PowerSchedule, TrainerConfig, WsdSchedule
+from ssmtrain.config.schema import AnySchedule, DecaySchedule, PowerSchedule, TrainerConfig, WsdSchedule
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,15 @@ def lr_at(schedule: AnySchedule, peak: float, step: int, run: Horizon) -> float:
 def factor(schedule: AnySchedule, begin: int, end: int, total: int) -> float:
     """Share of the peak at the step from position `begin` to `end` of a run of `total` units."""
     warmup = span(schedule.warmup, total)
+    if schedule.kind == "decay" and begin >= (schedule.start or 0):
+        return _branch(schedule, begin, total)
     if end < warmup:
         return end / warmup
     if schedule.kind == "wsd":
         return 1.0 - (1.0 - schedule.floor) * _decayed(schedule, begin, warmup, total)
     if schedule.kind == "power":
         return _power(schedule, begin, end, warmup, total)
-    if schedule.kind == "constant":
+    if schedule.kind == "constant" or schedule.kind == "decay":
         return 1.0
     done = min(1.0, max(0.0, begin - warmup) / max(total - warmup, 1.0))
     if schedule.kind == "cosine":
@@ -78,6 +80,17 @@ def _decayed(schedule: WsdSchedule | PowerSchedule, begin: float, warmup: float,
     if begin <= start:
         return 0.0
     return min(1.0, (begin - start) / (total - start)) if total > start else 1.0
+
+
+def _branch(schedule: DecaySchedule, begin: int, total: int) -> float:
+    """From the rate at the fork down to the floor, in the shape asked for; without a warm-up."""
+    start, top = schedule.start or 0, 1.0 if schedule.share is None else schedule.share
+    done = min(1.0, (begin - start) / max(total - start, 1))
+    if schedule.shape == "cosine":
+        done = 0.5 * (1.0 - math.cos(math.pi * done))
+    elif schedule.shape == "sqrt":
+        done = math.sqrt(done)
+    return top + (min(schedule.floor, top) - top) * done
 
 
 def _power(schedule: PowerSchedule, begin: int, end: int, warmup: float, total: int) -> float:

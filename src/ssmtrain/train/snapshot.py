@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import platform
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,8 @@ from ssmtrain.train.state import RunState, rng_tensors, seed_generators, set_rng
 if TYPE_CHECKING:
     from ssmtrain.train.module import LitLM
 
+log = logging.getLogger(__name__)
+
 Tensors = dict[str, dict[str, Tensor]]
 
 
@@ -36,11 +40,17 @@ def take(lit: LitLM) -> tuple[Tensors, dict[str, Any]]:
         "optim": whole(optim.state_tensors(lit.opt, named)),
         "rng": generators,
     }
+    averages = lit.ema.shadow if lit.ema is not None else {}
+    if averages:
+        tensors["ema"] = whole(averages)
     state = {
         "step": lit.state.step,
         "tokens": lit.state.tokens,
         "run": lit.state.as_dict(),
         "text": fingerprint(lit),
+        "ema": bool(averages),
+        "seq_len": lit.config.data.seq_len,
+        "tokenizer": lit.text.prepared.manifest.tokenizer,
         "world": ranks.world(),
         "versions": {
             "ssmtrain": ssmtrain.__version__,
@@ -67,11 +77,51 @@ def restore(lit: LitLM, checkpoint: Path) -> RunState:
             f"  {key}: {saved.get(key)} then, {now[key]} now" for key in now if saved.get(key) != now[key]
         ]
         raise UserError("data: the text or the tokenizer has changed since the run started", *changed)
+    if state.get("weights_only"):
+        raise UserError(
+            f"{checkpoint} has weights alone, so no run can be resumed from it",
+            "start one from it with from=<folder>, or with init=<folder> at step 0",
+        )
+    run = _counters(checkpoint, state)
+    _load_optimizers(lit, checkpoint, run)
+    _load_averages(lit, checkpoint, state)
+    _load_generators(lit, checkpoint, run.step)
+    return run
+
+
+def begin(lit: LitLM, checkpoint: Path) -> RunState:
+    """What a fork keeps of another run's checkpoint: optimiser, generators, step and place in the data.
+
+    On another text the rows begin at the first; what the other run counted of itself is left to it.
+    UserError when the tokenizer's content has changed.
+    """
+    state = store.load_state(checkpoint)
+    run = _counters(checkpoint, state)
+    own = {"nonfinite": 0, "seconds": 0.0, "best_val": None, "best_step": None, "save_failures": 0}
+    run = replace(run, **own)  # type: ignore[arg-type]  # fields of RunState
+    tokenizer = lit.text.prepared.manifest.tokenizer
+    if state.get("tokenizer", tokenizer) != tokenizer:
+        raise UserError("tokenizer: its content has changed since the run forked from was trained")
+    same = state.get("text") == fingerprint(lit) and state.get("seq_len") == lit.config.data.seq_len
+    if not same:
+        log.info("the data is not that of the run forked from: it is read from its beginning")
+        run.rows = 0
+    if state.get("weights_only"):
+        log.info("%s has weights alone: the optimiser begins anew", checkpoint)
+        seed_generators(lit.config.seed, ranks.rank(), run.step)
+    else:
+        _load_optimizers(lit, checkpoint, run)
+        _load_averages(lit, checkpoint, state)
+        _load_generators(lit, checkpoint, run.step)
+    lit.journal.write("fork", run.step, path=str(checkpoint), data="kept" if same else "from its beginning")
+    return run
+
+
+def _load_optimizers(lit: LitLM, checkpoint: Path, run: RunState) -> None:
     named = dict(lit.model.named_parameters())
     moments = store.load_tensors(checkpoint, "optim")
     if not lit.config.trainer.load_nonfinite:
         refuse_nonfinite(checkpoint, moments)
-    run = _counters(checkpoint, state)
     try:
         optim.load_state_tensors(lit.opt, named, moments)
         if not moments and run.step > run.nonfinite:
@@ -80,6 +130,20 @@ def restore(lit: LitLM, checkpoint: Path) -> RunState:
         raise UserError(
             f"{checkpoint}: {error}", "take another checkpoint with resume=<its folder>"
         ) from None
+
+
+def _load_averages(lit: LitLM, checkpoint: Path, state: dict[str, Any]) -> None:
+    """The moving average, where there is one to go on with; otherwise it begins where it is said to."""
+    if lit.ema is None or not state.get("ema"):
+        return
+    try:
+        lit.ema.load(store.load_tensors(checkpoint, "ema"))
+    except ValueError as error:
+        raise UserError(f"{checkpoint}: {error}") from None
+
+
+def _load_generators(lit: LitLM, checkpoint: Path, step: int) -> None:
+    """This rank's generators; a rank that the checkpoint does not know is seeded."""
     mine = f"rank{ranks.rank()}/"
     generators = {
         key.removeprefix(mine): value
@@ -93,8 +157,7 @@ def restore(lit: LitLM, checkpoint: Path) -> RunState:
             said = f"the random states of rank {ranks.rank()} in rng.safetensors cannot be used: {error}"
             raise store.Damaged(checkpoint, [said.splitlines()[0]]) from None
     else:
-        seed_generators(lit.config.seed, ranks.rank(), run.step)
-    return run
+        seed_generators(lit.config.seed, ranks.rank(), step)
 
 
 def _counters(checkpoint: Path, state: dict[str, Any]) -> RunState:

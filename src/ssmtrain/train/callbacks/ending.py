@@ -11,7 +11,7 @@ from ssmtrain.data.tokenizer import Tokenizer
 from ssmtrain.parallel import ranks
 from ssmtrain.train import report
 from ssmtrain.train.callbacks.samples import draw
-from ssmtrain.train.callbacks.validation import note, validate
+from ssmtrain.train.callbacks.validation import first_rows, note, validate
 from ssmtrain.train.curve import last_loss, read
 from ssmtrain.train.module import LitLM
 
@@ -32,14 +32,23 @@ class Ending(Callback):
         if lit.stop != "finished":
             return
         val = note(lit, validate(lit))
+        self.compare(lit)
         tokens = min(SAMPLE_TOKENS, max(lit.config.generate.max_tokens, 1))
-        text = draw(lit, self.tokenizer, tokens)
+        with lit.clock("sample"):
+            text = draw(lit, self.tokenizer, tokens)
         if ranks.rank():
             return
         figures = self.figures(lit, val)
         figures["yardsticks"] = report.measure(lit.config, lit.text.meta["val"]["bytes"])
         self.text = report.write(self.run, figures, text)
         self.run.mark("finished", lit.state.step, lit.state.tokens)
+
+    def compare(self, lit: LitLM) -> None:
+        """Score the last step on the text of the earlier validations too, so that the best can be told."""
+        page = lit.config.trainer
+        if page.val_every and page.val_tokens:
+            score = validate(lit, first_rows(lit))
+            lit.journal.write("best", lit.state.step, loss=score.loss, labels=score.labels)
 
     def figures(self, lit: LitLM, val: dict[str, float]) -> dict[str, Any]:
         """What report.json says."""
@@ -63,4 +72,5 @@ class Ending(Callback):
             "nonfinite": state.nonfinite,
             "seconds": lit.clock.total,
             "time": lit.clock.split(),
+            "goodput": lit.attempts.account() if lit.attempts else None,
         }

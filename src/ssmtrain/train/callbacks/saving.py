@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback
 
 from ssmtrain.checkpoint import store
+from ssmtrain.checkpoint.best import Best
 from ssmtrain.checkpoint.runs import Run
 from ssmtrain.config.errors import UserError
 from ssmtrain.parallel import ranks
@@ -23,9 +24,19 @@ MAX_FAILURES = 3
 class Saving(Callback):
     """Saves off RunState's clock; rank 0 writes and tells the others whether it worked."""
 
-    def __init__(self, run: Run, every: int, keep: int) -> None:
-        self.run, self.every, self.keep = run, every, keep
+    def __init__(self, run: Run, every: int, keep: int, keep_every: int | None = None) -> None:
+        self.run, self.every, self.keep, self.keep_every = run, every, keep, keep_every
         self.saved: Path | None = run.checkpoint
+        self.best: Best | None = None
+        """Rank 0's."""
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Find the best checkpoint so far, and follow the validations to come."""
+        lit: LitLM = pl_module
+        if ranks.rank() == 0:
+            self.best = Best(self.run.folder, self.run.checkpoints, self.run.metrics)
+            lit.journal.sinks.append(self.best)
+            self._link()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         """Save where the step is due or the last of this process."""
@@ -62,8 +73,21 @@ class Saving(Callback):
             self.run.mark("unfinished", step, tokens)
         except (store.SaveFailed, OSError) as error:
             return str(error)
+        self._link()  # before old ones go: what it leaves is deleted, what it comes to is not
         try:
-            store.prune(self.run.checkpoints, self.keep)
+            store.prune(self.run.checkpoints, self.keep, self._is_kept)
         except OSError as error:
             log.warning("old checkpoints stay: %s", error)
         return None
+
+    def _link(self) -> None:
+        try:
+            if self.best is not None:
+                self.best.link()
+        except OSError as error:
+            log.warning("the link to the best checkpoint is not up to date: %s", error)
+
+    def _is_kept(self, step: int) -> bool:
+        """Whether a checkpoint stays whatever its age: of every so many steps, and the best."""
+        at_interval = self.keep_every is not None and step % self.keep_every == 0
+        return at_interval or (self.best is not None and step == self.best.step)

@@ -8,6 +8,7 @@ from lightning.pytorch import Callback
 
 from ssmtrain.checkpoint.runs import Run
 from ssmtrain.parallel import ranks
+from ssmtrain.train.attempts import Attempts
 from ssmtrain.train.callbacks.console import Console
 from ssmtrain.train.journal import JsonLines
 from ssmtrain.train.module import LitLM
@@ -24,7 +25,8 @@ class Sinks(Callback):
         lit: LitLM = pl_module
         if ranks.rank():
             return
-        lit.journal.sinks = [JsonLines(self.run.metrics), self.console]
+        lit.attempts = Attempts(self.run.folder, self.run.begins_at, lit.clock)
+        lit.journal.sinks = [JsonLines(self.run.metrics), self.console, lit.attempts]
         page = lit.config.logger
         if page.kind == "wandb":
             from ssmtrain.train.callbacks.wandb_log import open_wandb

@@ -42,6 +42,12 @@ def validate(lit: LitLM, max_rows: int | None = None) -> Score:
         return score
 
 
+def first_rows(lit: LitLM) -> int | None:
+    """How many rows a validation along the way takes; None: all."""
+    tokens = lit.config.trainer.val_tokens
+    return tokens and math.ceil(tokens / lit.config.data.seq_len)
+
+
 def figures(lit: LitLM, score: Score) -> dict[str, float]:
     """Loss, perplexity and bits per byte of a score on the validation split."""
     meta = lit.text.meta["val"]
@@ -56,16 +62,15 @@ def figures(lit: LitLM, score: Score) -> dict[str, float]:
 class Validation(Callback):
     """Validates every so many steps; the last one, over the whole split, belongs to the report."""
 
-    def __init__(self, every: int, tokens: int | None) -> None:
-        self.every, self.tokens = every, tokens
+    def __init__(self, every: int) -> None:
+        self.every = every
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         """Validate where the step is due and the run goes on."""
         lit: LitLM = pl_module
         if not self.every or lit.stop or lit.state.step % self.every:
             return
-        max_rows = self.tokens and math.ceil(self.tokens / lit.config.data.seq_len)
-        note(lit, validate(lit, max_rows))
+        note(lit, validate(lit, first_rows(lit)))
 
 
 def note(lit: LitLM, score: Score) -> dict[str, float]:
