@@ -254,7 +254,7 @@ CASES = [
     case("114 pickle", pickled, ".pt files are pickles, which run code when opened"),
     resumed("114 pickle continued", pickled, "not a checkpoint folder: .pt files are pickles", "runs/<name>/checkpoints/step-"),
     case("115 pickle named safetensors", forge(MODEL, pickle.dumps(Payload())), "model.safetensors cannot be used: it is not a safetensors file"),
-    case("115 single file", lambda at: at / MODEL, "a single file; expected a folder with its manifest"),
+    case("115 single file", lambda at: at / MODEL, "model.yaml, the config of these weights, is not beside them", "ssmtrain convert run="),
     case("116 zip bomb", zip_bomb, ".pt files are pickles"),
     case("117 other architecture", tensors(MODEL, lambda t: [t.pop(WEIGHT), t.update({f"layers.{i}.w": torch.zeros(1) for i in range(12)})]), "1 tensors are missing, 12 are not in the model", f"{WEIGHT} is missing", "layers.6.w is not in the model", "… and 3 more", "tiny/config.yaml"),
     case("117 names with a terminal's codes", tensors(MODEL, lambda t: t.update({"\x1b[2Jw\n": torch.zeros(1)})), "\\x1b[2Jw\\n is not in the model"),

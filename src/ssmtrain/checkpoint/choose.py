@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ssmtrain.checkpoint import best, store
+from ssmtrain.checkpoint.records import CONFIG
 from ssmtrain.config.errors import UserError
 from ssmtrain.config.reference import Reference
 
@@ -38,11 +39,12 @@ def choose(folder: Path, named: Reference, word: str, report: Callable[[str], No
         for line in problems:
             report(line)
         if newest is None:
-            raise UserError(f"{word}={named.where}: it has no good checkpoint yet", *problems)
+            advice = f"train it first: ssmtrain fit config={folder / CONFIG}"
+            raise UserError(f"{word}={named.where}: it has no good checkpoint yet", *problems[:3], advice)
         return newest
     problems = store.verify(path)
     if problems:
-        raise UserError(f"{path} is damaged:", *problems)
+        raise UserError(f"{path} is damaged:", *problems[:3], f"the newest good one: {word}={named.where}")
     return path
 
 

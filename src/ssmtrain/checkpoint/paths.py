@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ssmtrain.checkpoint.store import MANIFEST
 from ssmtrain.config.errors import UserError
+from ssmtrain.config.reference import BEST
 
 PICKLED = {".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle"}
 """Suffixes of files that torch.load would unpickle."""
@@ -33,8 +34,12 @@ def why_none(path: Path, otherwise: str) -> str:
 
 
 def refuse_links(folder: Path) -> None:
-    """What a run writes to and deletes from must lie in its folder, whoever the folder came from."""
-    links = sorted(path.name for path in folder.iterdir() if path.is_symlink()) if folder.is_dir() else []
+    """What a run writes to and deletes from must lie in its folder, whoever the folder came from.
+
+    The link to the best checkpoint is the run's own: it is replaced, and never followed.
+    """
+    entries = folder.iterdir() if folder.is_dir() else ()
+    links = sorted(path.name for path in entries if path.is_symlink() and path.name != BEST)
     if links:
         raise UserError(
             f"{folder / links[0]} is a link, and a run writes and deletes only inside its own folder",
