@@ -84,11 +84,12 @@ def test_one_two_and_one_ranks_train_as_one(
 
 
 def test_replicas_divide_the_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = page(tmp_path, trainer__devices=2, parallel={"kind": "fsdp", "replicas": 3})
-    with pytest.raises(UserError, match=r"parallel\.replicas = 3: 2 devices"):
+    config = page(tmp_path, trainer__devices=2, parallel={"kind": "fsdp", "replicas": 4})
+    with pytest.raises(UserError, match=r"parallel\.replicas = 4: 2 devices"):
         place(config)
     # Under a launcher all its ranks count.
-    monkeypatch.setenv("WORLD_SIZE", "6")
+    for name, value in {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
     assert place(config) == ("cpu", 2)
 
 
