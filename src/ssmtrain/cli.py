@@ -67,7 +67,9 @@ def run(args: list[str]) -> int:
     gc.disable()
     try:
         request = _request(name, verb, flags, words)
-        function = _function("ssmtrain.sweep.local:command" if flags.get("multirun") else verb.target)
+        function = _function(
+            "ssmtrain.sweep.local:command" if name == "fit" and flags.get("multirun") else verb.target
+        )
     finally:
         gc.enable()
     return int(function(request))

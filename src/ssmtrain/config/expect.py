@@ -40,6 +40,9 @@ SPELLINGS = {
     "grad_clip": "optim.clip",
     "gradient_clip_val": "optim.clip",
     "dtype": "trainer.precision",
+    "num_nodes": "launch.nodes",
+    "nnodes": "launch.nodes",
+    "walltime": "launch.time",
 }
 """Other projects' names for our keys."""
 

@@ -37,6 +37,7 @@ def digest() -> str:
     files = [
         *sorted((package / "layers").glob("*.py")),
         FILE.with_name("base.py"),
+        FILE.with_name("launch.py"),
         FILE.with_name("schema.py"),
     ]
     summed = hashlib.sha256()
