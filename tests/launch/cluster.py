@@ -48,8 +48,8 @@ SlurmdParameters=config_overrides
 ReturnToService=2
 FirstJobId={first}
 KillWait=5
-SchedulerParameters=sched_interval=2,sched_min_interval=0,bf_interval=2
-NodeName={host} NodeAddr=127.0.0.1 CPUs=4 RealMemory=1000 State=UNKNOWN
+SchedulerParameters=sched_interval=1,sched_min_interval=0,bf_interval=1
+NodeName={host} NodeAddr=127.0.0.1 CPUs=32 RealMemory=1000 State=UNKNOWN
 PartitionName=main Nodes={host} Default=YES MaxTime=60 State=UP
 """
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from ssmtrain.checkpoint import faults
+from ssmtrain.config import launched
 from ssmtrain.config.errors import UserError
 from ssmtrain.train.fit import place
 from train.conftest import ledger, losses, norms, page, weights
@@ -91,6 +92,57 @@ def test_replicas_divide_the_devices(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for name, value in {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     assert place(config) == ("cpu", 2)
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "start with torchrun --nproc-per-node"),
+        ({"RANK": "0", "WORLD_SIZE": "5", "LOCAL_WORLD_SIZE": "2"}, "every node must have as many"),
+        ({"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}, "trainer.devices = 2: 4 processes"),
+        ({"RANK": "0", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "2"}, "4 rows do not divide by 8 devices"),
+    ],
+)
+def test_what_cannot_be_joined(
+    told: dict[str, str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=said):
+        place(page(tmp_path, trainer__devices=2))
+
+
+def test_two_nodes_train_as_one_process(train: Train, tmp_path: Path) -> None:
+    """Two tasks of srun, on what they take for two nodes, until one gets a signal: both save and say so."""
+    from ssmtrain.checkpoint.records import write_config
+
+    _, whole = train(name="whole")
+    config = page(tmp_path, name="nodes", trainer__threads=1)
+    write_config(tmp_path, config)
+    (tmp_path / "script.py").write_text(SCRIPT)
+    env = {key: value for key, value in os.environ.items() if key not in (*launched.NAMES, "SSMTRAIN_RUN")}
+    env |= {"SSMTRAIN_LEDGER": "1", "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1"}
+    env |= {"SLURM_STEP_NODELIST": "localhost,other", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
+    env |= {"SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0", "SLURM_JOB_ID": str(os.getpid())}
+    tasks = [
+        subprocess.Popen(
+            [sys.executable, str(tmp_path / "script.py"), str(tmp_path), *fault],
+            env={**env, "SLURM_PROCID": rank, "SLURM_NODEID": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank, fault in (("0", []), ("1", ["0", "after_optimizer:5:TERM"]))
+    ]
+    said = [task.communicate(timeout=200)[0] for task in tasks]
+    assert [task.returncode for task in tasks] == [75, 75], said
+    assert said[0].count("saved at step") == 1 and said[1] == "", said
+    folder = Path(config.runs_dir) / "nodes"
+    done = len(ledger(folder))
+    assert 5 <= done < 8
+    assert [e["samples"] for e in ledger(folder)] == [e["samples"] for e in ledger(whole)][:done]
+    assert losses(folder) == pytest.approx(losses(whole)[:done], rel=2e-6)
+    assert '"world": 2' in (folder / "checkpoints" / f"step-{done:08}" / "state.json").read_text()
 
 
 def test_a_lost_rank_ends_the_others(tmp_path: Path) -> None:

@@ -10,10 +10,12 @@ from ssmtrain.config.base import Config
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
-Name = Annotated[str, Field(pattern=r"^[^\s\"'\\`$#-][^\s\"'\\`$#]*$")]
+Name = Annotated[str, Field(pattern=r"^[^\s\"'\\`$#-][^\s\"'\\`$#]*$", examples=["gpu"])]
 """A name of Slurm's: one word, without quotes."""
 Line = Annotated[str, Field(pattern=r"^[^\n\r]+$")]
-Mount = Annotated[str, Field(pattern=r"^[^\n\r,:]+(:[^\n\r,:]+)*$")]
+Option = Annotated[str, Field(pattern=r"^--[a-z][a-z-]*(=[^\n\r]+)?$", examples=["--reservation=night"])]
+_TIME = r"^(\d+|\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d){0,2})$"
+Mount = Annotated[str, Field(pattern=r"^[^\n\r,:]+(:[^\n\r,:]+)*$", examples=["/data:/data"])]
 
 
 class Pyxis(Config):
@@ -53,9 +55,9 @@ class SlurmLaunch(Config):
     """Processes on each node; absent: one for each GPU, or one where there is none."""
     cpus_per_task: Positive | None = None
     """CPUs of each process; absent: the cluster's default."""
-    memory: Annotated[str, Field(pattern=r"^\d+[KMGT]?$")] | None = None
+    memory: Annotated[str, Field(pattern=r"^\d+[KMGT]?$", examples=["64G"])] | None = None
     """Memory of each node, such as 64G; 0: all of it; absent: the cluster's default."""
-    time: Annotated[str, Field(pattern=r"^(\d+|\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d){0,2})$")] | None = None
+    time: Annotated[str, Field(pattern=_TIME, examples=["12:00:00"])] | None = None
     """Time limit: minutes, or as 12:00:00 or 3-00:00:00; absent: the partition's default."""
     partition: Name | None = None
     """Partition; absent: the cluster's default."""
@@ -79,5 +81,5 @@ class SlurmLaunch(Config):
     """How often the job may be put back in the queue after it has saved; 0: never."""
     arms: Positive | None = None
     """With --multirun, how many arms run at a time; absent: as many as the cluster has room for."""
-    extra: list[Annotated[str, Field(pattern=r"^--[a-z][a-z-]*(=[^\n\r]+)?$")]] = []
+    extra: list[Option] = []
     """More options of sbatch, as they stand: --reservation=night."""

@@ -123,10 +123,11 @@ def turn(line: str, requeues: int) -> int:
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: child.send_signal(number))
     code = child.wait()
+    code = code if code >= 0 else 128 - code
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    if code == UNFINISHED and os.environ.get("SLURM_PROCID", "0") == "0" and restarts < requeues:
+    if code in (UNFINISHED, job.EARLY) and os.environ.get("SLURM_PROCID", "0") == "0" and restarts < requeues:
         print("ssmtrain: saved; back to the queue", flush=True)
         subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
     if code:
-        sys.exit(code if code > 0 else 128 - code)
+        sys.exit(code)
     return code

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,9 @@ from ssmtrain.config.schema import RunConfig
 FOLDER = "launch"
 """Where, in a run's folder, the script, the page it runs and its logs are."""
 
+EARLY = 128 + signal.SIGUSR1
+"""What srun says of a process that SIGUSR1 ended; none of the signals with which Slurm ends jobs."""
+
 SCRIPT = """\
 #!/bin/bash
 # {what}. Written by `ssmtrain launch slurm`; once more: sbatch {script}
@@ -26,6 +30,8 @@ SCRIPT = """\
 code=$?
 
 # {unfinished}: saved and not finished, before the time limit or when the job is to make room for another.
+# {early}: the signal came before ssmtrain could hear it, and nothing is lost.
+if [ "$code" -eq {early} ]; then code={unfinished}; fi
 if [ "$code" -eq {unfinished} ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {requeues} ]; then
   echo "ssmtrain: saved; back to the queue"
   scontrol requeue "$SLURM_JOB_ID"
@@ -186,6 +192,7 @@ def script(config: RunConfig) -> str:
             [*map(shlex.quote, srun_options(config)), f"{program(config)} {fit_words(config)}"]
         ),
         unfinished=UNFINISHED,
+        early=EARLY,
         requeues=config.launch.requeues,
     )
 

@@ -16,9 +16,12 @@ if TYPE_CHECKING:
     from ssmtrain.config.request import Request
     from ssmtrain.config.schema import RunConfig
 
+NO_CLUSTER = "this machine knows of no Slurm cluster: submit from a login node of one"
+
 HINTS = {
     "controller": "`scontrol ping` asks whether the cluster's controller is up",
-    "config": "this machine knows of no Slurm cluster: submit from a login node of one",
+    "configuration file": NO_CLUSTER,
+    "fetch_config": NO_CLUSTER,
     "partition": "`sinfo -s` lists the partitions; set launch.partition=…",
     "account": "`sacctmgr show assoc user=$USER format=account,qos` lists yours; set launch.account=…",
     "qos": "`sacctmgr show assoc user=$USER format=account,qos` lists yours; set launch.qos=…",
