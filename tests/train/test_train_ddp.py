@@ -39,6 +39,15 @@ except Stop as stop:
 """
 
 
+SLOW_END = """
+import os, time
+from ssmtrain.train import report
+if os.environ["SLURM_PROCID"] == "0":
+    shown = report.how_to_continue
+    report.how_to_continue = lambda run: time.sleep(4) or shown(run)
+"""
+
+
 def two_ranks(folder: Path, *fault: str, **changes: Any) -> tuple[int, Path, str]:
     """Run fit on two gloo ranks; `fault` is a rank and what happens to it. Code, run folder, output."""
     from ssmtrain.checkpoint.records import write_config
@@ -119,7 +128,7 @@ def test_two_nodes_train_as_one_process(train: Train, tmp_path: Path) -> None:
     _, whole = train(name="whole")
     config = page(tmp_path, name="nodes", trainer__threads=1)
     write_config(tmp_path, config)
-    (tmp_path / "script.py").write_text(SCRIPT)
+    (tmp_path / "script.py").write_text(SLOW_END + SCRIPT)
     env = {key: value for key, value in os.environ.items() if key not in (*launched.NAMES, "SSMTRAIN_RUN")}
     env |= {"SSMTRAIN_LEDGER": "1", "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1"}
     env |= {"SLURM_STEP_NODELIST": "localhost,other", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
@@ -134,7 +143,11 @@ def test_two_nodes_train_as_one_process(train: Train, tmp_path: Path) -> None:
         )
         for rank, fault in (("0", []), ("1", ["0", "after_optimizer:5:TERM"]))
     ]
+    tasks[1].wait(200)
+    second = time.monotonic()
     said = [task.communicate(timeout=200)[0] for task in tasks]
+    # srun ends the other ranks once one has gone with a code: rank 1 must not go before rank 0 has done all.
+    assert time.monotonic() - second < 3
     assert [task.returncode for task in tasks] == [75, 75], said
     assert said[0].count("saved at step") == 1 and said[1] == "", said
     folder = Path(config.runs_dir) / "nodes"
