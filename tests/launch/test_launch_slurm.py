@@ -143,18 +143,19 @@ def test_which_ends_ask_for_another_turn(
     late = submit("waits", "late", "launch.time=1", "launch.grace=50")
     second = submit("waits", "late", "launch.time=5")
     cancelled = submit("waits", "cancelled", "launch.time=5", "launch.setup=[touch set-up]")
+    fails = submit("one fails", "fails", "launch.time=5")
+    early = submit("too early", "early", "launch.time=5")
+    endless = submit("never finished", "endless", "launch.requeues=1")
     appears("rank 1 fit config=", cancelled["log"])
     assert (here / "set-up").exists()
     cluster.call("scancel", cancelled["job"])
-    fails = submit("one fails", "fails", "launch.time=5")
-    cluster.wait(fails["job"], has("FAILED", 0), 60)
-    early = submit("too early", "early", "launch.time=5")
-    endless = submit("never finished", "endless", "launch.requeues=1")
-    assert cluster.wait(endless["job"], has("FAILED", 1))["ExitCode"] == "75:0"
-    cluster.wait(early["job"], has("COMPLETED", 1))
     # One job at a time works in a run's folder, also between the turns of the first.
+    cluster.wait(late["job"], has("PENDING", 1))
     assert cluster.job(second["job"])["Reason"] == "Dependency"
     cluster.call("scancel", second["job"])
+    cluster.wait(fails["job"], has("FAILED", 0), 60)
+    assert cluster.wait(endless["job"], has("FAILED", 1))["ExitCode"] == "75:0"
+    cluster.wait(early["job"], has("COMPLETED", 1))
     cluster.wait(late["job"], has("COMPLETED", 1))
     said = Path(late["log"]).read_text()
     for rank in "01":
