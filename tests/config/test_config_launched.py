@@ -79,6 +79,7 @@ def test_who_is_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     assert launched.from_srun({**TASK, "SLURM_STEP_NUM_TASKS": "1"}) == {}
     set_all(monkeypatch, {**TASK, "LOCAL_RANK": "1", "WORLD_SIZE": "2"})
     assert seen() == (1, 2, 0)
+    assert launched.from_srun(os.environ) == {}
     set_all(monkeypatch, {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"})
     assert seen() == (5, 8, 4)
 

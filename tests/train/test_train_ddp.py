@@ -121,6 +121,17 @@ def test_what_cannot_be_joined(
         place(page(tmp_path, trainer__devices=2))
 
 
+def test_a_batch_script_starts_its_ranks_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ssmtrain.parallel.processes import environment
+
+    for name, value in {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_PROCID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert not environment().creates_processes_externally
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert environment().creates_processes_externally and environment().global_rank() == 1
+
+
 def test_two_nodes_train_as_one_process(train: Train, tmp_path: Path) -> None:
     """Two tasks of srun, on what they take for two nodes, until one gets a signal: both save and say so."""
     from ssmtrain.checkpoint.records import write_config

@@ -122,7 +122,7 @@ def options(config: RunConfig) -> dict[str, str | None]:
         "nodes": str(launch.nodes),
         "ntasks-per-node": str(processes(config)),
         "gpus-per-node": gpus if launch.gpus_per_node else None,
-        "cpus-per-task": launch.cpus_per_task and str(launch.cpus_per_task),
+        "cpus-per-task": str(launch.cpus_per_task) if launch.cpus_per_task else None,
         "mem": launch.memory,
         "time": launch.time,
         "partition": launch.partition,
