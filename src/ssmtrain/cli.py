@@ -78,7 +78,9 @@ def run(args: list[str]) -> int:
     gc.disable()
     try:
         request = dataclasses.replace(_request(name, verb, flags, words), began=began)
-        function = _function("ssmtrain.sweep.local:command" if flags.get("multirun") else verb.target)
+        function = _function(
+            "ssmtrain.sweep.local:command" if name == "fit" and flags.get("multirun") else verb.target
+        )
     finally:
         gc.enable()
     return int(function(request))

@@ -120,6 +120,17 @@ VERBS: dict[str, Verb] = {
         _JSON,
         "ssmtrain check parallel config=quickstart parallel=fsdp trainer.devices=2",
     ),
+    "launch slurm": Verb(
+        "train a recipe as a job of a Slurm cluster, put back in the queue until it is finished",
+        "ssmtrain.launch.slurm:command",
+        "config",
+        {
+            "dry-run": "print the batch script and do nothing else",
+            "multirun": "submit an array with a job for every combination of a=1,2 … (extra `slurm`)",
+            **_JSON,
+        },
+        "ssmtrain launch slurm config=granite_9to1 launch.nodes=4 launch.gpus_per_node=8 launch.time=9:00:00",
+    ),
     "doctor": Verb(
         "versions, devices, kernels, disk, and what would be slow", "ssmtrain.doctor:command", "", _JSON
     ),
@@ -154,5 +165,8 @@ SYNONYMS = {
     "recipes": "config list",
     "diff": "config diff",
     "preprocess": "prepare",
+    "submit": "launch slurm",
+    "sbatch": "launch slurm",
+    "slurm": "launch slurm",
     "tokenize": "prepare",
 }

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from ssmtrain.cli import main
+from ssmtrain.config.arms import arm_names, plan
 from ssmtrain.config.load import load
-from ssmtrain.sweep.local import _Children, _forwarding, arm_names, plan, table
+from ssmtrain.sweep.local import _Children, _forwarding, table
 
 PAGE = """\
 model:
@@ -71,6 +72,7 @@ def test_arms_are_named_after_their_values(folder: Path) -> None:
     ]
     assert arms[3].folder == Path("runs/mine/lr-0.002_layout-ratio-10-2")
     config = load(list(arms[3].line))
+    assert config == arms[3].config
     assert (config.optim.lr, config.model.layout, config.seed, config.name) == (
         0.002,
         "ratio(10,2)",

@@ -14,6 +14,7 @@ import pytest
 
 from ssmtrain.checkpoint import faults
 from ssmtrain.checkpoint.runs import resolve
+from ssmtrain.config import launched
 from ssmtrain.config.errors import UserError
 from ssmtrain.train.fit import fit, place
 from ssmtrain.train.forks import load_from
@@ -37,6 +38,15 @@ try:
 except Stop as stop:
     print(*stop.lines, sep="\\n")
     sys.exit(stop.code)
+"""
+
+
+SLOW_END = """
+import os, time
+from ssmtrain.train import report
+if os.environ["SLURM_PROCID"] == "0":
+    shown = report.how_to_continue
+    report.how_to_continue = lambda run: time.sleep(4) or shown(run)
 """
 
 
@@ -109,12 +119,79 @@ def test_ranks_fork_what_rank_0_chose(parent: Path, tmp_path: Path) -> None:
 
 
 def test_replicas_divide_the_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = page(tmp_path, trainer__devices=2, parallel={"kind": "fsdp", "replicas": 3})
-    with pytest.raises(UserError, match=r"parallel\.replicas = 3: 2 devices"):
+    config = page(tmp_path, trainer__devices=2, parallel={"kind": "fsdp", "replicas": 4})
+    with pytest.raises(UserError, match=r"parallel\.replicas = 4: 2 devices"):
         place(config)
     # Under a launcher all its ranks count.
-    monkeypatch.setenv("WORLD_SIZE", "6")
+    for name, value in {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
     assert place(config) == ("cpu", 2)
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "start with torchrun --nproc-per-node"),
+        ({"RANK": "0", "WORLD_SIZE": "5", "LOCAL_WORLD_SIZE": "2"}, "every node must have as many"),
+        ({"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}, "trainer.devices = 2: 4 processes"),
+        ({"RANK": "0", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "2"}, "4 rows do not divide by 8 devices"),
+    ],
+)
+def test_what_cannot_be_joined(
+    told: dict[str, str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=said):
+        place(page(tmp_path, trainer__devices=2))
+
+
+def test_a_batch_script_starts_its_ranks_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ssmtrain.parallel.processes import environment
+
+    for name, value in {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_PROCID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert not environment().creates_processes_externally
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert environment().creates_processes_externally and environment().global_rank() == 1
+
+
+def test_two_nodes_train_as_one_process(train: Train, tmp_path: Path) -> None:
+    """Two tasks of srun, on what they take for two nodes, until one gets a signal: both save and say so."""
+    from ssmtrain.checkpoint.records import write_config
+
+    _, whole = train(name="whole")
+    config = page(tmp_path, name="nodes", trainer__threads=1)
+    write_config(tmp_path, config)
+    (tmp_path / "script.py").write_text(SLOW_END + SCRIPT)
+    env = {key: value for key, value in os.environ.items() if key not in (*launched.NAMES, "SSMTRAIN_RUN")}
+    env |= {"SSMTRAIN_LEDGER": "1", "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1"}
+    env |= {"SLURM_STEP_NODELIST": "localhost,other", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
+    env |= {"SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0", "SLURM_JOB_ID": str(os.getpid())}
+    tasks = [
+        subprocess.Popen(
+            [sys.executable, str(tmp_path / "script.py"), str(tmp_path), *fault],
+            env={**env, "SLURM_PROCID": rank, "SLURM_NODEID": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank, fault in (("0", []), ("1", ["0", "after_optimizer:5:TERM"]))
+    ]
+    tasks[1].wait(200)
+    second = time.monotonic()
+    said = [task.communicate(timeout=200)[0] for task in tasks]
+    # srun ends the other ranks once one has gone with a code: rank 1 must not go before rank 0 has done all.
+    assert time.monotonic() - second < 3
+    assert [task.returncode for task in tasks] == [75, 75], said
+    assert said[0].count("saved at step") == 1 and said[1] == "", said
+    folder = Path(config.runs_dir) / "nodes"
+    done = len(ledger(folder))
+    assert 5 <= done < 8
+    assert [e["samples"] for e in ledger(folder)] == [e["samples"] for e in ledger(whole)][:done]
+    assert losses(folder) == pytest.approx(losses(whole)[:done], rel=2e-6)
+    assert '"world": 2' in (folder / "checkpoints" / f"step-{done:08}" / "state.json").read_text()
 
 
 def test_a_lost_rank_ends_the_others(tmp_path: Path) -> None:

@@ -15,11 +15,12 @@ from typing import Any
 from ssmtrain.checkpoint.faults import VARIABLE
 from ssmtrain.checkpoint.runs import DECISION
 from ssmtrain.checkpoint.store import checkpoints, step_of
+from ssmtrain.config import launched
 from ssmtrain.config.errors import UserError
 from ssmtrain.config.load import to_yaml
 from ssmtrain.config.schema import NoLogger, RunConfig
 
-INHERITED = (DECISION, "SSMTRAIN_PARENT", "RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "SLURM_PROCID")
+INHERITED = (DECISION, "SSMTRAIN_PARENT", *launched.NAMES)
 """What would make the started process believe that it is a rank of this one."""
 
 

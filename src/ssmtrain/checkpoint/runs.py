@@ -29,6 +29,7 @@ from ssmtrain.checkpoint.records import (
     write_config,
     write_status,
 )
+from ssmtrain.config import launched
 from ssmtrain.config.errors import UserError
 from ssmtrain.config.identity import default_name, differences, may_change
 from ssmtrain.config.reference import BEST, parse
@@ -52,7 +53,7 @@ ROUNDING = (
 LOGS = ("metrics.jsonl", "ledger.jsonl")
 
 _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_RESERVED = {"checkpoints", "lock", CONFIG, "status.json", *LOGS}
+_RESERVED = {"checkpoints", "lock", "launch", CONFIG, "status.json", *LOGS}
 
 
 @dataclass
@@ -120,7 +121,7 @@ def resolve(config: RunConfig) -> Run:
     an unsafe name, another process in the folder, a different config, or a damaged named checkpoint.
     """
     name, folder = locate(config)
-    if _rank() > 0:
+    if launched.rank() > 0:
         return _follow(config, name, folder)
     exists = (folder / CONFIG).is_file()
     if exists and config.resume == "never":
@@ -244,7 +245,8 @@ def _compare(run: Run) -> None:
         raise UserError(
             f"run {run.name} was started with another config; it differs in{more}:",
             *shown,
-            "may change: trainer (not global_batch, precision), parallel, logger, show, generate, runs_dir",
+            "may change: trainer (not global_batch, precision), parallel, launch, logger, show, generate, "
+            "runs_dir",
             f"start another run with name=…, or continue this one with config={run.folder / CONFIG}",
         )
     if wrong:
@@ -363,12 +365,3 @@ def _follow(config: RunConfig, name: str, folder: Path) -> Run:
         run.origin = open_origin(config)
     run.notices.clear()
     return run
-
-
-def _rank() -> int:
-    """This process's rank as its launcher tells it; 0 when nobody does."""
-    for variable in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):
-        value = os.environ.get(variable, "")
-        if value.isdigit():
-            return int(value)
-    return 0

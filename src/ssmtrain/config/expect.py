@@ -40,6 +40,9 @@ SPELLINGS = {
     "grad_clip": "optim.clip",
     "gradient_clip_val": "optim.clip",
     "dtype": "trainer.precision",
+    "num_nodes": "launch.nodes",
+    "nnodes": "launch.nodes",
+    "walltime": "launch.time",
 }
 """Other projects' names for our keys."""
 
@@ -267,6 +270,8 @@ def _describe_one(schema: Schema, option: Schema) -> str:
             inner = ", ".join(describe(schema, item) for item in option["prefixItems"])
             return f"a list of {len(option['prefixItems'])}: [{inner}]"
         return f"a list, each {describe(schema, option['items'])}" if option.get("items") else "a list"
+    if kind == "string" and option.get("examples"):
+        return f"text such as {option['examples'][0]}"
     names = {"boolean": "true or false", "string": "text", "null": "null", "object": "a mapping"}
     return names.get(str(kind), "a value")
 

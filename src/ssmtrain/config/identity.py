@@ -20,6 +20,7 @@ FREE = (
     "data.cache_dir",
     "trainer",
     "parallel",
+    "launch",
     "logger",
     "show",
     "generate",

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssmtrain.config import schema_file
+from ssmtrain.config import launched, schema_file
 from ssmtrain.config.catalog import Page, find, folders, recipe_lines, recipes
 from ssmtrain.config.checks import as_namespace, layer_problems
 from ssmtrain.config.checks import problems as contradictions
@@ -148,7 +148,7 @@ def _without_unused_blocks(tree: Tree) -> list[str]:
 
 
 def _say(notices: list[str]) -> None:
-    if os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("RANK", "0") == "0":
+    if launched.rank() == 0:
         for line in notices:
             print(line, file=sys.stderr)
 

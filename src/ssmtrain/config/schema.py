@@ -8,6 +8,7 @@ from pydantic import Field
 
 from ssmtrain.config.base import Config
 from ssmtrain.config.ema import EmaConfig
+from ssmtrain.config.launch import SlurmLaunch
 from ssmtrain.config.origin import Origin
 from ssmtrain.layers import ffn_kinds, mixer_kinds
 from ssmtrain.layers.base import FfnConfig, MixerConfig
@@ -415,6 +416,8 @@ class RunConfig(Config):
     """Length, batch, precision, saving and printing."""
     parallel: AnyParallel = AutoParallel()
     """How the model is spread over devices."""
+    launch: SlurmLaunch = SlurmLaunch()
+    """What `ssmtrain launch slurm` asks the cluster for."""
     logger: AnyLogger = NoLogger()
     """Where metrics go besides metrics.jsonl."""
     show: ShowConfig = ShowConfig()

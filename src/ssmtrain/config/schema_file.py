@@ -37,7 +37,7 @@ def digest() -> str:
     files = [
         *sorted((package / "layers").glob("*.py")),
         FILE.with_name("base.py"),
-        *(FILE.with_name(f"{name}.py") for name in ("schema", "origin", "ema")),
+        *(FILE.with_name(f"{name}.py") for name in ("schema", "origin", "ema", "launch")),
     ]
     summed = hashlib.sha256()
     for file in files:

@@ -16,9 +16,9 @@ from ssmtrain.parallel import ranks
 _HOW = "start every rank with torchrun, or unset RANK, LOCAL_RANK and WORLD_SIZE and let ssmtrain start them"
 
 
-def check_launch(devices: int) -> None:
-    """UserError when the environment's ranks contradict each other or `devices`, this machine's processes,
-    or when rank 0 of a launch by hand could not listen on MASTER_PORT."""
+def check_launch() -> None:
+    """UserError when the environment's ranks contradict each other, or when rank 0 of a launch by hand could
+    not listen on MASTER_PORT."""
     rank, world = _number("RANK"), _number("WORLD_SIZE")
     local, local_world = _number("LOCAL_RANK"), _number("LOCAL_WORLD_SIZE")
     if rank is not None and world is None:
@@ -30,11 +30,6 @@ def check_launch(devices: int) -> None:
     if local_world is not None and (local or 0) >= local_world:
         raise UserError(
             f"LOCAL_RANK={local} with LOCAL_WORLD_SIZE={local_world}: expected below {local_world}", _HOW
-        )
-    if local_world is not None and rank is not None and local_world != devices:
-        raise UserError(
-            f"trainer.devices: {local_world} processes were started here, the config says {devices}",
-            f"add trainer.devices={local_world}, or start {devices} with --nproc-per-node={devices}",
         )
     if rank == 0 and (world or 1) > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         _check_port()

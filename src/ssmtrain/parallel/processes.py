@@ -13,17 +13,31 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+from lightning.fabric.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    TorchElasticEnvironment,
+)
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from torch import nn
 
+from ssmtrain.config import launched
 from ssmtrain.config.errors import LOST, NON_FINITE, OUT_OF_MEMORY, UNFINISHED, WRONG_INPUT
 from ssmtrain.parallel.shard import gradients_kept
 
 GRACE = 6.0
 """Seconds that the other ranks get to end by themselves, with the better message, once one is gone."""
 PLANNED = (0, UNFINISHED)
+
+
+def environment() -> ClusterEnvironment:
+    """Where Lightning finds the ranks: torchrun or srun started them, or this process or its parent does.
+
+    Lightning's own guess takes every process within a Slurm job for a task of srun.
+    """
+    return TorchElasticEnvironment() if launched.local_world() else LightningEnvironment()
 
 
 class Launcher(_SubprocessScriptLauncher):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from ssmtrain.config import launched
 
 
 def active() -> bool:
@@ -26,17 +26,12 @@ def rank() -> int:
 
 def launched_rank() -> int:
     """This process's rank as its launcher tells it, before there is a process group; 0 when nobody does."""
-    for variable in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):
-        value = os.environ.get(variable, "")
-        if value.isdigit():
-            return int(value)
-    return 0
+    return launched.rank()
 
 
 def launched_world() -> int:
     """The number of ranks as their launcher tells it; 0 when nobody does."""
-    value = os.environ.get("WORLD_SIZE", "")
-    return int(value) if value.isdigit() else 0
+    return launched.world()
 
 
 def sum_(tensor: Tensor) -> Tensor:

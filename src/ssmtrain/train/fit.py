@@ -12,6 +12,7 @@ import torch
 
 from ssmtrain.checkpoint.reading import no_gpu
 from ssmtrain.checkpoint.runs import Run, resolve
+from ssmtrain.config import launched
 from ssmtrain.config.errors import FINISHED, NON_FINITE, UNFINISHED, Lost, NonFinite, OutOfMemory, UserError
 from ssmtrain.config.request import Request
 from ssmtrain.config.schema import RunConfig
@@ -37,7 +38,9 @@ if TYPE_CHECKING:
 def command(request: Request) -> int:
     """`ssmtrain fit config=…`: find or make the run, say what it will do, train."""
     assert request.config is not None
-    check_launch(place(request.config)[1])
+    launched.adopt()
+    check_launch()
+    place(request.config)
     run = resolve(request.config)
     try:
         for notice in run.notices:
@@ -133,7 +136,15 @@ def _train(trainer: Trainer, lit: LitLM, run: Run, ending: Ending) -> int:
     finished = lit.stop == "finished"
     if ranks.launched_rank() == 0:
         print(ending.text if finished else _stopped(lit, run), flush=True)
+    if launched.local_world():
+        _end_together(lit.signals)
     return FINISHED if finished else UNFINISHED
+
+
+def _end_together(signals: Signals) -> None:
+    """torchrun and srun end the other ranks once one has gone with a code: not before rank 0 is done."""
+    ranks.agree(None)
+    signals.ignore()
 
 
 def _stopped(lit: LitLM, run: Run) -> str:
@@ -144,41 +155,64 @@ def _stopped(lit: LitLM, run: Run) -> str:
 
 def place(config: RunConfig) -> tuple[str, int]:
     """Accelerator ("cpu" or "gpu") and number of processes; UserError when the machine has too few GPUs."""
-    trainer = config.trainer
+    trainer, started = config.trainer, _started(config)
     gpus = torch.cuda.device_count()
     accelerator = trainer.accelerator
     if accelerator == "auto":
         accelerator = "gpu" if gpus else "cpu"
     if accelerator == "cpu":
-        devices = trainer.devices or 1
+        devices = started or trainer.devices or 1
     else:
-        devices = trainer.devices or gpus
+        devices = started or trainer.devices or gpus
         if not gpus:
             raise no_gpu()
         if devices > gpus:
             raise UserError(
                 f"trainer.devices: {devices} asked for, this machine has {gpus} GPUs",
-                f"set trainer.devices={gpus}",
+                "ask srun for --gpus-per-node: each process must see all GPUs"
+                if started
+                else f"set trainer.devices={gpus}",
             )
-    if trainer.cuda_graphs and (accelerator == "cpu" or devices > 1):
-        where = "on the CPU" if accelerator == "cpu" else f"on {devices} devices"
+    world, spread = ranks.launched_world() or devices, config.parallel
+    if trainer.cuda_graphs and (accelerator == "cpu" or world > 1):
+        where = "on the CPU" if accelerator == "cpu" else f"on {world} devices"
         raise UserError(
             f"trainer.cuda_graphs: {where} there is none; it takes one GPU",
             "set trainer.cuda_graphs=false" + ("" if accelerator == "cpu" else " or trainer.devices=1"),
         )
     rows = trainer.global_batch // config.data.seq_len
-    if rows % (devices * (trainer.micro_batch or 1)):
+    if rows % (world * (trainer.micro_batch or 1)):
         raise UserError(
-            f"trainer.global_batch: its {rows} rows do not divide by {devices} devices"
+            f"trainer.global_batch: its {rows} rows do not divide by {world} devices"
             + (f" x trainer.micro_batch={trainer.micro_batch}" if trainer.micro_batch else "")
         )
-    world, spread = ranks.launched_world() or devices, config.parallel
     if spread.kind == "fsdp" and world % spread.replicas:
         raise UserError(
             f"parallel.replicas = {spread.replicas}: {world} devices do not divide into as many groups",
             "leave it out, or set it to the number of nodes",
         )
     return accelerator, devices
+
+
+def _started(config: RunConfig) -> int:
+    """How many ranks a launcher started on this node, 0 if none did; UserError for what cannot be joined."""
+    here, world, asked = launched.local_world(), launched.world(), config.trainer.devices
+    if "RANK" in os.environ and not here:
+        raise UserError(
+            "RANK is set, and LOCAL_WORLD_SIZE is not: nobody says how many processes this node has",
+            "start with torchrun --nproc-per-node=N … -m ssmtrain fit …, or unset RANK",
+        )
+    if here and world % here:
+        raise UserError(
+            f"{world} processes were started, {here} of them on this node: every node must have as many",
+            "start the same number on each: srun --ntasks-per-node=N, torchrun --nproc-per-node=N",
+        )
+    if here and asked not in (None, here):
+        raise UserError(
+            f"trainer.devices = {asked}: {here} processes were started on this node",
+            f"leave it out, or start as many: srun --ntasks-per-node, torchrun --nproc-per-node={asked}",
+        )
+    return here
 
 
 def _callbacks(lit: LitLM, run: Run, tokenizer: Tokenizer, counts: Counts) -> list[Callback]:
@@ -216,9 +250,9 @@ def _trainer(
     """Lightning's Trainer with everything of its own that is not exact, or not ours to show, switched off."""
     from lightning.pytorch import Trainer
 
-    from ssmtrain.parallel.processes import spread
+    from ssmtrain.parallel.processes import environment, spread
 
-    kind = config.parallel.kind
+    kind, world = config.parallel.kind, ranks.launched_world() or devices
     # Its remarks are about what is switched off here; importing it has set its loggers to INFO.
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -226,7 +260,9 @@ def _trainer(
     trainer = Trainer(
         accelerator=accelerator,
         devices=devices,
-        strategy="auto" if devices == 1 and kind == "auto" else spread(kind, accelerator),
+        num_nodes=world // devices,
+        plugins=[environment()],
+        strategy="auto" if world == 1 and kind == "auto" else spread(kind, accelerator),
         precision="32-true",  # LitLM.autocast covers the forward pass only
         max_epochs=1,
         callbacks=callbacks,

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from ssmtrain.config.errors import INTERRUPTED, UNFINISHED
+from ssmtrain.config import launched
+from ssmtrain.config.errors import FINISHED, INTERRUPTED, UNFINISHED
 
 STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -39,6 +40,13 @@ class Signals:
             before = signal.signal(number, self._handle)
             self._before.setdefault(number, before)
 
+    def ignore(self) -> None:
+        """Let no signal disturb the end of a process that has saved: srun ends the ranks after the first."""
+        if self._before:
+            for number in STOPPING:
+                signal.signal(number, signal.SIG_IGN)
+            self._before.clear()
+
     def restore(self) -> None:
         """Put back the handlers that were there before the first install."""
         for number, handler in self._before.items():
@@ -50,7 +58,8 @@ class Signals:
         if not self.training:
             _say(f"{name} before the first step: nothing is lost, the same command starts again")
             self.at_once()
-            os._exit(UNFINISHED)
+            # Rank 0 speaks for the run. The others may be ended because it failed: that is no planned stop.
+            os._exit(FINISHED if launched.rank() else UNFINISHED)
         elif self.asked is None:
             self.asked = name
             _say(
@@ -65,6 +74,6 @@ class Signals:
 
 def _say(text: str) -> None:
     # print() may be in the middle of a line of its own: a handler writes to the descriptor.
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if launched.rank() == 0:
         with contextlib.suppress(OSError, ValueError):
             os.write(sys.stderr.fileno(), f"\nssmtrain: {text}\n".encode())
