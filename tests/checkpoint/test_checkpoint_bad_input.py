@@ -391,7 +391,7 @@ def test_125_a_run_that_is_being_written_can_be_read(
     newest: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(newest, newest.with_name(f"step-00000005.tmp-{'1' * 32}"))
-    with store._writing(newest.with_name(f"step-00000005.tmp-{'1' * 32}")):
+    with store.writing(newest.with_name(f"step-00000005.tmp-{'1' * 32}")):
         assert main(line("generate", run_of(newest), "--json")) == 0
     assert json.loads(capsys.readouterr().out)["checkpoint"] == "step-00000004"
 

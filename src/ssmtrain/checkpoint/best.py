@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import os
+import threading
 import uuid
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ class Best:
         self.labels = 0
         """Labels of the latest record."""
         self.latest = -1
+        self.lock = threading.RLock()
+        """A thread that saves asks while the run validates."""
         with contextlib.suppress(OSError):
             for line in metrics.read_bytes().splitlines():
                 with contextlib.suppress(ValueError):
@@ -40,22 +43,28 @@ class Best:
     @property
     def step(self) -> int | None:
         """The step of the best checkpoint that is there."""
-        losses = self.losses.get(self.labels, {})
-        for step in [s for s in losses if not self._path(s).is_dir() and s != self.latest]:
-            del losses[step]
-        there = [step for step in losses if self._path(step).is_dir()]
-        return min(there, key=lambda step: (losses[step], step), default=None)
+        with self.lock:
+            losses = self.losses.get(self.labels, {})
+            for step in [s for s in losses if not self._path(s).is_dir() and s != self.latest]:
+                del losses[step]
+            there = [step for step in losses if self._path(step).is_dir()]
+            return min(there, key=lambda step: (losses[step], step), default=None)
 
     def write(self, record: dict[str, Any]) -> None:
         """Take a record; one of a step that is saved already may move the link."""
-        if self._note(record):
-            self.link()
+        with self.lock:
+            if self._note(record):
+                self.link()
 
     def close(self) -> None:
         """Nothing is open."""
 
     def link(self) -> None:
         """Point `<run>/best` at the best checkpoint, in one rename; OSError when the disk refuses."""
+        with self.lock:
+            self._link()
+
+    def _link(self) -> None:
         step, link = self.step, self.folder / BEST
         if step is None:
             if link.is_symlink():

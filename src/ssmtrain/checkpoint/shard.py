@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -32,11 +32,14 @@ _HEADER_LIMIT = 100_000_000
 """Bytes of a header beyond which the safetensors library reads no file."""
 
 
-def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> Written:
-    """Write `tensors` (any device, any strides) as safetensors and fsync; one at a time is on the host."""
+def write_shard(path: Path, tensors: Mapping[str, Tensor], extra: Mapping[str, str] | None = None) -> Written:
+    """Write `tensors` (any device, any strides) as safetensors and fsync; one at a time is on the host.
+
+    `extra` goes into the header's metadata.
+    """
     # Widest first: every tensor then starts at a multiple of its item size, as readers by mmap want.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header = _header(tensors, names)
+    header = _header(tensors, names, extra or {})
     half = (len(header) + sum(tensors[n].numel() * tensors[n].element_size() for n in names)) // 2
     crossed = False
 
@@ -64,6 +67,12 @@ def read_shard(path: Path) -> dict[str, Tensor]:
     return found
 
 
+def read_extra(path: Path) -> dict[str, str]:
+    """What the header of a file that read_shard has read holds beside the tensors."""
+    with safe_open(path, "pt") as file:
+        return dict(file.metadata() or {})
+
+
 def _refuse_twins(path: Path) -> None:
     """ValueError when a name stands twice in the header: the library takes the last one without a word."""
 
@@ -84,8 +93,8 @@ def _refuse_twins(path: Path) -> None:
         return  # the library says better what is wrong with it
 
 
-def _header(tensors: Mapping[str, Tensor], names: list[str]) -> bytes:
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+def _header(tensors: Mapping[str, Tensor], names: list[str], extra: Mapping[str, str]) -> bytes:
+    entries: dict[str, object] = {"__metadata__": {"format": "pt", **extra}}
     offset = 0
     for name in names:
         tensor = tensors[name]

@@ -1,7 +1,8 @@
 """Checkpoints on disk: written aside, made durable, published by one rename, found again by their manifest.
 
 A checkpoint is a folder `step-00000100` of safetensors shards, `state.json`, and `manifest.json`, which
-lists every file with its size and sha256 and is written last. There is no pickle anywhere.
+lists every file with its size and sha256 and is written last. There is no pickle anywhere. One process writes
+one file for each kind of tensors; several write theirs side by side (joint.py).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from ssmtrain.checkpoint.durable import Written, json_bytes, make_folder, sync_folder, write_file
 from ssmtrain.checkpoint.faults import point
+from ssmtrain.checkpoint.parts import read_parts
 from ssmtrain.checkpoint.shard import read_shard, write_shard
 from ssmtrain.config.errors import UserError
 
@@ -101,11 +103,11 @@ def save(
             return final
         make_folder(folder)
         os.mkdir(temporary, 0o700)
-        with _writing(temporary) as descriptor:
+        with writing(temporary) as descriptor:
             _write(temporary, step, tensors, state_text)
             os.fsync(descriptor)
             point("before_rename")
-            _publish(temporary, final)
+            publish(temporary, final)
         point("after_rename")
         sync_folder(folder)
     except OSError as error:
@@ -162,12 +164,19 @@ def newest_good(folder: Path, report: Callable[[str], None]) -> Path | None:
 
 
 def load_tensors(path: Path, stem: str) -> dict[str, Tensor]:
-    """The tensors of one shard, on the CPU; Damaged if it is missing or not safetensors. Verify first."""
+    """The whole tensors of one kind ("model", "optim" …), on the CPU, of one file or of several parts.
+
+    Damaged if they are missing or not safetensors. Verify first.
+    """
     name = f"{stem}.safetensors"
     try:
-        if name not in _manifest(path):
+        listed = _manifest(path)
+        if name in listed:
+            return read_shard(path / name)
+        parts = sorted(one for one in listed if re.fullmatch(rf"{stem}_[0-9]{{5}}\.safetensors", one))
+        if not parts:
             raise ValueError(f"the manifest lists no {name}")
-        return read_shard(path / name)
+        return read_parts(path / one for one in parts)
     except (OSError, ValueError) as error:
         raise Damaged(path, [_reason(name, error)]) from error
 
@@ -207,7 +216,7 @@ def clean(folder: Path) -> list[Path]:
     for path in sorted(folder.glob("step-*.tmp-*")):
         if not _TEMPORARY.fullmatch(path.name) or path.is_symlink() or not path.is_dir():
             continue
-        with contextlib.suppress(OSError), _writing(path):
+        with contextlib.suppress(OSError), writing(path):
             shutil.rmtree(path)
             removed.append(path)
     return removed
@@ -223,13 +232,18 @@ def _write(
         written[f"{stem}.safetensors"] = write_shard(temporary / f"{stem}.safetensors", named)
     point("after_tensors")
     written[STATE] = write_file(temporary / STATE, [state_text])
+    write_manifest(temporary, step, written)
+
+
+def write_manifest(temporary: Path, step: int, written: Mapping[str, Written]) -> None:
+    """Write the manifest, the last file of a checkpoint."""
     point("before_manifest")
     files = {name: {"size": done.size, "sha256": done.sha256} for name, done in written.items()}
     write_file(temporary / MANIFEST, [json_bytes({"format": FORMAT, "step": step, "files": files})])
     point("after_manifest")
 
 
-def _publish(temporary: Path, final: Path) -> None:
+def publish(temporary: Path, final: Path) -> None:
     """One rename; a damaged folder in the way is moved aside first."""
     if final.exists():
         _delete(final)
@@ -256,7 +270,7 @@ def _delete(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _writing(temporary: Path) -> Iterator[int]:
+def writing(temporary: Path) -> Iterator[int]:
     """Hold the folder's lock, which says that its writer lives; OSError if another process holds it."""
     descriptor = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:

@@ -78,6 +78,40 @@ def _whole(tensor: Tensor) -> Tensor:
     return gathered.cpu() if ranks.rank() == 0 else gathered.new_empty(0, device="cpu")
 
 
+def rows_of(tensor: Tensor) -> tuple[int, int] | None:
+    """(first row, rows of the whole) of this rank's part of a tensor; None where the tensor is whole."""
+    if not isinstance(tensor, DTensor):
+        return None
+    mesh = tensor.device_mesh
+    place = mesh.get_coordinate()
+    assert place is not None
+    total, ways = tensor.shape[0], mesh.size(mesh.ndim - 1)
+    return min(place[-1] * -(-total // ways), total), total
+
+
+def to_write(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of the tensors, or this rank's rows of them, that fall to this rank where each is written once.
+
+    Of tensors that every rank has whole each takes about as many bytes; all must ask in the same moment of a
+    run, for tensors of the same names and shapes.
+    """
+    rank, load = ranks.rank(), [0] * ranks.world()
+    found: dict[str, Tensor] = {}
+    for name in sorted(tensors, key=lambda name: (-tensors[name].nbytes, name)):
+        tensor = tensors[name]
+        if isinstance(tensor, DTensor):
+            coordinate = tensor.device_mesh.get_coordinate()
+            first_replica = coordinate is not None and all(place == 0 for place in coordinate[:-1])
+            if first_replica and len(tensor.to_local()):
+                found[name] = tensor
+            continue
+        least = load.index(min(load))
+        load[least] += max(tensor.nbytes, 1)
+        if least == rank:
+            found[name] = tensor
+    return found
+
+
 @contextmanager
 def on_first(model: HybridModel) -> Iterator[HybridModel | None]:
     """The model, whole, for rank 0 to use by itself; None on other ranks where it is cut, which only help.

@@ -241,7 +241,7 @@ def _callbacks(lit: LitLM, run: Run, tokenizer: Tokenizer, counts: Counts) -> li
         found.append(Validation(page.val_every))
     if page.sample_every:
         found.append(Samples(tokenizer, page.sample_every))
-    return [*found, Saving(run, page.save_every, page.keep_last, page.keep_every), console]
+    return [*found, Saving(run, page), console]
 
 
 def _trainer(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,10 +14,11 @@ from torch import Tensor
 
 import ssmtrain
 from ssmtrain.checkpoint import store
+from ssmtrain.checkpoint.parts import Part
 from ssmtrain.checkpoint.weights import refuse_nonfinite
 from ssmtrain.config.errors import UserError
 from ssmtrain.parallel import ranks
-from ssmtrain.parallel.shard import whole
+from ssmtrain.parallel.shard import mine, rows_of, to_write
 from ssmtrain.train import optim
 from ssmtrain.train.state import RunState, rng_tensors, seed_generators, set_rng_tensors
 
@@ -25,24 +27,24 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Tensors = dict[str, dict[str, Tensor]]
+Shares = dict[str, dict[str, Part]]
 
 
-def take(lit: LitLM) -> tuple[Tensors, dict[str, Any]]:
-    """Tensors by shard and JSON state of this moment; every rank must call it, rank 0's result is saved."""
+def take(lit: LitLM) -> tuple[Shares, dict[str, Any]]:
+    """What this rank writes of this moment, by kind of tensors, and the JSON state.
+
+    The tensors are the run's own: before it goes on, they are to be written or copied.
+    """
     named = dict(lit.model.named_parameters())
-    generators: dict[str, Tensor] = {}
-    for key, mine in rng_tensors(lit.device).items():
-        for rank, theirs in enumerate(ranks.gather(_on_group_device(mine, lit.device))):
-            generators[f"rank{rank}/{key}"] = theirs.cpu()
-    tensors = {
-        "model": whole(lit.model.state_dict()),
-        "optim": whole(optim.state_tensors(lit.opt, named)),
-        "rng": generators,
+    prefix = f"rank{ranks.rank()}/"
+    shares = {
+        "model": _parts(lit.model.state_dict()),
+        "optim": _parts(optim.state_tensors(lit.opt, named)),
+        "rng": {prefix + key: Part(tensor) for key, tensor in rng_tensors(lit.device).items()},
     }
     averages = lit.ema.shadow if lit.ema is not None else {}
     if averages:
-        tensors["ema"] = whole(averages)
+        shares["ema"] = _parts(averages)
     state = {
         "step": lit.state.step,
         "tokens": lit.state.tokens,
@@ -58,7 +60,11 @@ def take(lit: LitLM) -> tuple[Tensors, dict[str, Any]]:
             "python": platform.python_version(),
         },
     }
-    return tensors, state
+    return shares, state
+
+
+def _parts(tensors: Mapping[str, Tensor]) -> dict[str, Part]:
+    return {name: Part(mine(tensor), *(rows_of(tensor) or ())) for name, tensor in to_write(tensors).items()}
 
 
 def fingerprint(lit: LitLM) -> dict[str, Any]:
@@ -144,11 +150,11 @@ def _load_averages(lit: LitLM, checkpoint: Path, state: dict[str, Any]) -> None:
 
 def _load_generators(lit: LitLM, checkpoint: Path, step: int) -> None:
     """This rank's generators; a rank that the checkpoint does not know is seeded."""
-    mine = f"rank{ranks.rank()}/"
+    prefix = f"rank{ranks.rank()}/"
     generators = {
-        key.removeprefix(mine): value
+        key.removeprefix(prefix): value
         for key, value in store.load_tensors(checkpoint, "rng").items()
-        if key.startswith(mine)
+        if key.startswith(prefix)
     }
     if generators:
         try:
@@ -169,8 +175,3 @@ def _counters(checkpoint: Path, state: dict[str, Any]) -> RunState:
     if run.step != store.step_of(checkpoint):
         raise store.Damaged(checkpoint, [f"state.json is of step {run.step}"])
     return run
-
-
-def _on_group_device(tensor: Tensor, device: torch.device) -> Tensor:
-    # NCCL gathers only what lies on its GPU; without a group nothing is gathered.
-    return tensor.to(device) if ranks.active() else tensor

@@ -3,32 +3,45 @@
 from __future__ import annotations
 
 import logging
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback
 
-from ssmtrain.checkpoint import store
+from ssmtrain.checkpoint import joint, store
 from ssmtrain.checkpoint.best import Best
 from ssmtrain.checkpoint.runs import Run
 from ssmtrain.config.errors import UserError
+from ssmtrain.config.schema import TrainerConfig
 from ssmtrain.parallel import ranks
 from ssmtrain.train import snapshot
+from ssmtrain.train.hold import Hold
 from ssmtrain.train.module import LitLM
 
 log = logging.getLogger(__name__)
 
 MAX_FAILURES = 3
+THERE = "there"
+"""In place of a token: a good checkpoint of the step is there already."""
 
 
 class Saving(Callback):
-    """Saves off RunState's clock; rank 0 writes and tells the others whether it worked."""
+    """Saves off RunState's clock: each rank its share, side by side, and all agree on whether it worked.
 
-    def __init__(self, run: Run, every: int, keep: int, keep_every: int | None = None) -> None:
-        self.run, self.every, self.keep, self.keep_every = run, every, keep, keep_every
+    With `save_async` a thread writes a copy in host memory, and what came of it is known at the next save.
+    """
+
+    def __init__(self, run: Run, config: TrainerConfig) -> None:
+        self.run, self.config = run, config
         self.saved: Path | None = run.checkpoint
         self.best: Best | None = None
         """Rank 0's."""
+        self.thread = ThreadPoolExecutor(1, "ssmtrain-save") if config.save_async else None
+        self.hold = Hold()
+        self.pending: tuple[int, Future[str | None]] | None = None
+        """A step, and what is to be known of its save."""
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Find the best checkpoint so far, and follow the validations to come."""
@@ -41,20 +54,42 @@ class Saving(Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         """Save where the step is due or the last of this process."""
         lit: LitLM = pl_module
-        if lit.stop or lit.state.step % self.every == 0:
+        if lit.stop or lit.state.step % self.config.save_every == 0:
             with lit.clock("save"):
                 self.save(lit)
 
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Wait for the last save."""
+        if self.thread is not None:
+            self.thread.shutdown()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """What is being written when training fails is still a good checkpoint."""
+        self.teardown(trainer, pl_module, "fit")
+
     def save(self, lit: LitLM) -> None:
         """Publish a checkpoint and prune; UserError when a planned stop, or a third try in a row, fails."""
-        tensors, state = snapshot.take(lit)
-        problem = None
-        if ranks.rank() == 0:
-            problem = self._write(lit.state.step, lit.state.tokens, tensors, state)
+        self.settle(lit)
+        step = lit.state.step
+        shares, state = snapshot.take(lit)
+        token, problem = self._begin(step)
+        write = partial(self._write, step, lit.state.tokens, token, state)
+        if problem is None and self.thread is not None and not lit.stop:
+            self.pending = step, self.thread.submit(write, self.hold.copy(shares))
+            return
+        self._report(lit, step, problem or write(shares))
+
+    def settle(self, lit: LitLM) -> None:
+        """Wait for the save under way, if there is one, and agree on what came of it."""
+        if self.pending is not None:
+            (step, found), self.pending = self.pending, None
+            self._report(lit, step, found.result())
+
+    def _report(self, lit: LitLM, step: int, problem: str | None) -> None:
         problem = ranks.agree(problem)
         if problem is None:
             lit.state.save_failures = 0
-            lit.journal.write("save", lit.state.step, path=str(self.saved))
+            lit.journal.write("save", step, path=str(self.saved))
             return
         lit.state.save_failures += 1
         if lit.stop or lit.state.save_failures >= MAX_FAILURES:
@@ -66,19 +101,48 @@ class Saving(Callback):
         left = MAX_FAILURES - lit.state.save_failures
         log.warning("checkpoint not saved, training goes on (%d more failures stop it): %s", left, problem)
 
-    def _write(self, step: int, tokens: int, tensors: snapshot.Tensors, state: dict[str, Any]) -> str | None:
-        """Write, mark and prune on rank 0; returns what went wrong."""
+    def _begin(self, step: int) -> tuple[str, str | None]:
+        """What the ranks know the folder by that they will write to, and what went wrong."""
+        if not ranks.active():
+            return "", None
+        text = ""
+        if ranks.rank() == 0:
+            try:
+                text = joint.begin(self.run.checkpoints, step) or THERE
+            except store.SaveFailed as error:
+                text = f"!{error}"
+        text = ranks.from_first(text) or ""
+        return ("", text[1:]) if text.startswith("!") else (text, None)
+
+    def _write(
+        self, step: int, tokens: int, token: str, state: dict[str, Any], shares: snapshot.Shares
+    ) -> str | None:
+        """Write this rank's share, and on rank 0 publish, mark and prune; returns what went wrong."""
+        folder, rank = self.run.checkpoints, ranks.rank()
         try:
-            self.saved = store.save(self.run.checkpoints, step, tensors, state)
-            self.run.mark("unfinished", step, tokens)
+            if not token:
+                tensors = {kind: {n: p.tensor for n, p in parts.items()} for kind, parts in shares.items()}
+                self.saved = store.save(folder, step, tensors, state)
+            elif token == THERE:
+                self.saved = folder / store.step_name(step)
+            elif rank:
+                joint.follow(folder, step, token, rank, shares)
+            else:
+                self.saved = joint.lead(folder, step, token, ranks.world(), shares, state)
+            if rank == 0:
+                self.run.mark("unfinished", step, tokens)
         except (store.SaveFailed, OSError) as error:
             return str(error)
-        self._link()  # before old ones go: what it leaves is deleted, what it comes to is not
+        if rank == 0:
+            self._link()  # before old ones go: what it leaves is deleted, what it comes to is not
+            self._prune()
+        return None
+
+    def _prune(self) -> None:
         try:
-            store.prune(self.run.checkpoints, self.keep, self._is_kept)
+            store.prune(self.run.checkpoints, self.config.keep_last, self._is_kept)
         except OSError as error:
             log.warning("old checkpoints stay: %s", error)
-        return None
 
     def _link(self) -> None:
         try:
@@ -89,5 +153,6 @@ class Saving(Callback):
 
     def _is_kept(self, step: int) -> bool:
         """Whether a checkpoint stays whatever its age: of every so many steps, and the best."""
-        at_interval = self.keep_every is not None and step % self.keep_every == 0
+        every = self.config.keep_every
+        at_interval = every is not None and step % every == 0
         return at_interval or (self.best is not None and step == self.best.step)
