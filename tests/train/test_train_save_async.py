@@ -22,9 +22,11 @@ Train = Callable[..., tuple[int, Path]]
 ASYNC = {"trainer__save_async": True, "trainer__save_every": 2, "trainer__val_every": 0}
 
 
-def test_the_same_checkpoints(train: Train) -> None:
+def test_the_same_checkpoints(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each holds the moment of its step, though training went on over the same tensors."""
     plain = train(name="plain", **ASYNC | {"trainer__save_async": False}, trainer__keep_last=9)
+    real = store.save
+    monkeypatch.setattr(store, "save", lambda *args: (time.sleep(0.3), real(*args))[1])
     beside = train(name="beside", **ASYNC, trainer__keep_last=9)
     assert plain[0] == beside[0] == 0
     paths = [store.checkpoints(folder / "checkpoints") for _, folder in (plain, beside)]

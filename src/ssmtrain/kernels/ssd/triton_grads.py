@@ -339,13 +339,12 @@ def through_states(
         head = c.to(tl.int64) * H + h
         at = head * P * N + p[:, None] * N + n[None, :]
         inside = (p < P)[:, None] & (n < N)[None, :]
-        weight = tl.exp2(tl.load(decays + head * Q + t))
         state = tl.load(states + at, mask=inside, other=0.0).to(OPERAND)
-        if not READER:
-            entered = tl.load(others + at, mask=inside, other=0.0).to(OPERAND)
         if PRECISION == "tf32":
             g = tl.load(source + h * P + part, mask=live & (p < P)[None, :], other=0.0).to(tl.float32)
+            weight = tl.exp2(tl.load(decays + head * Q + t))
             if not READER:
+                entered = tl.load(others + at, mask=inside, other=0.0).to(OPERAND)
                 # Only its diagonal is wanted, but operands of a matrix product are what Triton prefetches.
                 cross = tl.dot(entered, tl.trans(state), input_precision=PRECISION)  # (P, P)
                 cross = tl.where(p[:, None] == p[None, :], cross, 0.0)
@@ -357,7 +356,9 @@ def through_states(
             g *= weight[:, None]
             acc = tl.dot(g.to(OPERAND), state, acc, input_precision=PRECISION)
         else:
+            weight = tl.exp2(tl.load(decays + head * Q + t))
             if not READER:
+                entered = tl.load(others + at, mask=inside, other=0.0).to(OPERAND)
                 tl.store(passed + head * pieces + piece, tl.sum(entered * state))
             found = tl.zeros((Q, BN), tl.float32)
             for start in tl.static_range(0, BP, SLICE):
