@@ -306,6 +306,9 @@ class TrainerConfig(Config):
     """Steps between checkpoints that are kept for good, beside the last and the best; absent: none."""
     max_nonfinite: Positive = 3
     """Stop (exit 3) after this many non-finite steps in a row; each one is skipped and counted."""
+    stall_seconds: PositiveFloat | None = 600.0
+    """With several devices: end the run (exit 4), the rank and its place named, when no rank takes a forward
+    pass for so long; absent: wait as long as the engine's messages do, half an hour."""
     load_nonfinite: bool = False
     """Load a checkpoint that holds NaN or infinity as it is; else it is refused and its tensors are named."""
 

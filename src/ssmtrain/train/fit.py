@@ -225,11 +225,14 @@ def _callbacks(lit: LitLM, run: Run, tokenizer: Tokenizer, counts: Counts) -> li
     from ssmtrain.train.callbacks.samples import Samples
     from ssmtrain.train.callbacks.saving import Saving
     from ssmtrain.train.callbacks.sinks import Sinks
+    from ssmtrain.train.callbacks.stalls import Stalls
     from ssmtrain.train.callbacks.validation import Validation
 
     page = lit.config.trainer
     console = Console()
     found: list[Callback] = [Sinks(run, console)]
+    if page.stall_seconds is not None:
+        found.append(Stalls(run, page.stall_seconds))
     if lit.config.ema is not None:
         found.append(Averaging())
     if wanted():
