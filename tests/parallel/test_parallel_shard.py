@@ -16,6 +16,7 @@ SCRIPT = """
 import copy, sys, torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
 from ssmtrain.config.schema import Fsdp
 from ssmtrain.kernels import backend
 from ssmtrain.layers.base import Context
@@ -67,6 +68,16 @@ for name, p in model.named_parameters():
     assert torch.allclose(mine(p.grad), want, rtol=1e-4, atol=1e-5), name
 norms = [gradient_norms(m, {n: n for n, _ in one.named_parameters()}) for m in (model, one)]
 assert all(abs(norms[0][n] / norms[1][n] - 1) < 1e-4 for n in norms[1] if norms[1][n] > 1e-4), norms
+
+# A pass gathers each block twice, or once where it is kept, and the rest once; gradients once: as counted.
+with CommDebugMode() as messages:
+    loss(model, 0, rank).backward()
+counts = messages.get_comm_counts()
+gathers = sum(n for op, n in counts.items() if "allgather" in str(op))
+blocks, ways = len(model.blocks), 2 if replicas == 1 else 1
+assert gathers == ways * blocks + 1, counts
+sums = sum(n for op, n in counts.items() if "reduce" in str(op) and "scatter" in str(op))
+assert sums == blocks + 1, counts
 
 # What a pass without gradients has gathered is let go of.
 with torch.no_grad():

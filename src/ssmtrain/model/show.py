@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 from ssmtrain.config.layout import expand, strip
 from ssmtrain.config.origin import describe
 from ssmtrain.config.schema import BlockConfig, RunConfig
 from ssmtrain.layers.base import LayerConfig
 from ssmtrain.model.count import Counts, count
+from ssmtrain.model.spread import count_sent, held
 
 
 def human(n: float, unit: str = "") -> str:
@@ -44,7 +46,8 @@ def describe_block(block: BlockConfig) -> str:
 def report(config: RunConfig, vocab: int) -> tuple[Counts, list[str]]:
     """Count a recipe whose embedding has `vocab` rows, and write its picture, a list of lines."""
     counts = count(config, vocab)
-    model, p, f, t = config.model, counts.params, counts.flops, counts.training
+    model, p, f = config.model, counts.params, counts.flops
+    t = held(config, counts.training, p.total)
     names = expand(model.layout, model.n_layers)
     lines = [
         f"{config.recipe}  {model.layout}, {len(names)} layers, width {model.d_model}, vocabulary {vocab:,}",
@@ -69,12 +72,31 @@ def report(config: RunConfig, vocab: int) -> tuple[Counts, list[str]]:
         f"training    about {human_bytes(t.total)} a device: weights {human_bytes(t.weights)}, "
         f"gradients {human_bytes(t.gradients)}, optimiser {human_bytes(t.optimizer)}, "
         f"activations {human_bytes(t.activations)}",
+        *_messages(config, p.total),
         *(f"origin      {line}" for line in describe(config.origin)),
     ]
     return counts, lines
 
 
+def _messages(config: RunConfig, total: int) -> list[str]:
+    """What each of several devices sends in a step."""
+    sent = count_sent(config, total)
+    if sent.devices == 1:
+        return []
+    kind = "ddp" if config.parallel.kind == "auto" else config.parallel.kind
+    tokens = config.trainer.global_batch // sent.devices
+    return [
+        f"messages    {kind} on {sent.devices} devices: each sends {human_bytes(sent.total)} in a step of "
+        f"{tokens:,} tokens of its own: parameters {human_bytes(sent.gathered)}, "
+        f"gradients {human_bytes(sent.summed)}"
+    ]
+
+
 def show(config: RunConfig, vocab: int, as_json: bool = False) -> str:
     """The picture of a recipe as text, or its numbers as JSON."""
     counts, lines = report(config, vocab)
-    return json.dumps(counts.as_dict(), indent=2) if as_json else "\n".join(lines)
+    if not as_json:
+        return "\n".join(lines)
+    total = counts.params.total
+    sharded = replace(counts, training=held(config, counts.training, total))
+    return json.dumps({**sharded.as_dict(), "sent_bytes": count_sent(config, total).total}, indent=2)

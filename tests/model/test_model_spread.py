@@ -1,0 +1,89 @@
+"""What spreading a model costs and saves, by hand; test_parallel_shard.py counts the messages."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from ssmtrain.config.schema import RunConfig
+from ssmtrain.data.tokenizer import vocab_rows
+from ssmtrain.model.count import TrainingBytes, count
+from ssmtrain.model.show import show
+from ssmtrain.model.spread import block_sizes, count_sent, held
+
+BLOCKS: dict[str, Any] = {
+    "M": {"mixer": {"kind": "mamba2", "d_state": 8, "head_dim": 8}},
+    "A": {"mixer": {"kind": "attention", "n_heads": 2}, "ffn": {"kind": "mlp", "hidden": 32}},
+}
+P = 1_000_000
+GIVEN = TrainingBytes(4 * P, 4 * P, 8 * P, 123)
+
+
+def page(devices: int, micro_batch: int | None = None, **parallel: Any) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "model": {"d_model": 16, "layout": "MMA", "blocks": BLOCKS},
+            "data": {"kind": "embedded", "seq_len": 32},
+            "trainer": {"max_steps": 1, "global_batch": 2048, "devices": devices, "micro_batch": micro_batch},
+            "parallel": parallel or {"kind": "auto"},
+        }
+    )
+
+
+def test_blocks_and_the_rest_are_the_model() -> None:
+    config = page(1)
+    total = count(config, vocab_rows(config)).params.total
+    sizes = block_sizes(config)
+    assert len(sizes) == 3 and sizes[0] == sizes[1] != sizes[2]
+    assert sum(sizes) + vocab_rows(config) * 16 + 16 == total
+
+
+def test_one_device_sends_nothing() -> None:
+    assert count_sent(page(1), P).total == 0
+    assert held(page(1, kind="fsdp"), GIVEN, P) == GIVEN
+
+
+@pytest.mark.parametrize("kind", ["auto", "ddp"])
+def test_ddp_sums_gradients_once(kind: str) -> None:
+    for micro in (None, 2):
+        sent = count_sent(page(4, micro, kind=kind), P)
+        assert (sent.gathered, sent.summed) == (0, 2 * 4 * P * 3 // 4)
+    assert held(page(4, kind=kind), GIVEN, P) == GIVEN
+
+
+@pytest.mark.parametrize("reshard", [True, False])
+@pytest.mark.parametrize("micro, passes", [(None, 1), (4, 4)])
+def test_fsdp_gathers_for_each_pass_and_scatters_once(reshard: bool, micro: int | None, passes: int) -> None:
+    config = page(4, micro, kind="fsdp", reshard=reshard)
+    blocks = sum(block_sizes(config))
+    sent = count_sent(config, P)
+    once = (2 if reshard else 1) * blocks + P - blocks
+    assert sent.gathered == 4 * once * passes * 3 // 4
+    assert sent.summed == 4 * P * 3 // 4
+    got = held(config, GIVEN, P)
+    assert got.optimizer == 2 * P and got.activations == 123
+    whole = P - blocks + (2 * max(block_sizes(config)) if reshard else blocks)
+    assert got.weights == 4 * (P // 4 + whole)
+    assert got.gradients == 4 * (P if passes > 1 else min(P, P // 4 + whole))
+
+
+def test_replicas_keep_the_gathering_within() -> None:
+    config = page(8, kind="fsdp", replicas=2)
+    sent = count_sent(config, P)
+    blocks = sum(block_sizes(config))
+    assert sent.gathered == 4 * (2 * blocks + P - blocks) * 3 // 4
+    assert sent.summed == 4 * P * 3 // 4 + (8 * P // 4) // 2
+    # As many groups as devices: each holds all of it, as under ddp.
+    assert count_sent(page(8, kind="fsdp", replicas=8), P) == count_sent(page(8, kind="ddp"), P)
+
+
+def test_show_says_it() -> None:
+    config = page(4, kind="fsdp")
+    text, data = show(config, 257), json.loads(show(config, 257, as_json=True))
+    assert "messages    fsdp on 4 devices: each sends" in text and "512 tokens of its own" in text
+    total = data["params_total"]
+    assert data["sent_bytes"] == count_sent(config, total).total
+    assert data["training_bytes"]["optimizer"] == 2 * total
+    assert "messages" not in show(page(1), 257)
