@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.triton.gluon_shim import on_cpu
+from kernels.triton.shim import repaired
 from ssmtrain.kernels import backend, parts, tuned
 from ssmtrain.layers.base import Context
 from ssmtrain.layers.mamba1 import Mamba1Config
@@ -134,6 +135,7 @@ def test_mixers(name: str, lanes: bool, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(parts.Place, "room", lambda self: rooms.append(self.index) or real(self))
     found = []
     with ExitStack() as stack:
+        stack.enter_context(repaired())
         if lanes:
             n16 = pytest.importorskip("ssmtrain.kernels.selective_scan.triton_n16")
             back = pytest.importorskip("ssmtrain.kernels.selective_scan.triton_n16_backward")

@@ -1,4 +1,4 @@
-"""Every kernel compiles without a GPU and fits the smallest multiprocessor (scripts/check_kernels.py)."""
+"""Every kernel compiles without a GPU and fits its multiprocessor (scripts/check_kernels.py)."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=280)
 
 
-@pytest.mark.parametrize("arch", ["sm_86", "sm_90"])
-def test_the_main_shapes_compile_and_fit(arch: str) -> None:
-    done = run("--quick", "--arch", arch)
+def test_the_main_shapes_compile_and_fit() -> None:
+    """On Hopper, for which there are kernels of their own; `make check-kernels` takes all architectures."""
+    done = run("--quick", "--arch", "sm_90")
     assert done.returncode == 0, done.stdout + done.stderr
     for op in ("ssd", "causal_conv1d", "gated_norm", "linear_cross_entropy"):
         assert f"\n{op}." in done.stdout, f"no kernel of {op} was compiled"
