@@ -79,6 +79,12 @@ def test_replicas_keep_the_gathering_within() -> None:
     assert count_sent(page(8, kind="fsdp", replicas=8), P) == count_sent(page(8, kind="ddp"), P)
 
 
+def test_nodes_have_as_many_devices_each() -> None:
+    config = page(2, kind="fsdp")
+    nodes = config.model_copy(update={"launch": config.launch.model_copy(update={"nodes": 2})})
+    assert count_sent(nodes, P) == count_sent(page(4, kind="fsdp"), P)
+
+
 def test_show_says_it() -> None:
     config = page(4, kind="fsdp")
     text, data = show(config, 257), json.loads(show(config, 257, as_json=True))

@@ -30,8 +30,8 @@ class Sent:
 
 
 def world(config: RunConfig) -> int:
-    """The number of devices that a config names, over all nodes."""
-    return config.trainer.devices or 1
+    """The number of devices that a config names, over all nodes of its job."""
+    return (config.trainer.devices or 1) * config.launch.nodes
 
 
 def passes(config: RunConfig) -> int:
