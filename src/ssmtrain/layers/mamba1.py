@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from ssmtrain.kernels.digits import keep
 from ssmtrain.kernels.parts import parts
 from ssmtrain.kernels.selective_scan import selective_scan, selective_scan_step
 from ssmtrain.layers.base import Context, Mixer, MixerConfig, ParamSpec, State, StateBytes
@@ -124,6 +125,7 @@ class Mamba1(Mixer):
 
     def forward(self, x: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
         """Mix x (B, L, D) within each document; returns y (B, L, D) and, when carrying, the final state."""
+        keep("mamba1", A_log=self.A_log)  # autocast widens what exp returns
         u, z = parts(self.in_proj(x), [(self.inner,), (self.inner,)])  # (B, L, E) each
         u, window = self.conv(u, ctx, state["conv"] if state else None)
         u, dt, B, C = self.select(u)  # (B, L, E) twice, (B, L, N) twice

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from ssmtrain.kernels.digits import keep
 from ssmtrain.kernels.gated_norm import gated_norm
 from ssmtrain.kernels.parts import parts
 from ssmtrain.kernels.ssd import ssd, ssd_step
@@ -168,6 +169,7 @@ class Mamba2(Mixer):
 
     def forward(self, x: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
         """Mix x (B, L, D) within each document; returns y (B, L, D) and, when carrying, the final state."""
+        keep("mamba2", A_log=self.A_log)  # autocast widens what exp returns
         z, xBC, dt = parts(self.in_proj(x), self.sizes)  # (B, L, E), (B, L, E + 2GN), (B, L, H)
         xBC, window = self.conv(xBC, ctx, state["conv"] if state else None)
         x, B, C = parts(xBC, self.shapes)  # (B, L, H, P), (B, L, G, N), (B, L, G, N)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from ssmtrain.kernels.digits import keep
 from ssmtrain.kernels.grouped_gemm import grouped_gemm
 from ssmtrain.layers.base import Context, Ffn, FfnConfig, ParamSpec, Stats
 from ssmtrain.layers.init import linear_default
@@ -112,6 +113,7 @@ class Moe(Ffn):
     def route(self, x: Tensor) -> tuple[Tensor, Tensor, Stats]:
         """Weights and experts (T, k) of tokens x (T, D), and the router's statistics; fp32 or wider."""
         config = self.config
+        keep("moe", router=self.router)
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.to(self.router.dtype), self.router)  # (T, E)
             if config.router == "softmax":

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ssmtrain.kernels.backend import chosen
+from ssmtrain.kernels.digits import keep
 from ssmtrain.kernels.selective_scan import reference
 
 NO_LIMIT = (0.0, float("inf"))
@@ -40,6 +41,7 @@ def selective_scan(
     documents.
     """
     _check(u, dt, A, B, C, D, z, dt_bias, doc_ids, n_docs, initial_state)
+    keep("selective_scan", A=A, D=D, dt_bias=dt_bias)
     if chosen("selective_scan", u.device.type) == "triton":
         from ssmtrain.kernels.selective_scan.triton import selective_scan as run
     else:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ssmtrain.kernels import backend
+from ssmtrain.kernels.digits import keep
 from ssmtrain.kernels.ssd import reference
 
 
@@ -39,6 +40,7 @@ def ssd(
     state or None); differentiable in all tensors, states included. ValueError on shapes that disagree.
     """
     _check(x, dt, A, B, C, D, z, chunk_size)
+    keep("ssd", A=A, D=D, dt_bias=dt_bias)
     batch = x.shape[0]
     docs = batch if doc_ids is None else n_docs
     if docs is None:
