@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ssmtrain.kernels.gated_norm import gated_norm, stream_norm
 from ssmtrain.kernels.selective_scan import selective_scan
 from ssmtrain.kernels.ssd import ssd
 from ssmtrain.layers.base import Context
 from ssmtrain.layers.mamba1 import Mamba1Config
 from ssmtrain.layers.mamba2 import Mamba2Config
 from ssmtrain.layers.moe import MoeConfig
+from ssmtrain.layers.norm import RMSNorm, Stream, StreamNorm
 
 BF16 = torch.bfloat16
 
@@ -51,13 +51,14 @@ def test_scans(op, inputs, name: str) -> None:
 
 
 def test_norms() -> None:
-    x, weight = torch.randn(2, 8).to(BF16), torch.ones(8)
-    gated_norm(x, x, weight)
-    stream_norm(x, weight)
-    with pytest.raises(ValueError, match=r"gated_norm: weight is torch\.bfloat16"):
-        gated_norm(x, x, weight.to(BF16))
-    with pytest.raises(ValueError, match=r"stream_norm: weight is torch\.bfloat16"):
-        stream_norm(x, weight.to(BF16))
+    x = torch.randn(2, 8)
+    for norm, given in ((RMSNorm(8), x), (StreamNorm(8), Stream(x))):
+        with torch.no_grad():
+            norm.weight.fill_(1.0)
+        norm(given)
+        norm.weight = torch.nn.Parameter(norm.weight.detach().to(BF16))
+        with pytest.raises(ValueError, match=r"norm: weight is torch\.bfloat16"):
+            norm(given)
 
 
 @pytest.mark.parametrize(

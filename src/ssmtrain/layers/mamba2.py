@@ -133,6 +133,7 @@ class GatedNorm(Layer):
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         """Norm of x (..., E) gated by silu(z)."""
+        keep("norm", weight=self.weight)
 
         def normed(x: Tensor, z: Tensor) -> Tensor:
             groups, order = self.n_groups, self.norm_before_gate

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ssmtrain.kernels.digits import keep
 from ssmtrain.kernels.gated_norm import add_branch, gated_norm, stream_norm
 from ssmtrain.layers.base import Layer, ParamSpec
 from ssmtrain.layers.forget import forget
@@ -49,6 +50,7 @@ class RMSNorm(_Norm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x (..., width); the result has x's dtype, or autocast's where x is fp32."""
+        keep("norm", weight=self.weight)
         return rms_norm(x, self.weight, self.eps, self.out_dtype(x.device, x.dtype))
 
 
@@ -76,6 +78,7 @@ class StreamNorm(_Norm):
     def forward(self, stream: Stream) -> tuple[Tensor, Tensor]:
         """Return the stream's sum x (..., width), to be added to, and its norm, as RMSNorm's; see
         `stream_norm`."""
+        keep("norm", weight=self.weight)
         x, branch = stream
         dtype = x.dtype if branch is None else torch.promote_types(x.dtype, branch.dtype)
         rest = self.weight, self.eps, self.out_dtype(x.device, dtype)

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from ssmtrain.kernels import backend
-from ssmtrain.kernels.digits import keep
 from ssmtrain.kernels.gated_norm import reference
 from ssmtrain.kernels.gated_norm.reference import add_branch as add_branch
 
@@ -29,7 +28,6 @@ def gated_norm(
     the result has x's shape. ValueError when n_groups does not divide E or shapes disagree.
     """
     _check("gated_norm", x, weight, n_groups)
-    keep("gated_norm", weight=weight)
     if z is not None and z.shape != x.shape:
         raise ValueError(f"gated_norm: x {tuple(x.shape)} and z {tuple(z.shape)} differ")
     if backend.chosen("gated_norm", x.device.type) == "triton":
@@ -65,7 +63,6 @@ def stream_norm(
     and a norm but for how often memory is read.
     """
     _check("stream_norm", x, weight, 1)
-    keep("stream_norm", weight=weight)
     if branch is not None and branch.shape != x.shape:
         raise ValueError(f"stream_norm: x {tuple(x.shape)} and branch {tuple(branch.shape)} differ")
     # A compiler sees the sum and the norm, and fuses what it can.
