@@ -339,8 +339,8 @@ def through_states(
         head = c.to(tl.int64) * H + h
         at = head * P * N + p[:, None] * N + n[None, :]
         inside = (p < P)[:, None] & (n < N)[None, :]
-        state = tl.load(states + at, mask=inside, other=0.0).to(OPERAND)
         if PRECISION == "tf32":
+            state = tl.load(states + at, mask=inside, other=0.0).to(OPERAND)
             g = tl.load(source + h * P + part, mask=live & (p < P)[None, :], other=0.0).to(tl.float32)
             weight = tl.exp2(tl.load(decays + head * Q + t))
             if not READER:
@@ -358,6 +358,7 @@ def through_states(
         else:
             weight = tl.exp2(tl.load(decays + head * Q + t))
             if not READER:
+                state = tl.load(states + at, mask=inside, other=0.0).to(OPERAND)
                 entered = tl.load(others + at, mask=inside, other=0.0).to(OPERAND)
                 tl.store(passed + head * pieces + piece, tl.sum(entered * state))
             found = tl.zeros((Q, BN), tl.float32)
