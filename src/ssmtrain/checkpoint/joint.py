@@ -1,8 +1,9 @@
 """A checkpoint that several processes write together, each its own files, published by the first of them.
 
 The processes meet in the temporary folder, not through messages, so that any thread of theirs may write: each
-leaves a note of what it has written, or of why it could not; the first one waits for the notes, writes state
-and manifest, and renames. All must see the same file system.
+leaves a note of what it has written, or of why it could not. The first one, which has begun with store.begin
+and given its token to the others, waits for the notes, writes state and manifest, and renames. All must see
+the same file system.
 """
 
 from __future__ import annotations
@@ -10,17 +11,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import time
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ssmtrain.checkpoint.durable import Written, json_bytes, make_folder, sync_folder, write_file
+from ssmtrain.checkpoint.durable import Written, json_bytes, write_file
 from ssmtrain.checkpoint.faults import point
 from ssmtrain.checkpoint.parts import Part, write_parts
-from ssmtrain.checkpoint.store import STATE, SaveFailed, publish, step_name, verify, write_manifest, writing
+from ssmtrain.checkpoint.store import STATE, SaveFailed, publishing, step_name, temporary_of, write_manifest
 
 PATIENCE = 1800.0
 """Seconds that the first process waits for the others' notes, and they for the folder."""
@@ -30,23 +29,6 @@ Shares = Mapping[str, Mapping[str, Part]]
 """One process's parts: kind of tensors ("model", "optim" …) -> name -> part."""
 
 
-def begin(folder: Path, step: int) -> str | None:
-    """Make the temporary folder and return its token; None where there is a good checkpoint of the step.
-
-    The first process calls it and gives the token to the others. SaveFailed when the system refuses.
-    """
-    final = folder / step_name(step)
-    try:
-        if final.exists() and not verify(final):
-            return None
-        make_folder(folder)
-        token = uuid.uuid4().hex
-        os.mkdir(_temporary(folder, step, token), 0o700)
-        return token
-    except OSError as error:
-        raise SaveFailed(final, error) from error
-
-
 def follow(
     folder: Path, step: int, token: str, rank: int, shares: Shares, patience: float = PATIENCE
 ) -> None:
@@ -54,7 +36,7 @@ def follow(
 
     That it returns says nothing of the others, nor that the checkpoint was published.
     """
-    temporary = _temporary(folder, step, token)
+    temporary = temporary_of(folder, step, token)
     limit = time.monotonic() + patience
     while not temporary.is_dir() and time.monotonic() < limit:
         time.sleep(PAUSE)  # a network's file system may show it late
@@ -82,39 +64,16 @@ def lead(
     SaveFailed when the system refuses one of them, or one leaves no note for `patience` seconds; nothing
     half-written stays then.
     """
-    final, temporary = folder / step_name(step), _temporary(folder, step, token)
-    try:
+    with publishing(folder, step, token) as temporary:
         state_text = json_bytes(dict(state))
-        with writing(temporary) as descriptor:
-            point("before_tensors")
-            written = _write_shares(temporary, 0, shares)
-            for rank in range(1, world):
-                written |= _wait_for(temporary, rank, patience)
-            point("after_tensors")
-            written[STATE] = write_file(temporary / STATE, [state_text])
-            write_manifest(temporary, step, written)
-            os.fsync(descriptor)
-            point("before_rename")
-            publish(temporary, final)
-        point("after_rename")
-        sync_folder(folder)
-    except OSError as error:
-        raise SaveFailed(final, error) from error
-    finally:
-        _discard(temporary)
-    return final
-
-
-def _discard(temporary: Path) -> None:
-    """Delete the folder, if it is still there; others may be writing, and must not find it."""
-    aside = temporary.with_name(f"{temporary.name.partition('.')[0]}.tmp-{uuid.uuid4().hex}")
-    with contextlib.suppress(OSError):
-        os.replace(temporary, aside)
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _temporary(folder: Path, step: int, token: str) -> Path:
-    return folder / f"{step_name(step)}.tmp-{token}"
+        point("before_tensors")
+        written = _write_shares(temporary, 0, shares)
+        for rank in range(1, world):
+            written |= _wait_for(temporary, rank, patience)
+        point("after_tensors")
+        written[STATE] = write_file(temporary / STATE, [state_text])
+        write_manifest(temporary, step, written)
+    return folder / step_name(step)
 
 
 def _write_shares(temporary: Path, rank: int, shares: Shares) -> dict[str, Written]:

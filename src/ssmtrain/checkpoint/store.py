@@ -97,24 +97,54 @@ def save(
         if not _STEM.fullmatch(stem):
             raise ValueError(f"{stem!r} is not a shard's name")
     state_text = json_bytes(dict(state))
-    temporary = folder / f"{final.name}.tmp-{uuid.uuid4().hex}"
+    token = begin(folder, step)
+    if token is not None:
+        with publishing(folder, step, token) as temporary:
+            _write(temporary, step, tensors, state_text)
+    return final
+
+
+def begin(folder: Path, step: int) -> str | None:
+    """Make the temporary folder and return its token; None where there is a good checkpoint of the step.
+
+    SaveFailed when the system refuses.
+    """
+    final = folder / step_name(step)
     try:
         if final.exists() and not verify(final):
-            return final
+            return None
         make_folder(folder)
-        os.mkdir(temporary, 0o700)
+        token = uuid.uuid4().hex
+        os.mkdir(temporary_of(folder, step, token), 0o700)
+        return token
+    except OSError as error:
+        raise SaveFailed(final, error) from error
+
+
+def temporary_of(folder: Path, step: int, token: str) -> Path:
+    """The folder that `begin` has made."""
+    return folder / f"{step_name(step)}.tmp-{token}"
+
+
+@contextlib.contextmanager
+def publishing(folder: Path, step: int, token: str) -> Iterator[Path]:
+    """The temporary folder, to be filled up to its manifest; published, durable, at the end of the body.
+
+    SaveFailed when the system refuses; nothing half-written stays.
+    """
+    final, temporary = folder / step_name(step), temporary_of(folder, step, token)
+    try:
         with writing(temporary) as descriptor:
-            _write(temporary, step, tensors, state_text)
+            yield temporary
             os.fsync(descriptor)
             point("before_rename")
-            publish(temporary, final)
+            _publish(temporary, final)
         point("after_rename")
         sync_folder(folder)
     except OSError as error:
         raise SaveFailed(final, error) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return final
+        _discard(temporary)
 
 
 def verify(path: Path, hashes: bool = True) -> list[str]:
@@ -243,7 +273,17 @@ def write_manifest(temporary: Path, step: int, written: Mapping[str, Written]) -
     point("after_manifest")
 
 
-def publish(temporary: Path, final: Path) -> None:
+def _discard(temporary: Path) -> None:
+    """Delete the folder, if it is still there; others may be writing, and must not find it."""
+    aside = temporary.with_name(f"{temporary.name.partition('.')[0]}.tmp-{uuid.uuid4().hex}")
+    try:
+        os.replace(temporary, aside)
+    except OSError:
+        aside = temporary
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _publish(temporary: Path, final: Path) -> None:
     """One rename; a damaged folder in the way is moved aside first."""
     if final.exists():
         _delete(final)

@@ -103,8 +103,7 @@ def begin(lit: LitLM, checkpoint: Path) -> RunState:
     """
     state = store.load_state(checkpoint)
     run = _counters(checkpoint, state)
-    own = {"nonfinite": 0, "seconds": 0.0, "best_val": None, "best_step": None, "save_failures": 0}
-    run = replace(run, **own)  # type: ignore[arg-type]  # fields of RunState
+    run = replace(run, nonfinite=0, seconds=0.0, best_val=None, best_step=None, save_failures=0)
     tokenizer = lit.text.prepared.manifest.tokenizer
     if state.get("tokenizer", tokenizer) != tokenizer:
         raise UserError("tokenizer: its content has changed since the run forked from was trained")

@@ -108,7 +108,7 @@ class Saving(Callback):
         text = ""
         if ranks.rank() == 0:
             try:
-                text = joint.begin(self.run.checkpoints, step) or THERE
+                text = store.begin(self.run.checkpoints, step) or THERE
             except store.SaveFailed as error:
                 text = f"!{error}"
         text = ranks.from_first(text) or ""
