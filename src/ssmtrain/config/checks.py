@@ -233,6 +233,20 @@ def _schedule(config: Any) -> Iterator[str]:
         )
 
 
+def uneven(config: Any, world: int) -> Iterator[tuple[str, ...]]:
+    """What does not divide among `world` devices over all nodes, with what to do where that is plain."""
+    trainer, spread = config.trainer, config.parallel
+    rows = trainer.global_batch // config.data.seq_len
+    if rows % (world * (trainer.micro_batch or 1)):
+        many = f" x trainer.micro_batch={trainer.micro_batch}" if trainer.micro_batch else ""
+        yield (f"trainer.global_batch: its {rows} rows do not divide by {world} devices{many}",)
+    if spread.kind == "fsdp" and world % spread.replicas:
+        yield (
+            f"parallel.replicas = {spread.replicas}: {world} devices do not divide into as many groups",
+            "leave it out, or set it to the number of nodes",
+        )
+
+
 def _parallel(config: Any) -> Iterator[str]:
     """Settings that do not go with how the model is spread."""
     if config.parallel.kind != "fsdp":

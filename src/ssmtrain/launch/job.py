@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from ssmtrain.config.checks import uneven
 from ssmtrain.config.errors import UNFINISHED, UserError
 from ssmtrain.config.identity import differences, may_change
 from ssmtrain.config.load import load_run_config, to_yaml
@@ -84,16 +85,11 @@ def _problems(config: RunConfig) -> Iterator[str]:
 
 def _spread(config: RunConfig) -> Iterator[str]:
     """Settings that do not go with as many processes."""
-    trainer, spread, each = config.trainer, config.parallel, processes(config)
+    trainer, each = config.trainer, processes(config)
     world = each * config.launch.nodes
     if trainer.devices not in (None, each):
         yield f"trainer.devices = {trainer.devices}: the job has {each} processes on each node; leave it out"
-    rows = trainer.global_batch // config.data.seq_len
-    if rows % (world * (trainer.micro_batch or 1)):
-        many = f" x trainer.micro_batch={trainer.micro_batch}" if trainer.micro_batch else ""
-        yield f"trainer.global_batch: its {rows} rows do not divide by {world} devices{many}"
-    if spread.kind == "fsdp" and world % spread.replicas:
-        yield f"parallel.replicas = {spread.replicas}: {world} devices do not divide into as many groups"
+    yield from (line for line, *_ in uneven(config, world))
     if trainer.cuda_graphs and (world > 1 or not config.launch.gpus_per_node):
         yield "trainer.cuda_graphs: it takes one GPU; set trainer.cuda_graphs=false"
 

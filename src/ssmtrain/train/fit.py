@@ -13,6 +13,7 @@ import torch
 from ssmtrain.checkpoint.reading import no_gpu
 from ssmtrain.checkpoint.runs import Run, resolve
 from ssmtrain.config import launched
+from ssmtrain.config.checks import uneven
 from ssmtrain.config.errors import FINISHED, NON_FINITE, UNFINISHED, Lost, NonFinite, OutOfMemory, UserError
 from ssmtrain.config.request import Request
 from ssmtrain.config.schema import RunConfig
@@ -173,24 +174,15 @@ def place(config: RunConfig) -> tuple[str, int]:
                 if started
                 else f"set trainer.devices={gpus}",
             )
-    world, spread = ranks.launched_world() or devices, config.parallel
+    world = ranks.launched_world() or devices
     if trainer.cuda_graphs and (accelerator == "cpu" or world > 1):
         where = "on the CPU" if accelerator == "cpu" else f"on {world} devices"
         raise UserError(
             f"trainer.cuda_graphs: {where} there is none; it takes one GPU",
             "set trainer.cuda_graphs=false" + ("" if accelerator == "cpu" else " or trainer.devices=1"),
         )
-    rows = trainer.global_batch // config.data.seq_len
-    if rows % (world * (trainer.micro_batch or 1)):
-        raise UserError(
-            f"trainer.global_batch: its {rows} rows do not divide by {world} devices"
-            + (f" x trainer.micro_batch={trainer.micro_batch}" if trainer.micro_batch else "")
-        )
-    if spread.kind == "fsdp" and world % spread.replicas:
-        raise UserError(
-            f"parallel.replicas = {spread.replicas}: {world} devices do not divide into as many groups",
-            "leave it out, or set it to the number of nodes",
-        )
+    for lines in uneven(config, world):
+        raise UserError(*lines)
     return accelerator, devices
 
 

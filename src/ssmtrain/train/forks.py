@@ -13,6 +13,7 @@ from ssmtrain.checkpoint.exported import is_export
 from ssmtrain.checkpoint.origins import Source, config_of, of_checkpoint, of_export, refuse_changes
 from ssmtrain.checkpoint.records import CONFIG
 from ssmtrain.checkpoint.runs import open_run
+from ssmtrain.config import launched
 from ssmtrain.config.errors import UserError
 from ssmtrain.config.identity import default_name
 from ssmtrain.config.load import load, load_run_config, typed
@@ -87,8 +88,7 @@ def _hand_on(text: str, source: Source, origin: Origin) -> None:
 
 def _refuse_unnamed(word: str, text: str, named: Reference) -> None:
     """Ranks that a scheduler starts look for themselves: the newest must not move between their looks."""
-    world = os.environ.get("WORLD_SIZE", "")
-    if world.isdigit() and int(world) > 1 and named.step is None and not store.is_name(Path(text).name):
+    if launched.world() > 1 and named.step is None and not store.is_name(Path(text).name):
         raise UserError(f"{word}={text}: under a launcher name the step, as in {word}={text}@step-1000")
 
 
