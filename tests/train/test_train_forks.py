@@ -178,8 +178,15 @@ def test_an_origin_that_changed_is_not_used(parent: Path) -> None:
         resolve(config)
 
 
-def test_ranks_of_a_launcher_need_a_step(parent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
+SRUN = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_STEP_NUM_TASKS": "2"}
+
+
+@pytest.mark.parametrize("told", [{"WORLD_SIZE": "2"}, SRUN], ids=["torchrun", "srun"])
+def test_ranks_of_a_launcher_need_a_step(
+    told: dict[str, str], parent: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=r"name the step, as in from=.*@step-1000"):
         load_from({"from": str(parent)}, ["trainer.max_steps=9"])
     config = load_from({"from": f"{parent}@step-8"}, ["trainer.max_steps=9"])
