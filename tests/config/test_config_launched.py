@@ -7,7 +7,6 @@ import os
 import pytest
 
 from ssmtrain.config import launched
-from ssmtrain.parallel import ranks
 
 TASK = {
     "SLURM_JOB_ID": "4711",
@@ -34,7 +33,7 @@ def set_all(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
 
 
 def seen() -> tuple[int, int, int]:
-    return ranks.launched_rank(), ranks.launched_world(), launched.local_world()
+    return launched.rank(), launched.world(), launched.local_world()
 
 
 def test_nobody() -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import socket
 
+from ssmtrain.config import launched
 from ssmtrain.config.errors import UserError
 from ssmtrain.config.expect import show_value
 from ssmtrain.config.identity import flat
@@ -33,6 +34,27 @@ def check_launch() -> None:
         )
     if rank == 0 and (world or 1) > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         _check_port()
+
+
+def started_here(config: RunConfig) -> int:
+    """How many ranks a launcher started on this node, 0 if none did; UserError for what cannot be joined."""
+    here, world, asked = launched.local_world(), launched.world(), config.trainer.devices
+    if "RANK" in os.environ and not here:
+        raise UserError(
+            "RANK is set, and LOCAL_WORLD_SIZE is not: nobody says how many processes this node has",
+            "start with torchrun --nproc-per-node=N … -m ssmtrain fit …, or unset RANK",
+        )
+    if here and world % here:
+        raise UserError(
+            f"{world} processes were started, {here} of them on this node: every node must have as many",
+            "start the same number on each: srun --ntasks-per-node=N, torchrun --nproc-per-node=N",
+        )
+    if here and asked not in (None, here):
+        raise UserError(
+            f"trainer.devices = {asked}: {here} processes were started on this node",
+            f"leave it out, or start as many: srun --ntasks-per-node, torchrun --nproc-per-node={asked}",
+        )
+    return here
 
 
 def agree_on_config(config: RunConfig) -> None:

@@ -6,8 +6,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ssmtrain.config import launched
-
 
 def active() -> bool:
     """Whether there is a process group of more than one rank."""
@@ -22,16 +20,6 @@ def world() -> int:
 def rank() -> int:
     """This process's rank."""
     return dist.get_rank() if active() else 0
-
-
-def launched_rank() -> int:
-    """This process's rank as its launcher tells it, before there is a process group; 0 when nobody does."""
-    return launched.rank()
-
-
-def launched_world() -> int:
-    """The number of ranks as their launcher tells it; 0 when nobody does."""
-    return launched.world()
 
 
 def sum_(tensor: Tensor) -> Tensor:

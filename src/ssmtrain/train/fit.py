@@ -23,7 +23,7 @@ from ssmtrain.kernels import backend
 from ssmtrain.model.count import Counts
 from ssmtrain.model.show import report as picture
 from ssmtrain.parallel import ranks
-from ssmtrain.parallel.agreement import check_launch
+from ssmtrain.parallel.agreement import check_launch, started_here
 from ssmtrain.train import attempts, report
 from ssmtrain.train.clock import Clock
 from ssmtrain.train.signals import Signals
@@ -63,7 +63,7 @@ def fit(config: RunConfig, run: Run, began: float | None = None) -> int:
     try:
         return _fit(config, run, signals, clock)
     except NonFinite:
-        if ranks.launched_rank() == 0:
+        if launched.rank() == 0:
             raise
         return NON_FINITE  # agreed by all ranks: rank 0 says it once
     except (MemoryError, RuntimeError) as error:
@@ -85,7 +85,7 @@ def _fit(config: RunConfig, run: Run, signals: Signals, clock: Clock) -> int:
     if config.trainer.threads is not None:
         torch.set_num_threads(config.trainer.threads)
     accelerator, devices = place(config)
-    first = ranks.launched_rank() == 0
+    first = launched.rank() == 0
     _set_up_logging(first)
     try:
         backend.configure(config.trainer.kernels, "cuda" if accelerator == "gpu" else "cpu")
@@ -135,7 +135,7 @@ def _train(trainer: Trainer, lit: LitLM, run: Run, ending: Ending) -> int:
         lit.journal.close()
         wait_for(children(trainer))
     finished = lit.stop == "finished"
-    if ranks.launched_rank() == 0:
+    if launched.rank() == 0:
         print(ending.text if finished else _stopped(lit, run), flush=True)
     if launched.local_world():
         _end_together(lit.signals)
@@ -156,7 +156,7 @@ def _stopped(lit: LitLM, run: Run) -> str:
 
 def place(config: RunConfig) -> tuple[str, int]:
     """Accelerator ("cpu" or "gpu") and number of processes; UserError when the machine has too few GPUs."""
-    trainer, started = config.trainer, _started(config)
+    trainer, started = config.trainer, started_here(config)
     gpus = torch.cuda.device_count()
     accelerator = trainer.accelerator
     if accelerator == "auto":
@@ -174,7 +174,7 @@ def place(config: RunConfig) -> tuple[str, int]:
                 if started
                 else f"set trainer.devices={gpus}",
             )
-    world = ranks.launched_world() or devices
+    world = launched.world() or devices
     if trainer.cuda_graphs and (accelerator == "cpu" or world > 1):
         where = "on the CPU" if accelerator == "cpu" else f"on {world} devices"
         raise UserError(
@@ -184,27 +184,6 @@ def place(config: RunConfig) -> tuple[str, int]:
     for lines in uneven(config, world):
         raise UserError(*lines)
     return accelerator, devices
-
-
-def _started(config: RunConfig) -> int:
-    """How many ranks a launcher started on this node, 0 if none did; UserError for what cannot be joined."""
-    here, world, asked = launched.local_world(), launched.world(), config.trainer.devices
-    if "RANK" in os.environ and not here:
-        raise UserError(
-            "RANK is set, and LOCAL_WORLD_SIZE is not: nobody says how many processes this node has",
-            "start with torchrun --nproc-per-node=N … -m ssmtrain fit …, or unset RANK",
-        )
-    if here and world % here:
-        raise UserError(
-            f"{world} processes were started, {here} of them on this node: every node must have as many",
-            "start the same number on each: srun --ntasks-per-node=N, torchrun --nproc-per-node=N",
-        )
-    if here and asked not in (None, here):
-        raise UserError(
-            f"trainer.devices = {asked}: {here} processes were started on this node",
-            f"leave it out, or start as many: srun --ntasks-per-node, torchrun --nproc-per-node={asked}",
-        )
-    return here
 
 
 def _callbacks(lit: LitLM, run: Run, tokenizer: Tokenizer, counts: Counts) -> list[Callback]:
@@ -247,7 +226,7 @@ def _trainer(
 
     from ssmtrain.parallel.processes import environment, spread
 
-    kind, world = config.parallel.kind, ranks.launched_world() or devices
+    kind, world = config.parallel.kind, launched.world() or devices
     # Its remarks are about what is switched off here; importing it has set its loggers to INFO.
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
