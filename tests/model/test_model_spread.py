@@ -11,7 +11,7 @@ from ssmtrain.config.schema import RunConfig
 from ssmtrain.data.tokenizer import vocab_rows
 from ssmtrain.model.count import TrainingBytes, count
 from ssmtrain.model.show import show
-from ssmtrain.model.spread import block_sizes, count_sent, held
+from ssmtrain.model.spread import block_sizes, blocks_of_unit, count_sent, held, unit_sizes
 
 BLOCKS: dict[str, Any] = {
     "M": {"mixer": {"kind": "mamba2", "d_state": 8, "head_dim": 8}},
@@ -53,27 +53,54 @@ def test_ddp_sums_gradients_once(kind: str) -> None:
     assert held(page(4, kind=kind), GIVEN, P) == GIVEN
 
 
+def test_half_the_digits_are_half_the_message() -> None:
+    assert count_sent(page(4, kind="ddp", reduce="bf16"), P).summed == 2 * 2 * P * 3 // 4
+    config = page(4, kind="fsdp", reduce="bf16", gather="bf16", reshard=False)
+    blocks = sum(block_sizes(config))
+    sent = count_sent(config, P)
+    assert sent.summed == 2 * P * 3 // 4
+    assert sent.gathered == (2 * blocks + 4 * (P - blocks)) * 3 // 4
+    assert held(config, GIVEN, P).weights == 4 * (P // 4 + P - blocks) + 2 * blocks
+
+
+def test_what_lies_on_the_host_is_not_on_a_device() -> None:
+    config = page(4, kind="fsdp", offload=True, unit=1)
+    got, sizes = held(config, GIVEN, P), block_sizes(config)
+    whole = P - sum(sizes) + 2 * max(sizes)
+    assert (got.weights, got.gradients, got.optimizer) == (4 * whole, 4 * whole, 0)
+
+
+def test_blocks_are_gathered_in_messages_of_a_size() -> None:
+    assert unit_sizes(page(4, kind="fsdp")) == [sum(block_sizes(page(1)))]
+    one, two, three = block_sizes(page(1))
+    assert unit_sizes(page(4, kind="fsdp", unit=2)) == [one + two, three]
+    large = [27_000_000] * 48
+    assert (blocks_of_unit(large), blocks_of_unit([70_000_000]), blocks_of_unit([1 << 30] * 4)) == (2, 1, 1)
+
+
 @pytest.mark.parametrize("reshard", [True, False])
 @pytest.mark.parametrize("micro, passes", [(None, 1), (4, 4)])
 def test_fsdp_gathers_for_each_pass_and_scatters_once(reshard: bool, micro: int | None, passes: int) -> None:
-    config = page(4, micro, kind="fsdp", reshard=reshard)
-    blocks = sum(block_sizes(config))
+    config = page(4, micro, kind="fsdp", reshard=reshard, unit=1)
+    sizes = block_sizes(config)
+    blocks = sum(sizes)
     sent = count_sent(config, P)
-    once = (2 if reshard else 1) * blocks + P - blocks
+    once = (2 * blocks - sizes[-1] if reshard else blocks) + P - blocks
     assert sent.gathered == 4 * once * passes * 3 // 4
     assert sent.summed == 4 * P * 3 // 4
     got = held(config, GIVEN, P)
     assert got.optimizer == 2 * P and got.activations == 123
-    whole = P - blocks + (2 * max(block_sizes(config)) if reshard else blocks)
+    whole = P - blocks + (2 * max(sizes) if reshard else blocks)
     assert got.weights == 4 * (P // 4 + whole)
     assert got.gradients == 4 * (P if passes > 1 else min(P, P // 4 + whole))
 
 
 def test_replicas_keep_the_gathering_within() -> None:
-    config = page(8, kind="fsdp", replicas=2)
+    config = page(8, kind="fsdp", replicas=2, unit=1)
     sent = count_sent(config, P)
-    blocks = sum(block_sizes(config))
-    assert sent.gathered == 4 * (2 * blocks + P - blocks) * 3 // 4
+    sizes = block_sizes(config)
+    blocks = sum(sizes)
+    assert sent.gathered == 4 * (2 * blocks - sizes[-1] + P - blocks) * 3 // 4
     assert sent.summed == 4 * P * 3 // 4 + (8 * P // 4) // 2
     # As many groups as devices: each holds all of it, as under ddp.
     assert count_sent(page(8, kind="fsdp", replicas=8), P) == count_sent(page(8, kind="ddp"), P)

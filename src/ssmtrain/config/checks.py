@@ -249,8 +249,14 @@ def uneven(config: Any, world: int) -> Iterator[tuple[str, ...]]:
 
 def _parallel(config: Any) -> Iterator[str]:
     """Settings that do not go with how the model is spread."""
-    if config.parallel.kind != "fsdp":
+    spread = config.parallel
+    if spread.kind != "fsdp":
         return
+    if spread.gather == "bf16" and config.trainer.precision == "fp32":
+        yield (
+            "parallel.gather = bf16: the run computes in fp32 (trainer.precision), so matrices must be "
+            "gathered as fp32; leave it out or take trainer.precision=bf16"
+        )
     if config.optim.kind == "muon":
         yield (
             "parallel.kind = fsdp: Muon works on whole matrices, and every device holds parts of them; take "

@@ -319,10 +319,15 @@ class AutoParallel(Config):
     kind: Literal["auto"] = "auto"
 
 
+Digits = Literal["fp32", "bf16"]
+
+
 class Ddp(Config):
     """Every device holds the whole model and a share of the batch."""
 
     kind: Literal["ddp"] = "ddp"
+    reduce: Digits = "fp32"
+    """What gradients are summed in over the devices; bf16 halves the messages and rounds every term."""
 
 
 class Fsdp(Config):
@@ -335,6 +340,15 @@ class Fsdp(Config):
     reshard: bool = True
     """Let go of a block's parameters after its forward pass and gather them again for the backward pass;
     false keeps them: a third fewer messages, and the whole model's parameters on each device meanwhile."""
+    unit: Positive | None = None
+    """Neighbouring blocks that are gathered in one message; absent: as many as have 64 million parameters."""
+    gather: Digits = "fp32"
+    """What the matrices of the blocks are gathered as; bf16 halves these messages and what is held whole, and
+    rounds the gradient that each device makes of them. A_log, D, norms, routers and the like stay fp32."""
+    reduce: Digits = "fp32"
+    """What gradients are summed in over the devices; bf16 halves the messages and rounds every term."""
+    offload: bool = False
+    """Keep each device's share in host memory and step it there; a block in use lies on the device."""
 
 
 AnyParallel = Annotated[AutoParallel | Ddp | Fsdp, Field(discriminator="kind")]

@@ -1,16 +1,23 @@
 """What spreading a model over devices costs and saves, by formula: bytes sent in a step, bytes held.
 
 A ring sends (n - 1) / n of a tensor from each of n devices to gather or to scatter it, and twice that to sum
-it on all of them (Patarasuk and Yuan 2009); fp32 throughout.
+it on all of them (Patarasuk and Yuan 2009). Under fsdp what is not a matrix stays whole on all devices: it is
+counted with the rest, of which it is a thousandth.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ssmtrain.config.layout import expand
-from ssmtrain.config.schema import Fsdp, RunConfig
+from ssmtrain.config.schema import AutoParallel, Fsdp, RunConfig
 from ssmtrain.model.count import FP32, TrainingBytes, block_norms
+
+WIDTH = {"fp32": 4, "bf16": 2}
+"""Bytes of a number."""
+UNIT = 1 << 26
+"""Parameters of a unit of blocks, about: in fp32 a message of 256 MiB."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +52,18 @@ def count_sent(config: RunConfig, total: int) -> Sent:
     n, spread = world(config), config.parallel
     if n == 1:
         return Sent(1)
+    summed = FP32 if isinstance(spread, AutoParallel) else WIDTH[spread.reduce]
     if not isinstance(spread, Fsdp):
-        return Sent(n, 0, _ring(n, 2 * FP32 * total))
+        return Sent(n, 0, _ring(n, 2 * summed * total))
     groups = spread.replicas
     within = n // groups
-    blocks = sum(block_sizes(config))
-    # What stands around the blocks stays from the forward pass to the backward pass.
-    gathered = FP32 * ((2 if spread.reshard else 1) * blocks + total - blocks) * passes(config)
-    summed = _ring(within, FP32 * total) + _ring(groups, 2 * FP32 * total // within)
-    return Sent(n, _ring(within, gathered), summed)
+    units = unit_sizes(config)
+    blocks = sum(units)
+    # What stands around the blocks stays from the forward pass to the backward pass, and the last of them.
+    again = blocks - units[-1] if spread.reshard else 0
+    each = WIDTH[spread.gather] * (blocks + again) + FP32 * (total - blocks)
+    sums = _ring(within, summed * total) + _ring(groups, 2 * summed * total // within)
+    return Sent(n, _ring(within, each * passes(config)), sums)
 
 
 def held(config: RunConfig, whole: TrainingBytes, total: int) -> TrainingBytes:
@@ -62,17 +72,30 @@ def held(config: RunConfig, whole: TrainingBytes, total: int) -> TrainingBytes:
     if not isinstance(spread, Fsdp) or n == 1:
         return whole
     ways = n // spread.replicas
-    sizes = block_sizes(config)
+    sizes = unit_sizes(config)
     around = total - sum(sizes)
-    # Whole at a time: what stands around the blocks, a block in use and the next one on its way.
-    gathered = around + (2 * max(sizes, default=0) if spread.reshard else sum(sizes))
-    gradients = total if passes(config) > 1 else gathered + total // ways
+    # Whole at a time: what stands around the blocks, the blocks in use and the next ones on their way.
+    blocks = min(2 * max(sizes, default=0), sum(sizes)) if spread.reshard else sum(sizes)
+    cut = 0 if spread.offload else total // ways
+    gradients = total if passes(config) > 1 else around + blocks + cut
     return replace(
         whole,
-        weights=FP32 * (total // ways + gathered),
+        weights=FP32 * (cut + around) + WIDTH[spread.gather] * blocks,
         gradients=FP32 * min(gradients, total),
-        optimizer=whole.optimizer // ways,
+        optimizer=0 if spread.offload else whole.optimizer // ways,
     )
+
+
+def unit_sizes(config: RunConfig) -> list[int]:
+    """Parameters of each unit of blocks that fsdp gathers in one message, in order."""
+    sizes, spread = block_sizes(config), config.parallel
+    n = (spread.unit if isinstance(spread, Fsdp) else None) or blocks_of_unit(sizes)
+    return [sum(sizes[at : at + n]) for at in range(0, len(sizes), n)]
+
+
+def blocks_of_unit(sizes: Sequence[int]) -> int:
+    """Neighbouring blocks of these parameters that together make a message worth its cost to the host."""
+    return max(1, min(len(sizes), round(UNIT * len(sizes) / max(sum(sizes), 1))))
 
 
 def block_sizes(config: RunConfig) -> list[int]:

@@ -29,11 +29,6 @@ def sum_(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def sum_int(value: int, device: torch.device) -> int:
-    """The sum of a number over the ranks."""
-    return int(sum_(torch.tensor([value], device=device)).item()) if active() else value
-
-
 def gather(tensor: Tensor) -> list[Tensor]:
     """Every rank's tensor (all of one shape), in the order of ranks."""
     if not active():

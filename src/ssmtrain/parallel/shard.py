@@ -1,4 +1,8 @@
-"""FSDP2: parameters, gradients and optimiser states cut over the ranks, gathered a block at a time.
+"""FSDP2: matrices, their gradients and optimiser states cut over the ranks, gathered a few blocks at a time.
+
+What is not a matrix (norms, A_log, D, step biases, convolutions, routers: a thousandth of a model) stays
+whole on every rank. Cut, each would cost the host as much as a matrix does, in every pass, and it must not
+lose digits where matrices may.
 
 What is saved, loaded, drawn or scored is the whole model, as without it: here is what passes between the two.
 """
@@ -7,23 +11,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor
 
 from ssmtrain.config.schema import Fsdp
+from ssmtrain.layers.base import ParamSpec
 from ssmtrain.model.hybrid import HybridModel
+from ssmtrain.model.spread import blocks_of_unit
 from ssmtrain.parallel import ranks
 
 
 def shard(model: HybridModel, device: torch.device, config: Fsdp) -> None:
-    """Cut a model, which every rank has whole and alike, over the ranks: a unit for each block and the rest.
+    """Cut a model, which every rank has whole and alike, over the ranks: units of blocks, and the rest.
 
-    A unit moves to the device before it is cut: no more than one block lies there whole.
+    A unit moves to the device before it is cut: no more than one lies there whole.
     """
     world, replicas = dist.get_world_size(), config.replicas
     if replicas == 1:
@@ -31,16 +45,62 @@ def shard(model: HybridModel, device: torch.device, config: Fsdp) -> None:
     else:
         shape = (replicas, world // replicas)
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh, reshard_after_forward=config.reshard)
-    # Its last parameters are the first that the backward pass wants: letting go of them would gain nothing.
-    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    kept = _kept_whole(model)
+    for parameter in kept:
+        parameter.data = parameter.data.to(device)
+    summed = torch.bfloat16 if config.reduce == "bf16" else torch.float32
+    # What a block is given keeps its type: the stream is fp32 where it must be.
+    blocks = MixedPrecisionPolicy(
+        torch.bfloat16 if config.gather == "bf16" else None, summed, cast_forward_inputs=False
+    )
+    rest = MixedPrecisionPolicy(None, summed, cast_forward_inputs=False)
+    place = CPUOffloadPolicy(pin_memory=device.type == "cuda") if config.offload else OffloadPolicy()
+    cut = partial(fully_shard, mesh=mesh, ignored_params=kept, offload_policy=place)
+    sizes = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
+    size = config.unit or blocks_of_unit(sizes)
+    units = [list(model.blocks[at : at + size]) for at in range(0, len(model.blocks), size)]
+    for unit in units:
+        # What the backward pass wants first is not let go of: it would be gathered again at once.
+        cut(unit, mp_policy=blocks, reshard_after_forward=config.reshard and unit is not units[-1])
+    cut(model, mp_policy=rest, reshard_after_forward=False)
+    for this, following in pairwise(units):
+        # Asked for before a unit runs, not after: the host may be no faster than the device.
+        _as_cut(this).set_modules_to_forward_prefetch([_as_cut(following)])
 
 
-def holders(model: nn.Module) -> int:
-    """How many ranks hold the same part of a model that is cut."""
-    one = next(model.parameters())
-    return one.device_mesh.size(0) if isinstance(one, DTensor) and one.device_mesh.ndim == 2 else 1
+def _as_cut(unit: list[nn.Module]) -> FSDPModule:
+    first = unit[0]
+    assert isinstance(first, FSDPModule)
+    return first
+
+
+def is_matrix(name: str, parameter: Tensor, spec: ParamSpec) -> bool:
+    """Whether a parameter is a matrix, or a stack of them, that a product may round: see the top."""
+    return parameter.ndim >= 2 and not spec.fp32 and ".conv" not in name
+
+
+def _kept_whole(model: HybridModel) -> set[nn.Parameter]:
+    specs = model.specs()
+    return {p for name, p in model.named_parameters() if not is_matrix(name, p, specs[name])}
+
+
+def average_whole(model: nn.Module) -> None:
+    """Average over the ranks, in one message, the gradients of what is whole on each of them."""
+    if not is_sharded(model):
+        return
+    grads = [p.grad for p in model.parameters() if not isinstance(p, DTensor) and p.grad is not None]
+    if grads:
+        joined = torch.cat([grad.flatten() for grad in grads])
+        ranks.sum_(joined).div_(ranks.world())
+        parts = joined.split([grad.numel() for grad in grads])
+        torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(parts, grads, strict=True)])
+
+
+def holders(tensor: Tensor) -> int:
+    """How many ranks hold what this one holds of a tensor."""
+    if not isinstance(tensor, DTensor):
+        return ranks.world()
+    return tensor.device_mesh.size(0) if tensor.device_mesh.ndim == 2 else 1
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -55,12 +115,13 @@ def mine(tensor: Tensor) -> Tensor:
 
 def like(value: Tensor, parameter: Tensor) -> Tensor:
     """A copy of value, which every rank has whole, where and as the parameter of its shape lies."""
-    if not isinstance(parameter, DTensor):
+    rows = rows_of(parameter)
+    if rows is None:
         return value.to(parameter.device, copy=True)
-    # Every rank cuts its part out of its own copy: nothing is sent.
-    return distribute_tensor(
-        value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
-    )
+    cut = torch.empty_like(parameter.detach())
+    own = mine(cut)
+    own.copy_(value[rows[0] : rows[0] + len(own)])
+    return cut
 
 
 def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

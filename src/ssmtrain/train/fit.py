@@ -226,7 +226,8 @@ def _trainer(
 
     from ssmtrain.parallel.processes import environment, spread
 
-    kind, world = config.parallel.kind, launched.world() or devices
+    world = launched.world() or devices
+    alone = world == 1 and config.parallel.kind == "auto"
     # Its remarks are about what is switched off here; importing it has set its loggers to INFO.
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -236,7 +237,7 @@ def _trainer(
         devices=devices,
         num_nodes=world // devices,
         plugins=[environment()],
-        strategy="auto" if world == 1 and kind == "auto" else spread(kind, accelerator),
+        strategy="auto" if alone else spread(config.parallel, accelerator),
         precision="32-true",  # LitLM.autocast covers the forward pass only
         max_epochs=1,
         callbacks=callbacks,

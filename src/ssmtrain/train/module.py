@@ -27,7 +27,7 @@ from ssmtrain.model.init import init_weights
 from ssmtrain.parallel import ranks
 from ssmtrain.parallel.agreement import agree_on_config
 from ssmtrain.parallel.apply import apply
-from ssmtrain.parallel.shard import shard
+from ssmtrain.parallel.shard import average_whole, shard
 from ssmtrain.train import nonfinite, optim, snapshot
 from ssmtrain.train.attempts import Attempts
 from ssmtrain.train.clock import Clock
@@ -199,13 +199,15 @@ class LitLM(LightningModule):
     def step(self, micro: list[Batch], my_labels: int) -> None:
         """Gradients of the mean loss over all labels of all ranks, agreed finite, clipped, applied."""
         config, state = self.config, self.state
-        labels = ranks.sum_int(my_labels, self.device)
-        sums = self.accumulate(micro, max(labels, 1))
-        norm = optim.gradient_norm(self.parameters_list)
+        # Filled on the device: nothing here waits until what was asked of it before is done.
+        labels = ranks.sum_(torch.full((1,), float(my_labels), dtype=torch.float64, device=self.device))
+        labels.clamp_(min=1.0)
+        scale = ranks.world() / labels if ranks.active() else 1 / max(my_labels, 1)
+        sums = self.accumulate(micro, scale)
+        norm = optim.gradient_norm(self.parameters_list, self.device)
         for watch in self.on_gradients:
             watch()
-        loss, aux, asked, late, grad_norm = self.agree(sums, norm)
-        loss = loss / max(labels, 1)
+        loss, aux, asked, late, grad_norm = self.agree(sums, labels, norm)
         lr = lr_at(config.schedule, config.optim.lr, state.step, self.horizon)
         skipped = not (math.isfinite(loss) and math.isfinite(grad_norm))
         if skipped:
@@ -226,10 +228,11 @@ class LitLM(LightningModule):
         elif asked or late:
             self.stop = "signal" if asked else "seconds"
 
-    def accumulate(self, micro: list[Batch], labels: int) -> Tensor:
-        """Backward over the micro-batches; returns this rank's sums (2,) of loss and router losses.
+    def accumulate(self, micro: list[Batch], scale: float | Tensor) -> Tensor:
+        """Backward over the micro-batches, a label counting `scale`; returns this rank's sums (2,) of loss
+        and router losses.
 
-        DDP averages gradients over the ranks at the last micro-batch, hence the factor `world`.
+        Gradients are averaged over the ranks at the last micro-batch, hence a factor `world` in the scale.
         """
         world = ranks.world()
         rows = sum(len(b.sample_ids) for b in micro)
@@ -238,11 +241,15 @@ class LitLM(LightningModule):
         for i, batch in enumerate(micro):
             last = i == len(micro) - 1
             with nullcontext() if last or world == 1 else self.trainer.strategy.block_backward_sync():  # type: ignore[attr-defined]  # DDP's
-                run = self.graphs or self.run_passes
-                part, loads = run(batch, world / labels, len(batch.sample_ids) / rows)
+                share = len(batch.sample_ids) / rows
+                if self.graphs is not None and not isinstance(scale, Tensor):
+                    part, loads = self.graphs(batch, scale, share)
+                else:
+                    part, loads = self.run_passes(batch, scale, share)
             sums += part
             for index, load in loads.items():
                 self.loads[index] = self.loads[index] + load if index in self.loads else load
+        average_whole(self.model)
         return sums
 
     def run_passes(self, batch: Batch, scale: float | Tensor, share: float) -> Pass:
@@ -251,7 +258,7 @@ class LitLM(LightningModule):
         out = self.run_model(batch)
         assert out.loss_sum is not None
         point("after_forward")
-        loss = out.loss_sum * scale
+        loss = out.loss_sum * (scale.to(out.loss_sum) if isinstance(scale, Tensor) else scale)
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         sums[0] = out.loss_sum.detach()
         if out.aux is not None:
@@ -260,8 +267,8 @@ class LitLM(LightningModule):
         self.manual_backward(loss)
         return sums, {index: stats["load"] for index, stats in out.stats.items()}
 
-    def agree(self, sums: Tensor, norm: Tensor) -> list[float]:
-        """What every rank must decide alike: loss sum, router losses, asked to stop, out of time, norm.
+    def agree(self, sums: Tensor, labels: Tensor, norm: Tensor) -> list[float]:
+        """What every rank must decide alike: loss, router losses, asked to stop, out of time, norm.
 
         A rank whose own norm is not finite makes the sum of norms not finite on all of them.
         """
@@ -271,7 +278,8 @@ class LitLM(LightningModule):
             [float(self.signals.asked is not None), float(late)], dtype=torch.float64, device=self.device
         )
         parts = torch.cat([sums, flags, norm.detach().double().reshape(1)])
-        values = ranks.sum_(parts).tolist()
+        *values, count = torch.cat([ranks.sum_(parts), labels]).tolist()
+        values[0] /= count
         values[-1] /= ranks.world()
         return values
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 
 from ssmtrain.config.schema import AnyOptim, MuonConfig
 from ssmtrain.layers.base import ParamSpec
-from ssmtrain.parallel.shard import like, mine
+from ssmtrain.parallel import ranks
+from ssmtrain.parallel.shard import holders, is_matrix, like, mine
 
 EMBEDDING = "input.weight"
 
@@ -30,11 +31,7 @@ def is_decayed(name: str, spec: ParamSpec, config: AnyOptim) -> bool:
 def is_hidden_matrix(name: str, parameter: Tensor, spec: ParamSpec) -> bool:
     """Whether Muon takes a parameter: a projection inside a block, not a convolution, a router or a stack."""
     return (
-        parameter.ndim == 2
-        and name.startswith("blocks.")
-        and spec.decay
-        and not spec.fp32
-        and ".conv" not in name
+        parameter.ndim == 2 and name.startswith("blocks.") and spec.decay and is_matrix(name, parameter, spec)
     )
 
 
@@ -62,8 +59,8 @@ def _adamw(named: Mapping[str, nn.Parameter], specs: Mapping[str, ParamSpec], co
     exempt = [p for n, p in named.items() if not is_decayed(n, specs[n], config)]
     groups = [
         {"params": params, "weight_decay": decay}
-        for params, decay in ((decayed, config.weight_decay), (exempt, 0.0))
-        if params
+        for group, decay in ((decayed, config.weight_decay), (exempt, 0.0))
+        for params in _apart(group)
     ]
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in named.values())
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
@@ -128,10 +125,25 @@ def load_state_tensors(
         raise ValueError("the optimizer state does not fit the model: " + "; ".join(problems[:5]))
 
 
-def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
-    """Norm () of the whole gradient."""
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+def gradient_norm(parameters: list[nn.Parameter], device: torch.device | None = None) -> Tensor:
+    """Norm () of the whole gradient, on a device; every rank must ask where parameters are cut over them."""
+    norms = []
+    for group in _apart(parameters):
+        norm = torch.nn.utils.get_total_norm([mine(p.grad) for p in group if p.grad is not None])
+        norm = norm if device is None else norm.to(device)
+        if isinstance(group[0], DTensor):
+            norm = (ranks.sum_(norm.double().square()) / holders(group[0])).sqrt().float()
+        norms.append(norm)
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+
+
+def _apart(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Parameters that are cut over the ranks, and those that are whole: no operation takes both at once."""
+    cut: list[nn.Parameter] = []
+    whole: list[nn.Parameter] = []
+    for parameter in parameters:
+        (cut if isinstance(parameter, DTensor) else whole).append(parameter)
+    return [group for group in (cut, whole) if group]
 
 
 def clip_gradients(parameters: list[nn.Parameter], limit: float | None, norm: Tensor, known: float) -> None:
@@ -140,4 +152,5 @@ def clip_gradients(parameters: list[nn.Parameter], limit: float | None, norm: Te
     `known` is the norm on the host: well below the limit the factor would be 1, in a pass over all gradients.
     """
     if limit is not None and not known < 0.999 * limit:
-        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        for group in _apart(parameters):
+            torch.nn.utils.clip_grads_with_norm_(group, limit, norm)

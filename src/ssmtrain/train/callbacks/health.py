@@ -69,13 +69,15 @@ def parameter_kinds(lit: LitLM) -> dict[str, str]:
 def gradient_norms(model: nn.Module, kinds: dict[str, str]) -> Figures:
     """Norm of the gradient by kind; all ranks call it where the model is cut over them."""
     squares: dict[str, Tensor] = {}
+    cut = is_sharded(model)
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
-            square = mine(parameter.grad).double().square().sum()
+            held = holders(parameter) if cut else 1
+            square = mine(parameter.grad).double().square().sum() / held
             squares[kinds[name]] = squares[kinds[name]] + square if kinds[name] in squares else square
     sums = torch.stack([squares[kind] for kind in sorted(squares)])
-    if is_sharded(model):
-        sums = ranks.sum_(sums) / holders(model)
+    if cut:
+        sums = ranks.sum_(sums)
     return dict(zip(sorted(squares), sums.sqrt().tolist(), strict=True))
 
 
