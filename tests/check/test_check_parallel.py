@@ -116,10 +116,21 @@ def follow(config: RunConfig, folder: Path, strategies: dict[str, Any], toleranc
         assert found == pytest.approx(losses, rel=tolerance), name
 
 
-def test_every_strategy_trains_as_one_process(tmp_path: Path) -> None:
-    """A hybrid with experts on packed documents: 50 steps of fp32 on two gloo ranks, to 1e-5 of the loss."""
-    config = typed({**PAGE, "data": {**short_documents(tmp_path), "seq_len": 64}})
-    follow(config, tmp_path, {"ddp": Ddp(), "fsdp": Fsdp()}, 1e-5)
+@pytest.mark.parametrize(
+    "precision, strategies, tolerance",
+    [
+        ("fp32", {"ddp": Ddp(), "fsdp": Fsdp(unit=1)}, 1e-5),
+        ("bf16", {"ddp": Ddp(reduce="bf16"), "fsdp": Fsdp(gather="bf16", reduce="bf16", offload=True)}, 1e-3),
+    ],
+    ids=["fp32", "bf16"],
+)
+def test_every_strategy_trains_as_one_process(
+    precision: str, strategies: dict[str, Any], tolerance: float, tmp_path: Path
+) -> None:
+    """A hybrid with experts on packed documents: 50 steps on two gloo ranks, near one process's losses."""
+    trainer = {**PAGE["trainer"], "precision": precision}
+    data = {**short_documents(tmp_path), "seq_len": 64}
+    follow(typed({**PAGE, "data": data, "trainer": trainer}), tmp_path, strategies, tolerance)
 
 
 @pytest.mark.multi_gpu

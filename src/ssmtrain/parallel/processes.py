@@ -13,6 +13,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from lightning.fabric.plugins.environments import (
     ClusterEnvironment,
     LightningEnvironment,
@@ -21,8 +23,7 @@ from lightning.fabric.plugins.environments import (
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
-from torch import nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ssmtrain.config import launched
@@ -86,11 +87,21 @@ class Ddp(DDPStrategy):
         super().configure_ddp()
         if self.compress:
             assert isinstance(self.model, DistributedDataParallel)
-            self.model.register_comm_hook(None, bf16_compress_hook)
+            # torch reads a hook's annotations, and does not understand those that are postponed.
+            self.model.register_comm_hook(None, lambda _, bucket: _in_bf16(bucket))
 
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None
         self._launcher = Launcher(self.cluster_environment, self.num_processes, self.num_nodes)
+
+
+def _in_bf16(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Average a bucket of gradients over the ranks in bf16; torch's own hook of the kind wants NCCL."""
+    whole = bucket.buffer()
+    halved = whole.to(torch.bfloat16).div_(dist.get_world_size())
+    work = dist.all_reduce(halved, async_op=True)
+    assert work is not None
+    return work.get_future().then(lambda done: whole.copy_(done.value()[0]))
 
 
 class Fsdp(Ddp):
