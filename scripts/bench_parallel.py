@@ -64,7 +64,7 @@ def measure(recipe: str, way: str, options: argparse.Namespace, folder: Path) ->
         *(sys.executable, "-m", "ssmtrain", "fit", f"config={recipe}", "name=bench", f"runs_dir={folder}"),
         *(f"trainer.devices={devices}", f"trainer.global_batch={share * devices}"),
         *(f"trainer.micro_batch={options.rows}", f"data.seq_len={options.length}", "trainer.log_every=1"),
-        *("trainer.recompute=false", *quiet, *words, *options.words),
+        *("trainer.recompute=ops", *quiet, *words, *options.words),
     ]
     log = folder / "log.txt"
     begin = time.monotonic()

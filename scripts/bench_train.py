@@ -134,7 +134,7 @@ def run(name: str, case: Case, mode: str, steps: int, device: torch.device) -> R
 
     words = [f"config={case.recipe}", f"data.seq_len={case.length}"]
     if not any(word.startswith("trainer.recompute=") for word in case.words):
-        words.append("trainer.recompute=false")
+        words.append("trainer.recompute=ops")
     config = load([*words, f"trainer.compile={'true' if mode == 'compiled' else 'false'}", *case.words])
     backend.configure("auto", device.type)
     torch.manual_seed(0)
@@ -266,7 +266,7 @@ def chosen(arguments: argparse.Namespace) -> Iterator[tuple[str, Case]]:
     if arguments.lengths:
         for length in (int(word) for word in arguments.lengths.split(",")):
             batch = max(1, arguments.tokens // length)
-            words = () if arguments.keep else ("trainer.recompute=true",)
+            words = () if arguments.keep else ("trainer.recompute=block",)
             yield "hybrid", Case(HYBRID, batch, length, words)
             yield "llama", Case(HYBRID, batch, length, LLAMA + words)
         return

@@ -283,7 +283,7 @@ def _unexpected(error: BaseException) -> int:
     if isinstance(error, MemoryError) or "OutOfMemoryError" in names or "can't allocate memory" in str(error):
         _say(
             f"out of memory: {' '.join(str(error).split())[:300]}",
-            "use less with trainer.micro_batch=1, data.seq_len=…, or trainer.recompute=true",
+            "use less with trainer.micro_batch=1, data.seq_len=…, or trainer.recompute=block",
         )
         return OUT_OF_MEMORY
     if "BackendError" in names:

@@ -15,6 +15,7 @@ from ssmtrain.config.schema import ModelConfig
 from ssmtrain.kernels import backend
 from ssmtrain.kernels.gated_norm import gated_norm
 from ssmtrain.kernels.tuned import interpreting
+from ssmtrain.layers import forget
 from ssmtrain.layers.base import Context
 from ssmtrain.layers.norm import RMSNorm, Stream, StreamNorm
 from ssmtrain.model.block import Block
@@ -200,11 +201,11 @@ def test_compiled_and_recomputed(packed: bool, monkeypatch: pytest.MonkeyPatch) 
     ids = torch.tensor([[0] * 4 + [1] * 5, [2] * 9], dtype=torch.int32)
     tokens = torch.randint(31, (2, 9), generator=torch.Generator().manual_seed(0))
     found = []
-    for options in ({}, {"compile": True, "recompute": True}):
+    for options in ({}, {"compile": True, "recompute": "block"}):
         torch._dynamo.reset()
         counters.clear()
         model = make("M3A" * 4)
-        apply(model, SimpleNamespace(**{"compile": False, "recompute": False} | options))
+        apply(model, SimpleNamespace(**{"compile": False, "recompute": "none"} | options))
         ctx = Context(doc_ids=ids, n_docs=3) if packed else Context()
         loss = model(tokens, tokens, ctx).loss_sum
         loss.backward()
@@ -212,6 +213,30 @@ def test_compiled_and_recomputed(packed: bool, monkeypatch: pytest.MonkeyPatch) 
     assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == 2
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_kept_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing, cheap ops or whole blocks are computed again, and the gradients have the same bits."""
+    tokens = torch.randint(31, (2, 9), generator=torch.Generator().manual_seed(0))
+    runs: list[bool] = []
+    served: list[bool] = []
+    serve = forget._Recipe.serve
+    monkeypatch.setattr(forget, "DEVICES", {"cpu"})
+    monkeypatch.setattr(forget._Recipe, "serve", lambda recipe: served.append(True) or serve(recipe))
+    gradients, again = {}, {}
+    for what in ("none", "ops", "block"):
+        model = make("M3A")
+        for block in model.blocks:
+            block.mixer.register_forward_pre_hook(lambda *_: runs.append(True))
+        apply(model, SimpleNamespace(compile=False, recompute=what))
+        model(tokens, tokens, Context()).loss_sum.backward()
+        gradients[what] = [p.grad for p in model.parameters()]
+        again[what] = (len(runs) - 4, bool(served))
+        runs.clear()
+        served.clear()
+    assert again == {"none": (0, False), "ops": (0, True), "block": (4, False)}
+    for what in ("ops", "block"):
+        assert all(torch.equal(a, b) for a, b in zip(gradients["none"], gradients[what], strict=True))
 
 
 @pytest.mark.gpu

@@ -83,7 +83,7 @@ def test_validation_samples_and_health_change_no_bit(train: Train) -> None:
 def test_micro_batches_and_recompute_give_the_same_losses(train: Train) -> None:
     _, one = train(name="one")
     _, four = train(name="four", trainer__micro_batch=1)
-    _, again = train(name="again", trainer__recompute=True, trainer__micro_batch=2)
+    _, again = train(name="again", trainer__recompute="block", trainer__micro_batch=2)
     for other in (four, again):
         assert losses(other) == pytest.approx(losses(one), rel=2e-6)
         assert norms(other) == pytest.approx(norms(one), rel=1e-5)
@@ -119,7 +119,7 @@ def test_out_of_memory_says_what_to_set(train: Train, monkeypatch: pytest.Monkey
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB")
 
     monkeypatch.setattr(LitLM, "run_model", full)
-    with pytest.raises(OutOfMemory, match=r"trainer\.micro_batch=2 trainer\.recompute=true"):
+    with pytest.raises(OutOfMemory, match=r"trainer\.micro_batch=2 trainer\.recompute=block"):
         train()
 
 
@@ -183,7 +183,7 @@ def test_routers_balance_once_a_step_and_recompute_counts_nothing_twice(
     monkeypatch.setattr(LitLM, "training_step", watch)
     changes = {"model__blocks__A__ffn": moe, "optim__kind": optim, "trainer__max_steps": 3}
     _, plain = train(name="plain", **changes)
-    _, other = train(name="other", trainer__micro_batch=2, trainer__recompute=True, **changes)
+    _, other = train(name="other", trainer__micro_batch=2, trainer__recompute="block", **changes)
     assert all(int(load.sum()) == 128 * 2 for load in seen)
     for folder in (plain, other):
         bias = weights(folder, 3)["blocks.1.ffn.selection_bias"] / 0.125

@@ -273,8 +273,9 @@ class TrainerConfig(Config):
     """fp32 throughout, or bf16 autocast over fp32 parameters."""
     kernels: Literal["auto", "reference", "triton"] = "auto"
     """Which implementation of the kernels runs; a named one that cannot run is an error."""
-    recompute: bool = False
-    """Recompute each block's activations in the backward pass instead of keeping them."""
+    recompute: Literal["none", "ops", "block"] = "ops"
+    """What the backward pass computes again rather than finds kept: nothing; on a GPU the results of ops that
+    are cheap beside products and scans (norms, convolutions, gates); or each block from its input."""
     compile: bool = False
     """Run the blocks under torch.compile."""
     cuda_graphs: bool = False

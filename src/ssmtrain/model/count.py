@@ -158,6 +158,11 @@ def _kept_width(block: torch.nn.Module, config: BlockConfig) -> int:
     return width
 
 
+def _forgotten_width(block: torch.nn.Module) -> int:
+    """Elements per token that a block makes again for its backward pass, beside the inputs of projections."""
+    return sum(len(p) for name, p in block.named_parameters() if name.endswith("conv.weight"))
+
+
 def count_training(config: RunConfig, built: HybridModel, vocab_size: int) -> TrainingBytes:
     """Estimated bytes of one unsharded training process; activations are for one micro-batch."""
     total = sum(p.numel() for p in built.parameters())
@@ -172,10 +177,12 @@ def count_training(config: RunConfig, built: HybridModel, vocab_size: int) -> Tr
     stream = FP32 if config.model.residual_fp32 else unit
     widths = [_kept_width(b, config.model.blocks[n]) for b, n in zip(built.blocks, built.names)]
     stored = len(widths) * config.model.d_model * stream
-    if config.trainer.recompute:
+    if config.trainer.recompute == "block":
         per_token = stored + max(widths, default=0) * unit
     else:
         per_token = 2 * stored + sum(widths) * unit
+        if config.trainer.recompute == "none":
+            per_token += unit * sum(_forgotten_width(block) for block in built.blocks)
     # The loss works through chunks of at most 2^24 logits.
     loss = min(tokens * vocab_size, 2**24) * FP32
     return TrainingBytes(total * FP32, total * FP32, moments * FP32, tokens * per_token + loss)

@@ -23,9 +23,9 @@ def apply(model: HybridModel, trainer: TrainerConfig) -> HybridModel:
     for block in model.blocks:
         if trainer.compile:
             _set_forward(block, compiled(block.forward, block.prepare))  # type: ignore[arg-type]  # a Block's
-        elif not trainer.recompute:
+        elif trainer.recompute == "ops":
             _set_forward(block, forgetful(block.forward))
-        if trainer.recompute:
+        if trainer.recompute == "block":
             _set_forward(block, added_first(recomputed(block.forward), model.multiplier))
     return model
 

@@ -277,8 +277,8 @@ def _out_of_memory(config: RunConfig) -> OutOfMemory:
         rows = trainer.micro_batch or trainer.global_batch // config.data.seq_len // (trainer.devices or 1)
         half = next((m for m in range(rows // 2, 0, -1) if rows % m == 0), 1)
         advice.append(f"trainer.micro_batch={half}")
-    if not trainer.recompute:
-        advice.append("trainer.recompute=true")
+    if trainer.recompute != "block":
+        advice.append("trainer.recompute=block")
     if trainer.precision == "fp32":
         advice.append("trainer.precision=bf16 (another run)")
     return OutOfMemory(
