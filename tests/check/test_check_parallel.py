@@ -101,8 +101,10 @@ def short_documents(folder: Path) -> dict:
     return {"kind": "text", "train": str(folder / "text"), "cache_dir": str(folder / "cache")}
 
 
-def follow(config: RunConfig, folder: Path, strategies: dict[str, Any], tolerance: float) -> None:
-    """Hold the losses of each strategy on two devices against those of one process."""
+def follow(
+    config: RunConfig, folder: Path, strategies: dict[str, Any], tolerance: float, early: float
+) -> None:
+    """Hold the losses of each strategy on two devices against one process's, the first 20 to `early`."""
     steps = parallel.STEPS
     one = parallel.ledger(parallel.alone(config), folder, "one", steps)
     losses = [float.fromhex(line["loss_hex"]) for line in one]
@@ -113,6 +115,7 @@ def follow(config: RunConfig, folder: Path, strategies: dict[str, Any], toleranc
         assert [line["samples"] for line in several] == [line["samples"] for line in one]
         found = [float.fromhex(line["loss_hex"]) for line in several]
         print(name, max(abs(a / b - 1) for a, b in zip(found, losses, strict=True)))
+        assert found[:20] == pytest.approx(losses[:20], rel=early), name
         assert found == pytest.approx(losses, rel=tolerance), name
 
 
@@ -130,14 +133,19 @@ def test_every_strategy_trains_as_one_process(
     """A hybrid with experts on packed documents: 50 steps on two gloo ranks, near one process's losses."""
     trainer = {**PAGE["trainer"], "precision": precision}
     data = {**short_documents(tmp_path), "seq_len": 64}
-    follow(typed({**PAGE, "data": data, "trainer": trainer}), tmp_path, strategies, tolerance)
+    follow(typed({**PAGE, "data": data, "trainer": trainer}), tmp_path, strategies, tolerance, tolerance)
 
 
 @pytest.mark.multi_gpu
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-4), ("bf16", 2e-2)])
-def test_every_strategy_trains_as_one_gpu(precision: str, tolerance: float, tmp_path: Path) -> None:
-    """The same with Triton kernels on two GPUs, wider, in fp32 and in bf16."""
+@pytest.mark.parametrize("precision, early, tolerance", [("fp32", 1e-4, 5e-3), ("bf16", 1e-2, 5e-2)])
+def test_every_strategy_trains_as_one_gpu(
+    precision: str, early: float, tolerance: float, tmp_path: Path
+) -> None:
+    """The same with Triton kernels on two GPUs, wider, in fp32 and in bf16.
+
+    The order of sums is another, and what differs in the eighth digit grows tenfold every few steps.
+    """
     blocks = {
         "M": {"mixer": {"kind": "mamba2", "d_state": 64, "head_dim": 32}},
         "A": {"mixer": {"kind": "attention", "n_heads": 4}, "ffn": {"kind": "mlp", "hidden": 512}},
@@ -149,5 +157,7 @@ def test_every_strategy_trains_as_one_gpu(precision: str, tolerance: float, tmp_
         "data": {**short_documents(tmp_path), "seq_len": 256},
         "trainer": {**PAGE["trainer"], "global_batch": 4096, "precision": precision, "threads": None},
     }
-    ways = {"ddp": Ddp(), "fsdp": Fsdp(), "fsdp-keep": Fsdp(reshard=False)}
-    follow(typed(page), tmp_path, ways, tolerance)
+    ways = {"ddp": Ddp(), "fsdp": Fsdp(), "offload": Fsdp(reshard=False, offload=True)}
+    if precision == "bf16":
+        ways["halved"] = Fsdp(gather="bf16", reduce="bf16")
+    follow(typed(page), tmp_path, ways, tolerance, early)
