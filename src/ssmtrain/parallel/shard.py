@@ -9,6 +9,7 @@ What is saved, loaded, drawn or scored is the whole model, as without it: here i
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -39,6 +40,8 @@ def shard(model: HybridModel, device: torch.device, config: Fsdp) -> None:
 
     A unit moves to the device before it is cut: no more than one lies there whole.
     """
+    # A block may return a view of what a product made; nobody writes into it.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     world, replicas = dist.get_world_size(), config.replicas
     if replicas == 1:
         mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
