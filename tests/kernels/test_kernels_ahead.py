@@ -171,7 +171,9 @@ def test_the_backward_passes_kernels_are_foreseen(tmp_path: Path) -> None:
     """Those that the forward pass begins to compile are those that the backward pass launches."""
     path = os.pathsep.join([str(SRC), str(SRC.parent / "scripts")])
     env = {**os.environ, "PYTHONPATH": path, "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", GUESSED], env=env, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [sys.executable, "-c", GUESSED], env=env, capture_output=True, text=True, timeout=200
+    )
     assert done.returncode == 0, done.stderr
 
 

@@ -273,6 +273,9 @@ class TrainerConfig(Config):
     """fp32 throughout, or bf16 autocast over fp32 parameters."""
     kernels: Literal["auto", "reference", "triton"] = "auto"
     """Which implementation of the kernels runs; a named one that cannot run is an error."""
+    kernel_cache: str | None = None
+    """Folder in which compiled kernels are kept; absent: Triton's own, TRITON_CACHE_DIR or ~/.triton/cache.
+    Several nodes may share one."""
     recompute: bool = False
     """Recompute each block's activations in the backward pass instead of keeping them."""
     compile: bool = False

@@ -150,8 +150,8 @@ def _asking(pool: Executor, device: object) -> Iterator[Asked]:
 
 
 def _made(make: Callable[[], Any]) -> Any:
-    """A kernel, and in Triton's cache the C code that launches it, which Triton 3.6 compiles too, with gcc, 0.4
-    seconds for each kernel when it is first launched."""
+    """A kernel, and in Triton's cache the C code that launches it: Triton 3.6 compiles that too, with gcc,
+    when it is first launched, in 0.4 s."""
     kernel = make()
     with suppress(Exception):
         from triton.runtime import driver

@@ -696,7 +696,12 @@ def _back_arguments(args: tuple, fakes: tuple, results: tuple[Tensor, Tensor]) -
     """Return the arguments of `scan_back` after a call of `scan`, all without memory."""
     y, final = results
     rooms = [fakes[i] if place_of(args[i]) else None for i in (0, 3, 4)]  # they lie as the inputs do
-    return (y, final if args[14] else None, *fakes[:14], *(rooms if any(r is not None for r in rooms) else ()))
+    return (
+        y,
+        final if args[14] else None,
+        *fakes[:14],
+        *(rooms if any(r is not None for r in rooms) else ()),
+    )
 
 
 _INPUTS = (
