@@ -100,7 +100,7 @@ def train_step(config: RunConfig, vocab: int, batch: Batch) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     ("layout", "recompute", "documents"),
-    [("MMAM", False, (20, 30, 40)), ("SEM", False, (96,)), ("AMM", True, (20, 30, 40))],
+    [("MMAM", False, (20, 30, 40)), ("SEM", False, (70, 30, 40)), ("AMM", True, (20, 30, 40))],
 )
 def test_a_step_launches_nothing_new(
     layout: str,

@@ -60,7 +60,7 @@ def warm_up(config: RunConfig, vocab: int, data: Data, device: torch.device, row
     """
     folder = settle(config.trainer.kernel_cache)
     name = torch.cuda.get_device_name(device)
-    found = batches(data, rows)
+    found: list[Batch] = []
 
     def work() -> dict[str, Any]:
         say(f"compiling kernels for {name} into {folder}: this takes a while, once")
@@ -77,6 +77,7 @@ def warm_up(config: RunConfig, vocab: int, data: Data, device: torch.device, row
         say(f"another process compiles kernels into {folder}: waiting for it")
 
     try:
+        found += batches(data, rows)
         record = folder / "ssmtrain" / f"{_key(config, vocab, found, device)}.json"
         once(record, work, waiting, lead=(device.index or 0) == 0)
     except Exception as error:
@@ -208,10 +209,12 @@ def _autocast(config: RunConfig, device: torch.device) -> Any:
 
 
 def release(device: torch.device) -> None:
-    """Give the device's memory back."""
+    """Give the device's memory back, and forget how much it was: training reports its own peak."""
     gc.collect()
     with torch.cuda.device(device):
         torch.cuda.empty_cache()
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def _key(config: RunConfig, vocab: int, found: list[Batch], device: torch.device) -> str:
