@@ -213,6 +213,7 @@ def time_documents(rounds: int, with_peers: bool) -> Iterator[Timing]:
 
 COLD = {
     "ours": ssd_case(8, 4096, 80, 64, 128),
+    "ours, fp32": ssd_case(8, 4096, 80, 64, 128, dtype=torch.float32),
     "mamba-ssm": ssd_case(8, 4096, 80, 64, 128),
     "selective scan": selective_case(8, 4096, 5120),
 }
