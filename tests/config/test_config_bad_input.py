@@ -207,6 +207,8 @@ CASES = [
         "parallel.kind = fsdp", "parallel=ddp or optim=adamw"),
     case("graphs of messages", swap("global_batch: 1024", "global_batch: 1024, cuda_graphs: true") + "parallel: {kind: fsdp}\n",
         "parallel.kind = fsdp", "trainer.cuda_graphs=false"),
+    case("cache of nothing", swap("global_batch: 1024", "global_batch: 1024, accelerator: cpu, kernel_cache: there"),
+        "trainer.kernel_cache = 'there'", "no effect with trainer.accelerator=cpu"),
     case("no such group page", f"defaults: [optim: sgd, _self_]\n{GOOD}", "names optim/sgd, which does not exist; there is adamw, muon"),
     word("no such option", "schedule=cosin", "schedule=cosin", "did you mean schedule=cosine?"),
     word("no equals sign", "optim.lr", "'optim.lr' is not key=value", "optim.lr=…"),

@@ -98,6 +98,7 @@ def _paths(config: Any) -> Iterator[str]:
         "runs_dir": config.runs_dir,
         "resume": config.resume,
         "data.cache_dir": config.data.cache_dir,
+        "trainer.kernel_cache": config.trainer.kernel_cache,
         "tokenizer.path": getattr(config.tokenizer, "path", None),
     }
     for key, path in paths.items():
@@ -286,6 +287,11 @@ def _ignored(config: Any) -> Iterator[str]:
         yield (
             f"trainer.keep_every = {trainer.keep_every}: expected a multiple of trainer.save_every = "
             f"{trainer.save_every}, because only what is saved can be kept"
+        )
+    if trainer.kernel_cache is not None and trainer.accelerator == "cpu":
+        yield (
+            f"trainer.kernel_cache = {show_value(trainer.kernel_cache)}: no effect with "
+            "trainer.accelerator=cpu, for which no kernels are compiled; leave one out"
         )
     if config.trainer.val_every == 0 and config.trainer.val_tokens is not None:
         yield (

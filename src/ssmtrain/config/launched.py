@@ -18,6 +18,12 @@ def rank() -> int:
     return next((number for number in told if number is not None), 0)
 
 
+def local_rank() -> int:
+    """This process's rank on its node, which is the number of its GPU; 0 when nobody tells it."""
+    told = (_number("LOCAL_RANK"), _int(from_srun(os.environ).get("LOCAL_RANK")))
+    return next((number for number in told if number is not None), 0)
+
+
 def world() -> int:
     """The number of ranks; 0 when nobody tells it."""
     return _number("WORLD_SIZE") or _int(from_srun(os.environ).get("WORLD_SIZE")) or 0

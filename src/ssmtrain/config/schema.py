@@ -273,6 +273,9 @@ class TrainerConfig(Config):
     """fp32 throughout, or bf16 autocast over fp32 parameters."""
     kernels: Literal["auto", "reference", "triton"] = "auto"
     """Which implementation of the kernels runs; a named one that cannot run is an error."""
+    kernel_cache: str | None = None
+    """Folder in which compiled kernels are kept; absent: Triton's own, TRITON_CACHE_DIR or ~/.triton/cache.
+    Several nodes may share one."""
     recompute: Literal["none", "ops", "block"] = "ops"
     """What the backward pass computes again rather than finds kept: nothing; on a GPU the results of ops that
     are cheap beside products and scans (norms, convolutions, gates); or each block from its input."""

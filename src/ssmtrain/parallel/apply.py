@@ -21,13 +21,18 @@ from ssmtrain.parallel.recompute import forgetful, recomputed
 def apply(model: HybridModel, trainer: TrainerConfig) -> HybridModel:
     """Apply the trainer's options to every block, in place; names and parameters stay as they are."""
     for block in model.blocks:
-        if trainer.compile:
-            _set_forward(block, compiled(block.forward, block.prepare))  # type: ignore[arg-type]  # a Block's
-        elif trainer.recompute == "ops":
-            _set_forward(block, forgetful(block.forward))
-        if trainer.recompute == "block":
-            _set_forward(block, added_first(recomputed(block.forward), model.multiplier))
+        apply_to(block, trainer, model.multiplier)
     return model
+
+
+def apply_to(block: nn.Module, trainer: TrainerConfig, multiplier: float) -> None:
+    """Apply the trainer's options to a Block, in place; `multiplier` is of what its stream's branch adds."""
+    if trainer.compile:
+        _set_forward(block, compiled(block.forward, block.prepare))  # type: ignore[arg-type]  # a Block's
+    elif trainer.recompute == "ops":
+        _set_forward(block, forgetful(block.forward))
+    if trainer.recompute == "block":
+        _set_forward(block, added_first(recomputed(block.forward), multiplier))
 
 
 def added_first(forward: Callable[..., Any], scale: float) -> Callable[..., Any]:

@@ -31,6 +31,7 @@ from ssmtrain.train.signals import Signals
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, Trainer
 
+    from ssmtrain.data.module import Data
     from ssmtrain.data.tokenizer import Tokenizer
     from ssmtrain.train.callbacks.ending import Ending
     from ssmtrain.train.module import LitLM
@@ -97,6 +98,8 @@ def _fit(config: RunConfig, run: Run, signals: Signals, clock: Clock) -> int:
     if first:
         print("\n".join([*lines, ""]), flush=True)
     data = open_data(config, tokenizer)
+    if accelerator == "gpu":
+        _kernels(config, vocab, data, devices)
     _import_lightning()
 
     from ssmtrain.train.callbacks.ending import Ending
@@ -106,6 +109,28 @@ def _fit(config: RunConfig, run: Run, signals: Signals, clock: Clock) -> int:
     ending = Ending(run, tokenizer, counts.params.total)
     trainer = _trainer(config, run, accelerator, devices, [*_callbacks(lit, run, tokenizer, counts), ending])
     return _train(trainer, lit, run, ending)
+
+
+def _kernels(config: RunConfig, vocab: int, data: Data, devices: int) -> None:
+    """Settle where kernels are kept and, before several ranks wait for each other, compile them.
+
+    A rank that rank 0 started finds all there.
+    """
+    if backend.triton_obstacle("cuda") is not None:
+        return
+    from ssmtrain.train import warm
+
+    warm.settle(config.trainer.kernel_cache)
+    world = launched.world() or devices
+    if world > 1 and "SSMTRAIN_PARENT" not in os.environ:
+        rows = config.trainer.global_batch // config.data.seq_len // world
+        device = torch.device("cuda", launched.local_rank())
+
+        def say(text: str) -> None:
+            if launched.rank() == 0:
+                print(text, flush=True)
+
+        warm.warm_up(config, vocab, data, device, config.trainer.micro_batch or rows, say)
 
 
 def _import_lightning() -> None:

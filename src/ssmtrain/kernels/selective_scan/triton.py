@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from ssmtrain.kernels import tuned
-from ssmtrain.kernels.ahead import aligned, compiled_first, launch
+from ssmtrain.kernels.ahead import Back, aligned, compiled_first, launch
 from ssmtrain.kernels.op import op
 from ssmtrain.kernels.parts import place_of
 from ssmtrain.kernels.selective_scan import reference
@@ -384,6 +384,13 @@ def _gradients(*tensors: Tensor | None) -> tuple[Tensor, ...]:
     )
 
 
+def _back_arguments(args: tuple, fakes: tuple, results: tuple[Tensor, ...]) -> tuple:
+    """Return the arguments of `scan_back` after a call of `scan`, all without memory."""
+    y, final, enter, marks = results
+    room = fakes[6] if args[6] is not None and place_of(args[6]) else None
+    return (y, final if args[14] else None, enter, marks, *fakes[:14], *(() if room is None else (room,)))
+
+
 _INPUTS = (
     "Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias,"
     " Tensor? initial, Tensor? doc_ids, int n_docs, bool softplus, float low, float high"
@@ -391,7 +398,7 @@ _INPUTS = (
 _scan = op(
     "selective_scan",
     schema=f"({_INPUTS}, bool want_final, bool learns) -> (Tensor, Tensor, Tensor, Tensor)",
-)(compiled_first(scan))
+)(compiled_first(scan, Back(scan_back, _back_arguments)))
 _scan_back = op(
     "selective_scan_back",
     schema=f"(Tensor d_y, Tensor? d_final, Tensor enter, Tensor marks, {_INPUTS})"

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssmtrain.kernels import tuned
-from ssmtrain.kernels.ahead import compiled_first, launch
+from ssmtrain.kernels.ahead import Back, compiled_first, launch
 from ssmtrain.kernels.op import op
 from ssmtrain.kernels.parts import place_of
 from ssmtrain.kernels.ssd import reference
@@ -692,6 +692,18 @@ def _sum_chunks(values: Tensor) -> Tensor:
     return out
 
 
+def _back_arguments(args: tuple, fakes: tuple, results: tuple[Tensor, Tensor]) -> tuple:
+    """Return the arguments of `scan_back` after a call of `scan`, all without memory."""
+    y, final = results
+    rooms = [fakes[i] if place_of(args[i]) else None for i in (0, 3, 4)]  # they lie as the inputs do
+    return (
+        y,
+        final if args[14] else None,
+        *fakes[:14],
+        *(rooms if any(r is not None for r in rooms) else ()),
+    )
+
+
 _INPUTS = (
     "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, Tensor? initial,"
     " Tensor? doc_ids, int n_docs, int chunk, bool softplus, float low, float high"
@@ -699,7 +711,7 @@ _INPUTS = (
 _scan = op(
     "ssd",
     schema=f"({_INPUTS}, bool want_final) -> (Tensor, Tensor)",
-)(compiled_first(scan))
+)(compiled_first(scan, Back(scan_back, _back_arguments)))
 _scan_back = op(
     "ssd_back",
     schema=f"(Tensor d_y, Tensor? d_final, {_INPUTS})"
