@@ -1,0 +1,78 @@
+"""Two ranks that write their checkpoints together, killed wherever it hurts: to the last bit the unbroken run."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from pathlib import Path
+
+import pytest
+
+from faults.harness import write_page
+from faults.ranks import Pair
+from ssmtrain.check.compare import compare
+from ssmtrain.checkpoint import faults
+
+KILLED = -signal.SIGKILL
+EVERY = 2
+
+
+def kills(draw: random.Random, number: int) -> list[tuple[str, int, int]]:
+    """(where, rank, at which passing): a third inside saves, a third inside steps, a third at random moments."""
+    found = []
+    for _ in range(number):
+        kind = draw.choice(["save", "step", "moment"])
+        victim = draw.randrange(2)
+        if kind == "save":
+            # The first rank publishes and prunes; of the points of a save the others pass the one in a file.
+            found.append((draw.choice(faults.SAVE_POINTS) if victim == 0 else "mid_file", victim, 1))
+        elif kind == "step":
+            found.append((draw.choice(faults.STEP_POINTS), victim, draw.randint(1, 2 * EVERY)))
+        else:
+            when = draw.choice(["while training"] * 3 + ["while starting"])
+            found.append((when, victim, draw.randint(1, 2 * EVERY)))
+    return found
+
+
+def chained(folder: Path, kind: str, number: int, steps: int, seed: int) -> tuple[Pair, Pair]:
+    """An undisturbed run, and one that is killed `number` times and then left to finish; compared."""
+    draw = random.Random(seed)
+    write_page(folder, steps, EVERY)
+    oracle, story = Pair(folder, f"{kind}-oracle", kind=kind), Pair(folder, f"{kind}-killed", kind=kind)
+    assert oracle.run().code == 0, oracle.starts[-1].output
+    expected = oracle.ledger()
+    for how, victim, count in kills(draw, number):
+        before = story.starts[-1].saved if story.starts else 0
+        done = story.kill(draw, how, victim, count)
+        assert done.code == KILLED, (how, victim, count, done.output)
+        assert done.saved >= before, done.output
+        lines = story.ledger()
+        assert lines == expected[: len(lines)], (how, victim, count)
+    assert story.run().code == 0, story.starts[-1].output
+    equal, differences = compare(oracle.open(), story.open(), steps)
+    assert differences == [] and equal["hashes of parameters"] == steps
+    assert [path.name for path in story.path.rglob("*") if ".tmp-" in path.name or path.name == "beats"] == []
+    return oracle, story
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_eight_kills_of_two_ranks(kind: str, tmp_path: Path) -> None:
+    oracle, story = chained(tmp_path, kind, 8, steps=24, seed={"ddp": 3, "fsdp": 5}[kind])
+    assert len(story.starts) == 9
+    assert story.open().checkpoint is not None
+    files = {path.name for path in story.open().checkpoint.iterdir()}  # type: ignore[union-attr]
+    assert {"model_00000.safetensors", "model_00001.safetensors"} <= files
+    # Replicas hold the same weights at every step; of a model that is cut each rank has its own rows.
+    same = [len(set(line["params"])) == 1 for line in oracle.ledger()]
+    assert all(same) if kind == "ddp" else not any(same)
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(40000)
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_sixty_kills_of_two_ranks(kind: str, tmp_path: Path) -> None:
+    number = int(os.environ.get("SSMTRAIN_FAULT_KILLS", 60))
+    # A start gets at most three saves far: what prunes needs two old ones.
+    chained(tmp_path, kind, number, steps=3 * EVERY * number, seed=11)
