@@ -220,8 +220,8 @@ def test_a_missing_or_doubled_step_is_found(tmp_path: Path) -> None:
 
 def test_a_hash_of_parameters_is_compared(tmp_path: Path) -> None:
     """Of every step, and of every rank."""
-    line = '{{"step": 1, "loss_hex": "", "grad_norm_hex": "", "samples": [], "tokens": 0, "params": ["a", "{}"]}}\n'
-    one, other = (_run(tmp_path / name, {}, line.format(name)) for name in ("b", "c"))
+    line = '{{"step": 1, "loss_hex": "", "grad_norm_hex": "", "samples": [], "tokens": 0, "params": {}}}\n'
+    one, other = (_run(tmp_path / name, {}, line.format(f'["a", "{name}"]')) for name in ("b", "c"))
     assert compare(one, other, 1)[1] == ["hashes of parameters: 1 of 1, the first at step 1"]
 
 

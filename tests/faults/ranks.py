@@ -1,7 +1,7 @@
 """Ranks started as torchrun starts them, by the real command line, and ended as its agent ends them.
 
-A start costs seconds of imports, and a fault test needs many starts, so ranks are forked from a process that has
-imported torch, Lightning and the program, and has done nothing else.
+A start costs seconds of imports, and a fault test needs many starts, so ranks are forked from a process that
+has imported torch, Lightning and the program, and has done nothing else.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ LIMIT = 120.0
 
 @dataclass
 class Ranks:
-    """A start of one process or more: `plans` are faults by rank, `before` is called in a rank at its start."""
+    """A start of one process or more, whose output is in `log`."""
 
     processes: list[multiprocessing.process.BaseProcess]
     log: Path
@@ -62,7 +62,7 @@ class Ranks:
         before: Mapping[int, Callable[[], None]] | None = None,
         **environment: str,
     ) -> Ranks:
-        """Start `ssmtrain <words>` on so many ranks; they write to `log`."""
+        """Start `ssmtrain <words>` on so many ranks; `plans` are faults, `before` hooks, by rank."""
         _serve()
         log.write_text("")
         told = {key: value for key, value in os.environ.items() if key not in INHERITED}
@@ -140,7 +140,7 @@ class Pair(Story):
         return self.done(self.go(plans, *words))
 
     def kill(self, draw: random.Random, how: str, victim: int, count: int) -> Killed:
-        """One start whose rank `victim` is killed at the named point's passing `count`, or at a random moment."""
+        """One start whose rank `victim` is killed at a point's passing `count`, or at a random moment."""
         if how == "while starting":
             ranks = self.go()
             time.sleep(draw.uniform(0.05, 1.5))

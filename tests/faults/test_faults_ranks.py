@@ -1,4 +1,4 @@
-"""Two ranks that write their checkpoints together, killed wherever it hurts: to the last bit the unbroken run."""
+"""Two ranks that write their checkpoints together, killed wherever it hurts: the unbroken run to the bit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EVERY = 2
 
 
 def kills(draw: random.Random, number: int) -> list[tuple[str, int, int]]:
-    """(where, rank, at which passing): a third inside saves, a third inside steps, a third at random moments."""
+    """(where, rank, at which passing): a third inside saves, a third in steps, a third at random moments."""
     found = []
     for _ in range(number):
         kind = draw.choice(["save", "step", "moment"])

@@ -27,7 +27,7 @@ def wanted() -> bool:
 class Ledger(Callback):
     """Writes step, loss_hex, grad_norm_hex, samples, tokens, params after each step.
 
-    Samples are the rows of all ranks, in order; params is a hash of each rank's weights: replicas have the same.
+    Samples are the rows of all ranks, in order; params has a hash of each rank's weights, replicas' the same.
     """
 
     def __init__(self, path: Path) -> None:
@@ -62,7 +62,7 @@ class Ledger(Callback):
 
 
 def digest(tensors: dict[str, Tensor]) -> str:
-    """Sixteen hex digits of the bytes of tensors, of a cut one this rank's rows, in the order of their names."""
+    """Sixteen hex digits of the bytes of tensors, of a cut one this rank's rows, in order of their names."""
     found = hashlib.blake2b(digest_size=8)
     for name in sorted(tensors):
         flat = mine(tensors[name]).detach().cpu().contiguous().reshape(-1)
