@@ -54,7 +54,7 @@ def test_a_slow_rank_is_named_once(tmp_path: Path) -> None:
     write_page(tmp_path, steps=20, every=100)
     story = Pair(tmp_path, "slow")
     hooks = {0: partial(spoil.called_slow_after, 10), 1: partial(spoil.slow_passes, 0.12)}
-    done = story.done(story.go(None, "trainer.val_every=0", before=hooks))
+    done = story.done(story.go(before=hooks))
     assert done.code == 0, done.output
     assert done.output.count("is slow") == 1
     assert f"rank 1 on {socket.gethostname()} is slow: 0.1" in done.output and "for 10 steps now" in done.output
