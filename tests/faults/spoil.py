@@ -82,3 +82,10 @@ def weighed(file: str) -> None:
         return real(self, batch, batch_idx)
 
     LitLM.training_step = training_step  # type: ignore[method-assign]
+
+
+def first_contact(seconds: float) -> None:
+    """A logging service gets so long to answer."""
+    from ssmtrain.train.callbacks import wandb_log
+
+    wandb_log.INIT_TIMEOUT = seconds
