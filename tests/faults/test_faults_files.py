@@ -38,7 +38,9 @@ def test_no_damage_to_a_checkpoint_of_two_ranks_is_loaded(trained: Pair, tmp_pat
     folder = Path(shutil.copytree(trained.path / "checkpoints", tmp_path / "checkpoints"))
     older, newest = store.checkpoints(folder)
     names = sorted(os.listdir(newest))
-    assert {f"{kind}_0000{rank}.safetensors" for kind in ("model", "optim", "rng") for rank in (0, 1)} < {*names}
+    assert {f"{kind}_0000{rank}.safetensors" for kind in ("model", "optim", "rng") for rank in (0, 1)} < {
+        *names
+    }
     whole = {name: (newest / name).read_bytes() for name in names}
     draw, silent = random.Random(0), []
     for trial in range(2 * FLIPS):
@@ -51,7 +53,7 @@ def test_no_damage_to_a_checkpoint_of_two_ranks_is_loaded(trained: Pair, tmp_pat
             data[at] ^= 1 << draw.randrange(8)
         (newest / name).write_bytes(data)
         problems = store.verify(newest)
-        if not problems or not any(name in problem for problem in problems) and name != store.MANIFEST:
+        if not problems or (not any(name in problem for problem in problems) and name != store.MANIFEST):
             silent.append((trial, name, at))
         (newest / name).write_bytes(whole[name])
     assert silent == [] and store.verify(newest) == []
@@ -119,7 +121,9 @@ def test_a_disk_that_refuses_any_region_of_any_file(tmp_path: Path, monkeypatch:
         assert isinstance(ended[0], store.SaveFailed), where
         # A rank that cannot even say that it could not is not heard of.
         silent = name.startswith("note_")
-        assert (os.strerror(code) in str(ended[0])) or (silent and "has not written its part" in str(ended[0]))
+        assert (os.strerror(code) in str(ended[0])) or (
+            silent and "has not written its part" in str(ended[0])
+        )
         assert [path.name for path in folder.iterdir()] == ["step-00000003"], where
         assert store.newest_good(folder, pytest.fail) == folder / "step-00000003", where
     assert save(folder, 2) == [None, None]
@@ -133,10 +137,15 @@ def test_an_export_that_was_killed_is_refused(
     line = ["convert", f"run={trained.path}", f"out={out}"]
     assert Ranks.begin(line, tmp_path / "log", 1, {0: f"{point}:1"}).wait() == [KILLED]
     page = f"config={trained.folder}/tiny.yaml"
-    for words in (["eval", f"run={out}"], ["fit", page, f"init={out}", f"runs_dir={tmp_path}/runs", "name=x"]):
+    for words in (
+        ["eval", f"run={out}"],
+        ["fit", page, f"init={out}", f"runs_dir={tmp_path}/runs", "name=x"],
+    ):
         assert main(words) == 2
         said = capsys.readouterr().err
-        assert str(out) in said and ("export again with: ssmtrain convert run=" in said or "is no" in said), said
+        assert str(out) in said and ("export again with: ssmtrain convert run=" in said or "is no" in said), (
+            said
+        )
     assert main(line) == 2
     assert "exists already" in (said := capsys.readouterr().err) and "or delete it first" in said
     shutil.rmtree(out)
@@ -156,4 +165,6 @@ def test_an_average_that_was_killed_is_no_run(
     assert main(line) == 2
     assert "exists already" in (said := capsys.readouterr().err) and "or delete it first" in said
     shutil.rmtree(out)
-    assert main(line) == 0 and json.loads((out / "checkpoints/step-00000004/state.json").read_text())["average"]
+    assert (
+        main(line) == 0 and json.loads((out / "checkpoints/step-00000004/state.json").read_text())["average"]
+    )

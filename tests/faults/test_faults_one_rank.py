@@ -13,6 +13,7 @@ import pytest
 from faults import spoil
 from faults.harness import write_page
 from faults.ranks import Pair
+from ssmtrain.train.pace import Judge
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
@@ -57,10 +58,27 @@ def test_a_slow_rank_is_named_once(tmp_path: Path) -> None:
     done = story.done(story.go(before=hooks))
     assert done.code == 0, done.output
     assert done.output.count("is slow") == 1
-    assert f"rank 1 on {socket.gethostname()} is slow: 0.1" in done.output and "for 10 steps now" in done.output
+    assert (
+        f"rank 1 on {socket.gethostname()} is slow: 0.1" in done.output and "for 10 steps now" in done.output
+    )
     lines = [json.loads(line) for line in (story.path / "metrics.jsonl").read_text().splitlines()]
     (record,) = (line for line in lines if line["kind"] == "slow")
     assert (record["step"], record["rank"]) == (10, 1) and record["seconds"] > 1.3 * record["others"]
+
+
+def test_who_is_slow_for_how_long() -> None:
+    judge = Judge()
+    even, odd = [1.0, 1.2, 1.0], [1.0, 1.4, 1.0]
+    for _ in range(4):
+        assert judge.look(odd, 2.0, 10) == []
+    assert judge.look(even, 2.0, 10) == []  # forty steps, and then no more
+    for _ in range(4):
+        assert judge.look(odd, 2.0, 10) == []
+    assert judge.look(odd, 2.0, 10) == [(1, 1.4, 1.0, 50)]
+    assert judge.look(odd, 2.0, 10) == []  # told already
+    # What a step spends on it is too little to tell of.
+    assert [judge.look([0.01, 0.02], 1.0, 50) for _ in range(3)] == [[], [], []]
+    assert judge.look([0.1, 0.2], 1.0, 50) == [(1, 0.2, 0.1, 50)]
 
 
 def test_a_full_disk_of_one_rank_is_survived_by_both(tmp_path: Path) -> None:
@@ -74,4 +92,6 @@ def test_a_full_disk_of_one_rank_is_survived_by_both(tmp_path: Path) -> None:
     story = Pair(tmp_path, "fuller", kind="fsdp")
     done = story.done(story.go(before={1: partial(spoil.disk_full, 3)}), grace=20)
     assert done.output.startswith("[2, 2]") and done.saved == 0, done.output
-    assert "checkpoint not saved: " in done.output and "the last good one: none; free space under" in done.output
+    assert (
+        "checkpoint not saved: " in done.output and "the last good one: none; free space under" in done.output
+    )

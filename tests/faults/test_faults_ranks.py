@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -76,3 +77,27 @@ def test_sixty_kills_of_two_ranks(kind: str, tmp_path: Path) -> None:
     number = int(os.environ.get("SSMTRAIN_FAULT_KILLS", 60))
     # A start gets at most three saves far: what prunes needs two old ones.
     chained(tmp_path, kind, number, steps=3 * EVERY * number, seed=11)
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(3600)
+def test_thirty_signals_to_one_of_two_ranks(tmp_path: Path) -> None:
+    """At any moment of the training: both finish the step, save it and end with 75; nothing is repeated."""
+    steps, draw = 200, random.Random(2)
+    write_page(tmp_path, steps, every=50)
+    oracle, story = Pair(tmp_path, "oracle"), Pair(tmp_path, "asked")
+    assert oracle.run().code == 0, oracle.starts[-1].output
+    for _ in range(30):
+        enough = story.has_done(draw.randint(1, 4))
+        ranks = story.go()
+        while ranks.processes[0].is_alive() and not enough():
+            time.sleep(0.003)
+        time.sleep(draw.uniform(0, 0.1))
+        begin = time.monotonic()
+        ranks.signal(draw.randrange(2), draw.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]))
+        done = story.done(ranks, grace=30)
+        assert done.output.startswith("[75, 75]") and time.monotonic() - begin < 30, done.output
+        assert done.saved == len(story.ledger()) < steps
+        assert story.ledger() == oracle.ledger()[: done.saved]
+    assert story.run().code == 0, story.starts[-1].output
+    assert compare(oracle.open(), story.open(), steps)[1] == []
