@@ -42,7 +42,8 @@ WARM = (
 
 AGENT = 0.8
 """Seconds that the other ranks get to end by themselves once one is gone; torchrun's agent gives none."""
-LIMIT = 120.0
+LIMIT = 150.0
+"""Seconds of a start, after which its ranks are ended."""
 
 
 @dataclass
@@ -80,11 +81,11 @@ class Ranks:
             processes[-1].start()
         return cls(processes, log)
 
-    def wait(self, grace: float = AGENT, limit: float = LIMIT) -> list[int]:
+    def wait(self, grace: float = AGENT, limit: float | None = None) -> list[int]:
         """Exit codes in the order of ranks (-9: SIGKILL), also of those that had to be ended."""
         alive = [process.sentinel for process in self.processes]
         try:
-            end = time.monotonic() + limit
+            end = time.monotonic() + (limit or LIMIT)
             while alive and (left := end - time.monotonic()) > 0:
                 gone = connection.wait(alive, left)
                 alive = [sentinel for sentinel in alive if sentinel not in gone]
@@ -115,6 +116,7 @@ class Pair(Story):
 
     kind: str = "ddp"
     world: int = 2
+    limit: float = LIMIT
 
     def go(
         self,
@@ -129,7 +131,7 @@ class Pair(Story):
 
     def done(self, ranks: Ranks, grace: float = AGENT) -> Killed:
         """Wait for the ranks and note how it went; the code is the lowest, which a SIGKILL's is."""
-        codes = ranks.wait(grace)
+        codes = ranks.wait(grace, self.limit)
         newest = store.newest_good(self.path / "checkpoints", lambda line: None)
         saved = store.step_of(newest) if newest else 0
         self.starts.append(Killed(min(codes), f"{codes}\n{ranks.output}", saved))
@@ -148,7 +150,7 @@ class Pair(Story):
             enough = self.has_done(count)
             ranks = self.go()
             while ranks.processes[0].is_alive() and not enough():
-                time.sleep(0.003)
+                time.sleep(0.02)
             time.sleep(draw.uniform(0, 0.1))
         else:
             return self.run({victim: f"{how}:{count}"})

@@ -175,11 +175,12 @@ def test_a_clock_that_jumps_changes_nothing(train: Train, monkeypatch: pytest.Mo
     assert seconds == sorted(seconds) and seconds[0] > 0 and seconds[-1] < 300
 
 
-def soaked(folder: Path, steps: int) -> list[list[int]]:
+def soaked(folder: Path, steps: int, layout: str) -> list[list[int]]:
     """(step, resident bytes, open files, threads) before every step of a run of the tiny hybrid."""
     write_page(folder, steps, every=40)
-    story, log = Pair(folder, "soak", world=1), folder / "weights.txt"
+    story, log = Pair(folder, "soak", world=1, limit=900), folder / "weights.txt"
     words = [
+        f"model.layout={layout}",
         "trainer.global_batch=32",
         "trainer.val_every=50",
         "trainer.val_tokens=32",
@@ -200,7 +201,7 @@ def growth(found: list[list[int]], begin: int) -> float:
 
 def test_a_soak_of_three_hundred_steps(tmp_path: Path) -> None:
     """Saves, validations and figures included, neither memory nor files nor threads pile up."""
-    found = soaked(tmp_path, 320)
+    found = soaked(tmp_path, 320, "A")
     assert growth(found, 120) * 200 < 2 * 2**20
     assert len({line[2] for line in found[120:]}) == 1, "open files"
     assert len({line[3] for line in found[120:]}) == 1, "threads"
@@ -209,6 +210,6 @@ def test_a_soak_of_three_hundred_steps(tmp_path: Path) -> None:
 @pytest.mark.faults
 @pytest.mark.timeout(1800)
 def test_a_soak_of_two_thousand_steps(tmp_path: Path) -> None:
-    found = soaked(tmp_path, 2000)
+    found = soaked(tmp_path, 2000, "MSA")
     assert growth(found, 500) * 1000 < 2**20
     assert len({line[2] for line in found[500:]}) == 1

@@ -19,7 +19,7 @@ from faults.ranks import Pair, Ranks
 from ssmtrain.checkpoint import faults, store
 from ssmtrain.cli import main
 
-FLIPS = 500
+TRIALS = 500
 KILLED = -signal.SIGKILL
 
 
@@ -43,7 +43,7 @@ def test_no_damage_to_a_checkpoint_of_two_ranks_is_loaded(trained: Pair, tmp_pat
     }
     whole = {name: (newest / name).read_bytes() for name in names}
     draw, silent = random.Random(0), []
-    for trial in range(2 * FLIPS):
+    for trial in range(TRIALS):
         name = draw.choice(names)
         data = bytearray(whole[name])
         at = draw.randrange(len(data))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ PAGE = ROOT / "docs" / "faults.md"
 NAMED = re.compile(r"(\*long\* )?`(tests/[\w/]+\.py)::(\w+)`")
 
 
+@functools.cache
 def named_in(file: Path) -> dict[str, bool]:
     """The tests of a file, and whether each is only in `make test-faults`."""
     tree = ast.parse(file.read_text())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import platform
 import re
@@ -15,6 +16,7 @@ import ssmtrain
 DRIVER = Path("/proc/driver/nvidia/version")
 
 
+@functools.cache
 def environment(device: torch.device) -> dict[str, str | None]:
     """The versions and the processor that this process trains with, as a checkpoint keeps them."""
     try:
