@@ -77,7 +77,7 @@ class Ranks:
             if world > 1:
                 own |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             args = (words, told | own, log, (before or {}).get(rank))
-            processes.append(SERVER.Process(target=_rank, args=args))
+            processes.append(SERVER.Process(target=_rank, args=args, daemon=True))
             processes[-1].start()
         return cls(processes, log)
 
