@@ -27,8 +27,8 @@ test: install ## The tests that need no GPU
 test-gpu: install ## The tests that need one GPU, or two
 	$(BIN)/python -m pytest -m "gpu or multi_gpu" $(ARGS)
 
-test-faults: install ## Fifty kills of a training run, at random moments and inside saves
-	$(BIN)/python -m pytest -m faults $(ARGS)
+test-faults: install ## Sixty and fifty kills of training runs, at random moments and inside saves; N=1000 of each
+	$(if $(N),SSMTRAIN_FAULT_KILLS=$(N) )$(BIN)/python -m pytest -m faults $(ARGS)
 
 check-kernels: install ## Compile every Triton kernel for five GPU architectures, without a GPU
 	$(BIN)/python scripts/check_kernels.py $(ARGS)

@@ -79,6 +79,7 @@ class Trainer:
             "grad_norm_hex": "0x1p0",
             "samples": [step],
             "tokens": step,
+            "params": ["0" * 16],
         }
 
     def save_of(self, point: str, start: int) -> int:
@@ -209,12 +210,19 @@ def test_tensors_are_compared_as_bits(tmp_path: Path) -> None:
 
 
 def test_a_missing_or_doubled_step_is_found(tmp_path: Path) -> None:
-    line = '{{"step": {}, "loss_hex": "", "grad_norm_hex": "", "samples": [], "tokens": 0}}\n'
+    line = '{{"step": {}, "loss_hex": "", "grad_norm_hex": "", "samples": [], "tokens": 0, "params": []}}\n'
     one = _run(tmp_path / "one", {}, line.format(1) + line.format(2))
     for name, steps in (("short", [1]), ("twice", [1, 1, 2]), ("swapped", [2, 1])):
         other = _run(tmp_path / name, {}, "".join(line.format(step) for step in steps))
         expected = f"{name} has {len(steps)} steps in its ledger, expected 1 to 2"
         assert expected in compare(one, other, 2)[1]
+
+
+def test_a_hash_of_parameters_is_compared(tmp_path: Path) -> None:
+    """Of every step, and of every rank."""
+    line = '{{"step": 1, "loss_hex": "", "grad_norm_hex": "", "samples": [], "tokens": 0, "params": {}}}\n'
+    one, other = (_run(tmp_path / name, {}, line.format(f'["a", "{name}"]')) for name in ("b", "c"))
+    assert compare(one, other, 1)[1] == ["hashes of parameters: 1 of 1, the first at step 1"]
 
 
 @pytest.mark.faults

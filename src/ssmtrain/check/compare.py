@@ -16,6 +16,7 @@ FIGURES = {
     "grad_norm_hex": "gradient norms",
     "samples": "batches of rows",
     "tokens": "token counts",
+    "params": "hashes of parameters",
 }
 SHARDS = {"model": "tensors of parameters", "optim": "tensors of the optimiser", "rng": "random states"}
 

@@ -24,6 +24,9 @@ SAVE_POINTS = (
 STEP_POINTS = ("step_start", "after_forward", "before_optimizer", "after_optimizer", "step_end")
 """The points inside a training step, in order."""
 
+EXPORT_POINTS = ("mid_file", "before_note")
+"""The points inside an export, in order."""
+
 _passed: Counter[str] = Counter()
 
 

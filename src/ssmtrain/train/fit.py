@@ -218,6 +218,7 @@ def _callbacks(lit: LitLM, run: Run, tokenizer: Tokenizer, counts: Counts) -> li
     from ssmtrain.train.callbacks.health import Health
     from ssmtrain.train.callbacks.ledger import Ledger, wanted
     from ssmtrain.train.callbacks.metrics import Metrics
+    from ssmtrain.train.callbacks.paces import Paces
     from ssmtrain.train.callbacks.samples import Samples
     from ssmtrain.train.callbacks.saving import Saving
     from ssmtrain.train.callbacks.sinks import Sinks
@@ -233,7 +234,7 @@ def _callbacks(lit: LitLM, run: Run, tokenizer: Tokenizer, counts: Counts) -> li
         found.append(Averaging())
     if wanted():
         found.append(Ledger(run.ledger))
-    found.append(Metrics(page.log_every, counts.flops.total))
+    found += [Metrics(page.log_every, counts.flops.total), Paces(page.log_every)]
     if page.health_every:
         found.append(Health(page.health_every))
     if page.val_every:

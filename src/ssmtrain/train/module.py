@@ -34,6 +34,7 @@ from ssmtrain.train.clock import Clock
 from ssmtrain.train.ema import Ema
 from ssmtrain.train.graph import Graphs, Pass
 from ssmtrain.train.journal import Journal
+from ssmtrain.train.pace import Pace
 from ssmtrain.train.schedule import horizon, lr_at
 from ssmtrain.train.signals import Signals
 from ssmtrain.train.state import RunState, seed_generators
@@ -89,6 +90,8 @@ class LitLM(LightningModule):
         """Why no further step is taken: "finished", "signal" or "seconds"."""
         self.graphs: Graphs | None = None
         self.ema: Ema | None = None
+        self.pace: Pace | None = None
+        """Of several ranks."""
         self.on_gradients: list[Callable[[], None]] = []
         """Called with the whole gradient in place, before it is clipped."""
 
@@ -189,9 +192,12 @@ class LitLM(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """One optimiser step over the global batch, or a counted skip when something was not finite."""
         point("step_start")
+        before = self.clock.spent["data"]
         with self.clock("data"):
             micro = self.rows()
             mine = sum(int((b.labels != -100).sum()) for b in micro)
+        if self.pace is not None:
+            self.pace.add(self.clock.spent["data"] - before)
         with self.clock("step"):
             self.step(micro, mine)
         point("step_end")
@@ -203,11 +209,15 @@ class LitLM(LightningModule):
         labels = ranks.sum_(torch.full((1,), float(my_labels), dtype=torch.float64, device=self.device))
         labels.clamp_(min=1.0)
         scale = ranks.world() / labels if ranks.active() else 1 / max(my_labels, 1)
+        if self.pace is not None:
+            self.pace.begin()
         sums = self.accumulate(micro, scale)
         norm = optim.gradient_norm(self.parameters_list, self.device)
         for watch in self.on_gradients:
             watch()
         loss, aux, asked, late, grad_norm = self.agree(sums, labels, norm)
+        if self.pace is not None:
+            self.pace.end()
         lr = lr_at(config.schedule, config.optim.lr, state.step, self.horizon)
         skipped = not (math.isfinite(loss) and math.isfinite(grad_norm))
         if skipped:
@@ -264,6 +274,8 @@ class LitLM(LightningModule):
         if out.aux is not None:
             loss = loss + out.aux * share
             sums[1] = out.aux.detach() * (share / ranks.world())
+        if self.pace is not None:
+            self.pace.mark()
         self.manual_backward(loss)
         return sums, {index: stats["load"] for index, stats in out.stats.items()}
 

@@ -23,6 +23,12 @@ _STATE: dict[type[Optimizer], set[str]] = {
 """What each optimiser keeps of a parameter."""
 
 
+def state_bytes(named: Mapping[str, nn.Parameter], config: AnyOptim) -> int:
+    """Bytes that the optimisers keep of all ranks' parameters, or somewhat less."""
+    tensors = 1 if config.kind == "muon" else 2
+    return sum(tensors * parameter.numel() * parameter.element_size() for parameter in named.values())
+
+
 def is_decayed(name: str, spec: ParamSpec, config: AnyOptim) -> bool:
     """Whether weight decay applies: where the kind allows it, to the embedding only if asked for."""
     return spec.decay and (name != EMBEDDING or config.decay_embeddings)

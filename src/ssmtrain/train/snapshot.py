@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import logging
-import platform
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-import ssmtrain
 from ssmtrain.checkpoint import store
 from ssmtrain.checkpoint.parts import Part
 from ssmtrain.checkpoint.weights import refuse_nonfinite
@@ -20,6 +17,7 @@ from ssmtrain.config.errors import UserError
 from ssmtrain.parallel import ranks
 from ssmtrain.parallel.shard import mine, rows_of, to_write
 from ssmtrain.train import optim
+from ssmtrain.train.environment import changes, environment
 from ssmtrain.train.state import RunState, rng_tensors, seed_generators, set_rng_tensors
 
 if TYPE_CHECKING:
@@ -54,11 +52,7 @@ def take(lit: LitLM) -> tuple[Shares, dict[str, Any]]:
         "seq_len": lit.config.data.seq_len,
         "tokenizer": lit.text.prepared.manifest.tokenizer,
         "world": ranks.world(),
-        "versions": {
-            "ssmtrain": ssmtrain.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": environment(lit.device),
     }
     return shares, state
 
@@ -76,13 +70,7 @@ def fingerprint(lit: LitLM) -> dict[str, Any]:
 def restore(lit: LitLM, checkpoint: Path) -> RunState:
     """Put optimiser and generators back and return the counters; UserError when the text is another one."""
     state = store.load_state(checkpoint)
-    text, now = state.get("text"), fingerprint(lit)
-    saved = text if isinstance(text, dict) else {}
-    if saved != now:
-        changed = [
-            f"  {key}: {saved.get(key)} then, {now[key]} now" for key in now if saved.get(key) != now[key]
-        ]
-        raise UserError("data: the text or the tokenizer has changed since the run started", *changed)
+    _refuse_other_data(lit, checkpoint, state)
     if state.get("weights_only"):
         raise UserError(
             f"{checkpoint} has weights alone, so no run can be resumed from it",
@@ -92,7 +80,30 @@ def restore(lit: LitLM, checkpoint: Path) -> RunState:
     _load_optimizers(lit, checkpoint, run)
     _load_averages(lit, checkpoint, state)
     _load_generators(lit, checkpoint, run.step)
+    changed = changes(state.get("versions"), environment(lit.device))
+    if changed:
+        log.info("other than when step %s was saved: %s", f"{run.step:,}", "; ".join(changed))
+        log.info("the same tokens follow in the same order; the last bits of the loss may differ")
+        lit.journal.write("environment", run.step, changes=changed)
     return run
+
+
+def _refuse_other_data(lit: LitLM, checkpoint: Path, state: dict[str, Any]) -> None:
+    """UserError, with what to do, when the rows are not those that the run was trained on."""
+    ways = "put the former file back, or start another run with name=…"
+    fork = f"; go on with the new text in a fork: ssmtrain fit from={checkpoint.parents[1]} name=…"
+    tokenizer = lit.text.prepared.manifest.tokenizer
+    if state.get("tokenizer", tokenizer) != tokenizer:
+        raise UserError("tokenizer: its content has changed since the run started", ways)
+    text, now = state.get("text"), fingerprint(lit)
+    saved = text if isinstance(text, dict) else {}
+    if saved != now:
+        changed = [
+            f"  {key}: {saved.get(key)} then, {now[key]} now" for key in now if saved.get(key) != now[key]
+        ]
+        raise UserError(
+            "data: the text or the tokenizer has changed since the run started", *changed, ways + fork
+        )
 
 
 def begin(lit: LitLM, checkpoint: Path) -> RunState:

@@ -133,6 +133,8 @@ class Watcher:
             lines.append(f"{self._who(rank)} has not been heard of for {seconds:.0f} s; {self._where(rank)}")
         if not (missing or silent):
             together = len(behind) == self.world
+            # Of ranks equally far those that wait for a message are not the ones that are waited for.
+            behind = [rank for rank in behind if not self._waits(rank)] or behind
             for rank in sorted(behind):
                 what = "stands" if together else "is behind the others"
                 lines.append(f"{self._who(rank)} {what}; {self._where(rank)}")
@@ -143,6 +145,9 @@ class Watcher:
     def _who(self, rank: int) -> str:
         beat = self.seen[rank][0]
         return f"rank {rank} (process {beat.process} on {beat.host})"
+
+    def _waits(self, rank: int) -> bool:
+        return self.seen[rank][0].place.startswith("parallel/ranks.py:")
 
     def _where(self, rank: int) -> str:
         beat = self.seen[rank][0]

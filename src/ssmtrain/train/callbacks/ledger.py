@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback
+from torch import Tensor
 
 from ssmtrain.parallel import ranks
+from ssmtrain.parallel.shard import mine
 from ssmtrain.train.journal import JsonLines
 from ssmtrain.train.module import LitLM
 
@@ -22,7 +25,10 @@ def wanted() -> bool:
 
 
 class Ledger(Callback):
-    """Writes step, loss_hex, grad_norm_hex, samples, tokens after each step; rows of all ranks, in order."""
+    """Writes step, loss_hex, grad_norm_hex, samples, tokens, params after each step.
+
+    Samples are the rows of all ranks, in order; params has a hash of each rank's weights, replicas' the same.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -32,8 +38,9 @@ class Ledger(Callback):
         """Gather the step's rows and append its line."""
         lit: LitLM = pl_module
         assert lit.last is not None
-        mine = torch.tensor(lit.last.samples, dtype=torch.int64, device=lit.device)
-        samples = torch.cat(ranks.gather(mine)).tolist()
+        rows = torch.tensor(lit.last.samples, dtype=torch.int64, device=lit.device)
+        samples = torch.cat(ranks.gather(rows)).tolist()
+        params = ranks.texts(digest(lit.model.state_dict()))
         if ranks.rank():
             return
         self.file = self.file or JsonLines(self.path)
@@ -44,6 +51,7 @@ class Ledger(Callback):
                 "grad_norm_hex": lit.last.grad_norm.hex(),
                 "samples": samples,
                 "tokens": lit.state.tokens,
+                "params": params,
             }
         )
 
@@ -51,3 +59,14 @@ class Ledger(Callback):
         """Close the file."""
         if self.file:
             self.file.close()
+
+
+def digest(tensors: dict[str, Tensor]) -> str:
+    """Sixteen hex digits of the bytes of tensors, of a cut one this rank's rows, in order of their names."""
+    found = hashlib.blake2b(digest_size=8)
+    for name in sorted(tensors):
+        flat = mine(tensors[name]).detach().cpu().contiguous().reshape(-1)
+        found.update(name.encode())
+        if flat.numel():
+            found.update(flat.view(torch.uint8).numpy().data)
+    return found.hexdigest()

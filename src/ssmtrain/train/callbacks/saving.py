@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -16,13 +17,15 @@ from ssmtrain.checkpoint.runs import Run
 from ssmtrain.config.errors import UserError
 from ssmtrain.config.schema import TrainerConfig
 from ssmtrain.parallel import ranks
-from ssmtrain.train import snapshot
+from ssmtrain.train import optim, snapshot
 from ssmtrain.train.hold import Hold
 from ssmtrain.train.module import LitLM
 
 log = logging.getLogger(__name__)
 
 MAX_FAILURES = 3
+ROOM = 1.2
+"""Checkpoints for which there must be room at the start: the old ones go when a new one is there."""
 THERE = "there"
 """In place of a token: a good checkpoint of the step is there already."""
 
@@ -44,8 +47,11 @@ class Saving(Callback):
         """A step, and what is to be known of its save."""
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Find the best checkpoint so far, and follow the validations to come."""
+        """See that a checkpoint has room, find the best so far, and follow the validations to come."""
         lit: LitLM = pl_module
+        problem = ranks.agree(self._no_room(lit) if ranks.rank() == 0 else None)
+        if problem is not None:
+            raise UserError(problem, "free some, or put the run elsewhere with runs_dir=…")
         if ranks.rank() == 0:
             self.best = Best(self.run.folder, self.run.checkpoints, self.run.metrics)
             lit.journal.sinks.append(self.best)
@@ -57,6 +63,19 @@ class Saving(Callback):
         if lit.stop or lit.state.step % self.config.save_every == 0:
             with lit.clock("save"):
                 self.save(lit)
+
+    def _no_room(self, lit: LitLM) -> str | None:
+        """What to say where the disk cannot take a checkpoint: better now than after an hour."""
+        named = dict(lit.model.named_parameters())
+        weights = sum(parameter.numel() * parameter.element_size() for parameter in named.values())
+        copies = 2 if lit.config.ema is not None else 1
+        size = copies * weights + optim.state_bytes(named, lit.config.optim)
+        free = shutil.disk_usage(self.run.folder).free
+        if free >= ROOM * size:
+            return None
+        return (
+            f"{self.run.folder}: {free / 1e9:.3g} GB are free there, a checkpoint takes {size / 1e9:.3g} GB"
+        )
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Wait for the last save."""
