@@ -31,7 +31,7 @@ data: {{kind: text, train: {folder}/text.txt, seq_len: 32, cache_dir: {folder}/c
 optim: {{kind: adamw, lr: 0.01}}
 trainer:
   max_steps: {steps}
-  global_batch: 128
+  global_batch: {batch}
   save_every: {every}
   log_every: 5
   val_every: 7
@@ -120,11 +120,13 @@ class Story:
         return lambda: len(self.ledger()) >= saved + more and self.ledger() != before
 
 
-def write_page(folder: Path, steps: int, every: int) -> None:
-    """The recipe page and a few KB of text."""
+def write_page(folder: Path, steps: int, every: int, rows: int = 4) -> None:
+    """The recipe page, with so many rows a step, and a few KB of text."""
     draw = random.Random(0)
     (folder / "text.txt").write_text(" ".join(draw.choice(WORDS.split()) for _ in range(2000)))
-    (folder / "tiny.yaml").write_text(PAGE.format(folder=folder, steps=steps, every=every, moe=MOE))
+    (folder / "tiny.yaml").write_text(
+        PAGE.format(folder=folder, steps=steps, every=every, moe=MOE, batch=32 * rows)
+    )
 
 
 def whole_lines(path: Path) -> list[dict]:

@@ -1,4 +1,4 @@
-"""One process, then two, then one: the same tokens in the same order, whoever computes them."""
+"""One process, then several, then one: the same tokens in the same order, whoever computes them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from faults.harness import Story, write_page
+from faults.ranks import Pair
 from ssmtrain.check.compare import compare
 from ssmtrain.config.load import load
 from ssmtrain.data.module import open_data
 from ssmtrain.data.tokenizer import load_tokenizer
 
-STEPS = 9
+STEPS = 10
 
 
 def _expected_rows(page: Path) -> list[list[int]]:
@@ -25,25 +26,34 @@ def _expected_rows(page: Path) -> list[list[int]]:
 
 
 @pytest.mark.timeout(900)
-def test_one_process_then_two_then_one(tmp_path: Path) -> None:
-    write_page(tmp_path, STEPS, every=100)
-    alone, story = Story(tmp_path, "alone"), Story(tmp_path, "elastic")
-    undisturbed = alone.begin()
-    assert story.start("step_start:3:TERM").code == 75, story.starts[-1].output
-    done = story.start("step_start:3:TERM", "trainer.devices=2")
-    assert done.code == 75 and done.saved == 6, done.output
-    assert "trainer.devices changes from None to 2" in done.output
-    done = story.start()
+def test_any_number_of_ranks_goes_on_with_what_another_saved(tmp_path: Path) -> None:
+    """One process, two whole copies, three parts, two groups of two parts, and one process again."""
+    write_page(tmp_path, STEPS, every=100, rows=12)
+    alone, story = Pair(tmp_path, "alone", world=1), Pair(tmp_path, "elastic", world=1)
+    undisturbed = alone.go()
+    for world, kind, words in (
+        (1, "auto", []),
+        (2, "ddp", []),
+        (3, "fsdp", ["parallel.unit=1"]),
+        (4, "fsdp", ["parallel.replicas=2"]),
+    ):
+        story.world, story.kind = world, kind
+        done = story.run({world - 1: "step_start:2:TERM"}, *words)
+        assert done.code == 75 and done.saved == 2 * world, done.output
+        assert world == 1 or f" to {world}" in done.output.split("trainer.devices changes from ")[1][:9]
+    story.world = 1
+    done = story.run()
     assert done.code == 0, done.output
-    assert alone.end(undisturbed).code == 0, alone.starts[-1].output
+    assert alone.done(undisturbed).code == 0, alone.starts[-1].output
 
     lines, expected = story.ledger(), alone.ledger()
     assert [line["samples"] for line in lines] == _expected_rows(tmp_path / "tiny.yaml")
-    assert [line["samples"] for line in lines] == [line["samples"] for line in expected]
-    assert [line["tokens"] for line in lines] == [line["tokens"] for line in expected]
-    losses = [float.fromhex(line["loss_hex"]) for line in lines]
-    assert losses == pytest.approx([float.fromhex(line["loss_hex"]) for line in expected], rel=1e-5)
-    assert losses[:3] == [float.fromhex(line["loss_hex"]) for line in expected[:3]]
+    for key in ("samples", "tokens"):
+        assert [line[key] for line in lines] == [line[key] for line in expected]
+    for key in ("loss_hex", "grad_norm_hex"):
+        found = [float.fromhex(line[key]) for line in lines]
+        assert found == pytest.approx([float.fromhex(line[key]) for line in expected], rel=1e-5)
+    assert [len(line["params"]) for line in lines] == [1] * 2 + [2] * 2 + [3] * 2 + [4] * 2 + [1] * 2
 
 
 @pytest.mark.faults

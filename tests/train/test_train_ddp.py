@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from ssmtrain.checkpoint import faults, store
+from ssmtrain.checkpoint import faults
 from ssmtrain.checkpoint.runs import resolve
 from ssmtrain.config import launched
 from ssmtrain.config.errors import UserError
@@ -51,13 +51,10 @@ if os.environ["SLURM_PROCID"] == "0":
 
 
 def two_ranks(folder: Path, *fault: str, **changes: Any) -> tuple[int, Path, str]:
-    """Run fit on two gloo ranks, or as many as `trainer__devices`; `fault` is a rank and what happens to it.
-
-    Code, run folder, output.
-    """
+    """Run fit on two gloo ranks; `fault` is a rank and what happens to it. Code, run folder, output."""
     from ssmtrain.checkpoint.records import write_config
 
-    config = page(folder, **{"trainer__devices": 2, "trainer__threads": 1, **changes})
+    config = page(folder, trainer__devices=2, trainer__threads=1, **changes)
     write_config(folder, config)
     script = folder / "script.py"
     script.write_text(SCRIPT)
@@ -98,31 +95,6 @@ def test_one_two_and_one_ranks_train_as_one(
         one, two = weights(whole, 8, stem), weights(folder, 8, stem)
         for name, tensor in one.items():
             assert tensor.allclose(two[name], rtol=1e-3, atol=1e-4), (stem, name)
-
-
-def test_one_three_and_four_ranks_train_as_one(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What one process saved goes on cut in three, and what three saved in halves, each held twice."""
-    changes = {"trainer__global_batch": 384, "trainer__max_steps": 7}  # twelve rows a step
-    _, whole = train(name="whole", **changes)
-    changes["name"] = "parts"
-    monkeypatch.setenv(faults.VARIABLE, "after_optimizer:2:TERM")
-    faults._passed.clear()
-    assert train(**changes)[0] == 75
-    monkeypatch.delenv(faults.VARIABLE)
-    three = {"trainer__devices": 3, "parallel": {"kind": "fsdp", "unit": 1}}
-    code, folder, said = two_ranks(tmp_path, "2", "after_optimizer:1:TERM", **three, **changes)
-    assert code == 75, said
-    four = {"trainer__devices": 4, "parallel": {"kind": "fsdp", "replicas": 2}}
-    code, folder, said = two_ranks(tmp_path, **four, **changes)
-    assert code == 0, said
-    assert [e["samples"] for e in ledger(folder)] == [e["samples"] for e in ledger(whole)]
-    assert losses(folder) == pytest.approx(losses(whole), rel=2e-6)
-    assert norms(folder) == pytest.approx(norms(whole), rel=1e-5)
-    two = store.load_tensors(folder / "checkpoints" / store.step_name(7), "model")
-    for name, tensor in weights(whole, 7, "model").items():
-        assert tensor.allclose(two[name], rtol=1e-3, atol=1e-4), name
 
 
 def test_ranks_fork_what_rank_0_chose(parent: Path, tmp_path: Path) -> None:
