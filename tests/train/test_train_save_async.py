@@ -107,3 +107,27 @@ def test_what_is_held_is_of_its_moment() -> None:
     assert (held["model"]["w"].start, held["model"]["w"].total) == (2, 8)
     again = hold.copy(shares)["model"]["w"].tensor
     assert again.tolist() == [0] * 4 and again.data_ptr() == held["model"]["w"].tensor.data_ptr()
+
+
+def test_memory_is_taken_before_it_is_wanted(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it, by the saving thread, after the first step; the first copy finds it there."""
+    real, taken = Hold.reserve, []
+
+    def reserve(hold: Hold, shares: Any) -> None:
+        time.sleep(0.3)  # the copy waits for it
+        real(hold, shares)
+        taken.append((threading.current_thread().name, {at: b.data_ptr() for at, b in hold.buffers.items()}))
+
+    copied = []
+    copy = Hold.copy
+
+    def note(hold: Hold, shares: Any) -> Any:
+        held = copy(hold, shares)
+        copied.append({(kind, name): p.tensor.data_ptr() for kind in held for name, p in held[kind].items()})
+        return held
+
+    monkeypatch.setattr(Hold, "reserve", reserve)
+    monkeypatch.setattr(Hold, "copy", note)
+    assert train(**ASYNC)[0] == 0
+    (thread, reserved), first = *taken, copied[0]
+    assert thread.startswith("ssmtrain-save") and reserved == first and len(first) > 20

@@ -16,6 +16,13 @@ class Hold:
     def __init__(self) -> None:
         self.buffers: dict[tuple[str, str], Tensor] = {}
 
+    def reserve(self, shares: Shares) -> None:
+        """Take the memory for such parts before the first copy: page-locking takes seconds, a copy a part of
+        one."""
+        for kind, parts in shares.items():
+            for name, part in parts.items():
+                self._buffer(kind, name, part.tensor)
+
     def copy(self, shares: Shares) -> Shares:
         """The same parts, whose values are those of this moment until the next call."""
         held = {
@@ -31,8 +38,11 @@ class Hold:
 
     def _held(self, kind: str, name: str, tensor: Tensor) -> Tensor:
         tensor = tensor.detach()
+        return self._buffer(kind, name, tensor).copy_(tensor, non_blocking=True)
+
+    def _buffer(self, kind: str, name: str, tensor: Tensor) -> Tensor:
         buffer = self.buffers.get((kind, name))
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
             buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
             self.buffers[kind, name] = buffer
-        return buffer.copy_(tensor, non_blocking=True)
+        return buffer

@@ -43,6 +43,8 @@ class Saving(Callback):
         """Rank 0's."""
         self.thread = ThreadPoolExecutor(1, "ssmtrain-save") if config.save_async else None
         self.hold = Hold()
+        self.reserving: Future[None] | None = None
+        """Host memory on its way."""
         self.pending: tuple[int, Future[str | None]] | None = None
         """A step, and what is to be known of its save."""
 
@@ -63,6 +65,9 @@ class Saving(Callback):
         if lit.stop or lit.state.step % self.config.save_every == 0:
             with lit.clock("save"):
                 self.save(lit)
+        elif self.thread is not None and self.reserving is None:
+            # After the first step there is all that a checkpoint holds.
+            self.reserving = self.thread.submit(self.hold.reserve, snapshot.take(lit)[0])
 
     def _no_room(self, lit: LitLM) -> str | None:
         """What to say where the disk cannot take a checkpoint: better now than after an hour."""
@@ -94,6 +99,8 @@ class Saving(Callback):
         token, problem = self._begin(step)
         write = partial(self._write, step, lit.state.tokens, token, state)
         if problem is None and self.thread is not None and not lit.stop:
+            if self.reserving is not None:
+                self.reserving.result()
             self.pending = step, self.thread.submit(write, self.hold.copy(shares))
             return
         self._report(lit, step, problem or write(shares))
