@@ -86,6 +86,11 @@ def held(config: RunConfig, whole: TrainingBytes, total: int) -> TrainingBytes:
     )
 
 
+def bucket(total: int) -> int:
+    """Parameters whose gradients one message of DeepSpeed's carries, of a model of `total`."""
+    return max(1, min(UNIT, total))
+
+
 def unit_sizes(config: RunConfig) -> list[int]:
     """Parameters of each unit of blocks that fsdp gathers in one message, in order."""
     sizes, spread = block_sizes(config), config.parallel

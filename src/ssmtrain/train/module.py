@@ -27,11 +27,13 @@ from ssmtrain.model.init import init_weights
 from ssmtrain.parallel import ranks
 from ssmtrain.parallel.agreement import agree_on_config
 from ssmtrain.parallel.apply import apply
-from ssmtrain.parallel.shard import average_whole, shard
+from ssmtrain.parallel.shard import shard
+from ssmtrain.parallel.zero import Zero
 from ssmtrain.train import nonfinite, optim, snapshot
 from ssmtrain.train.attempts import Attempts
 from ssmtrain.train.clock import Clock
 from ssmtrain.train.ema import Ema
+from ssmtrain.train.engine import Engine, TorchEngine
 from ssmtrain.train.graph import Graphs, Pass
 from ssmtrain.train.journal import Journal
 from ssmtrain.train.schedule import horizon, lr_at
@@ -81,6 +83,7 @@ class LitLM(LightningModule):
         self.tokens_here = 0
         """Tokens that this process's run of the program has trained on, over all ranks."""
         self.model: HybridModel
+        self.engine: Engine
         self.opt: list[Optimizer] = []
         self.last: Step | None = None
         self.loads: dict[int, Tensor] = {}
@@ -102,7 +105,7 @@ class LitLM(LightningModule):
         self.model = apply(model, self.config.trainer)
         spread = self.config.parallel
         # A model that is too large for a device is made in the host's memory, whole, and cut from there.
-        self.model.to_empty(device="cpu" if spread.kind == "fsdp" else self.device)
+        self.model.to_empty(device="cpu" if spread.kind in ("fsdp", "deepspeed_zero3") else self.device)
         # Rank 0 decides where to continue; the others must not find out for themselves.
         own, other = (ranks.from_first(str(p) if p else None) for p in (self.checkpoint, self.origin))
         self.checkpoint, self.origin = (Path(path) if path else None for path in (own, other))
@@ -113,6 +116,8 @@ class LitLM(LightningModule):
             load_weights(start, self.model, nonfinite=self.config.trainer.load_nonfinite)
         if spread.kind == "fsdp":
             shard(self.model, self.trainer.strategy.root_device, spread)
+        elif isinstance(self.trainer.strategy, Zero):
+            self.trainer.strategy.cut(self.model)
         self._assert_fp32()
 
     def _assert_fp32(self) -> None:
@@ -123,9 +128,16 @@ class LitLM(LightningModule):
             raise RuntimeError(f"these parameters must be fp32 and are not: {', '.join(wrong[:5])}")
 
     def configure_optimizers(self) -> list[Optimizer]:
-        """The optimisers that the recipe names."""
+        """The optimisers that the recipe names, and who runs them."""
         named = dict(self.model.named_parameters())
         self.opt = optim.build_optimizers(named, self.model.specs(), self.config.optim)
+        strategy, clip = self.trainer.strategy, self.config.optim.clip
+        if isinstance(strategy, Zero):
+            passes = len(self.shares())
+            check = partial(optim.check_state, optim.owners(self.opt))
+            self.engine = strategy.engine(self.model, self.opt[0], clip, passes, self.autocast, check)
+        else:
+            self.engine = TorchEngine(self)
         return self.opt
 
     def on_fit_start(self) -> None:
@@ -141,9 +153,8 @@ class LitLM(LightningModule):
         if self.ema is not None:
             self.ema.begin(self.state.step)
         self.clock.before = self.state.seconds
-        self.parameters_list = list(self.model.parameters())
         if self.config.trainer.cuda_graphs:
-            self.graphs = Graphs(self.run_passes, self.parameters_list, self.device)
+            self.graphs = Graphs(self.run_passes, list(self.model.parameters()), self.device)
         if self.horizon.reached(self.state.step, self.state.tokens):
             self.stop = "finished"
 
@@ -163,22 +174,26 @@ class LitLM(LightningModule):
 
     # The step.
 
-    def rows(self) -> list[Batch]:
-        """This rank's micro-batches of the next step: a contiguous slice of its rows."""
+    def shares(self) -> list[range]:
+        """The rows of this rank's micro-batches, a contiguous slice, counted from the step's first."""
         trainer, world = self.config.trainer, ranks.world()
         total = trainer.global_batch // self.config.data.seq_len
         mine = total // world
-        first = self.state.rows + ranks.rank() * mine
+        first = ranks.rank() * mine
         size = trainer.micro_batch or mine
-        starts = range(first, first + mine, size)
-        return [self.text.train.batch(range(at, min(at + size, first + mine))) for at in starts]
+        return [range(at, min(at + size, first + mine)) for at in range(first, first + mine, size)]
+
+    def rows(self) -> list[Batch]:
+        """This rank's micro-batches of the next step."""
+        done = self.state.rows
+        return [self.text.train.batch(range(done + r.start, done + r.stop)) for r in self.shares()]
 
     def run_model(self, batch: Batch) -> Output:
         """The model's sums for one batch, in the run's precision."""
         batch = batch.to(self.device)
         with self.autocast():
             ctx = Context(doc_ids=batch.doc_ids, n_docs=batch.n_docs)
-            return self.model(batch.inputs, batch.labels, ctx)
+            return self.engine.forward(batch.inputs, batch.labels, ctx)
 
     def autocast(self) -> Any:
         """bf16 for the forward pass only: a backward pass repeats the forward's dtypes by itself."""
@@ -204,18 +219,17 @@ class LitLM(LightningModule):
         labels.clamp_(min=1.0)
         scale = ranks.world() / labels if ranks.active() else 1 / max(my_labels, 1)
         sums = self.accumulate(micro, scale)
-        norm = optim.gradient_norm(self.parameters_list, self.device)
         for watch in self.on_gradients:
             watch()
-        loss, aux, asked, late, grad_norm = self.agree(sums, labels, norm)
         lr = lr_at(config.schedule, config.optim.lr, state.step, self.horizon)
+        norm = self.engine.norm(lr)
+        loss, aux, asked, late, grad_norm = self.agree(sums, labels, norm)
         skipped = not (math.isfinite(loss) and math.isfinite(grad_norm))
         if skipped:
             self.skip(micro, loss, grad_norm)
         else:
             self.apply_gradients(lr, norm, grad_norm)
-        for optimizer in self.opt:
-            optimizer.zero_grad(set_to_none=True)
+        self.engine.clear()
         state.step += 1
         state.rows += config.trainer.global_batch // config.data.seq_len
         state.tokens += config.trainer.global_batch
@@ -234,13 +248,11 @@ class LitLM(LightningModule):
 
         Gradients are averaged over the ranks at the last micro-batch, hence a factor `world` in the scale.
         """
-        world = ranks.world()
         rows = sum(len(b.sample_ids) for b in micro)
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         self.loads = {}
         for i, batch in enumerate(micro):
-            last = i == len(micro) - 1
-            with nullcontext() if last or world == 1 else self.trainer.strategy.block_backward_sync():  # type: ignore[attr-defined]  # DDP's
+            with self.engine.micro_batch(last=i == len(micro) - 1):
                 share = len(batch.sample_ids) / rows
                 if self.graphs is not None and not isinstance(scale, Tensor):
                     part, loads = self.graphs(batch, scale, share)
@@ -249,7 +261,6 @@ class LitLM(LightningModule):
             sums += part
             for index, load in loads.items():
                 self.loads[index] = self.loads[index] + load if index in self.loads else load
-        average_whole(self.model)
         return sums
 
     def run_passes(self, batch: Batch, scale: float | Tensor, share: float) -> Pass:
@@ -264,7 +275,7 @@ class LitLM(LightningModule):
         if out.aux is not None:
             loss = loss + out.aux * share
             sums[1] = out.aux.detach() * (share / ranks.world())
-        self.manual_backward(loss)
+        self.engine.backward(loss)
         return sums, {index: stats["load"] for index, stats in out.stats.items()}
 
     def agree(self, sums: Tensor, labels: Tensor, norm: Tensor) -> list[float]:
@@ -285,11 +296,8 @@ class LitLM(LightningModule):
 
     def apply_gradients(self, lr: float, norm: Tensor, known: float) -> None:
         """Clip to a norm, which the host knows too, step every optimiser, balance the routers."""
-        optim.clip_gradients(self.parameters_list, self.config.optim.clip, norm, known)
-        optim.set_lr(self.opt, lr)
         point("before_optimizer")
-        for optimizer in self.opt:
-            optimizer.step()
+        self.engine.apply(lr, norm, known)
         point("after_optimizer")
         for index in sorted(self.loads):
             self.loads[index] = ranks.sum_(self.loads[index].clone())

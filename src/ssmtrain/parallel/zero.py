@@ -1,0 +1,252 @@
+"""ZeRO: DeepSpeed's engine cuts optimiser states, gradients and parameters of the built model over the ranks.
+
+The engine sums gradients, clips, steps, and drops a step whose gradient is not finite; the process group, the
+loss, the digits of the passes and the checkpoints are ours. None of its kernels is built: states are stepped
+by torch's AdamW.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ssmtrain.config.schema import Zero1, Zero3
+from ssmtrain.layers.base import Context
+from ssmtrain.model.hybrid import HybridModel, Output
+from ssmtrain.model.spread import bucket
+from ssmtrain.parallel.processes import Fsdp
+from ssmtrain.parallel.shard import Scattered, like, shape_of
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+Check = Callable[[Mapping[str, nn.Parameter], Mapping[str, Tensor]], None]
+
+
+def load_deepspeed(device: torch.device) -> Any:
+    """The package, told what device it is on, in the process group that there is."""
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    # It would look for compilers and, on a CPU, build its own all-reduce, for most of a minute.
+    vars(deepspeed.ops)["__compatible_ops__"] = {}
+    deepspeed.utils.logger.setLevel("ERROR")
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    return deepspeed
+
+
+def settings(config: Zero1, clip: float | None, passes: int, total: int, on_gpu: bool) -> dict[str, Any]:
+    """What the engine is told, for a step of so many micro-batches of a model of `total` parameters."""
+    host = {"device": "cpu", "pin_memory": on_gpu}
+    size = bucket(total)
+    zero: dict[str, Any] = {
+        "stage": config.stage,
+        "reduce_bucket_size": size,
+        "allgather_bucket_size": size + size % 2,
+        # A part of the gradient goes to its owner; by default all of it would go to all.
+        "use_multi_rank_bucket_allreduce": False,
+    }
+    if isinstance(config, Zero3):
+        # A block is let go of after its forward pass, however soon it is wanted again.
+        zero |= {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": size}
+        if config.offload_params:
+            zero["offload_param"] = host
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = host
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": passes,
+        "gradient_clipping": clip or 0.0,
+        "communication_data_type": config.reduce,
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
+        "timers": {"throughput": {"enabled": False}},
+    }
+
+
+class Zero(Fsdp):
+    """The process group and the ranks of DDP, for a model that DeepSpeed runs."""
+
+    page: Zero1
+
+    def model_to_device(self) -> None:
+        """Move what is not cut."""
+        if self.page.stage < 3:
+            super(Fsdp, self).model_to_device()
+
+    def cut(self, model: HybridModel) -> None:
+        """Cut the parameters of a model, which every rank has whole and alike, where the stage says so."""
+        if not isinstance(self.page, Zero3):
+            return
+        os.environ.setdefault("LOCAL_RANK", str(self.local_rank))
+        place = "cpu" if self.page.offload_params else None
+        pinned = self.root_device.type == "cuda"
+        load_deepspeed(self.root_device).zero.Init(
+            module=model,
+            remote_device=place,
+            pin_memory=pinned,
+            mem_efficient_linear=False,
+            dtype=torch.float32,
+        )
+        for module in model.modules():
+            for name, value in module.named_buffers(recurse=False):
+                setattr(module, name, value.to(self.root_device))
+
+    def engine(
+        self,
+        model: HybridModel,
+        optimizer: Optimizer,
+        clip: float | None,
+        passes: int,
+        autocast: Callable[[], AbstractContextManager[Any]],
+        check: Check,
+    ) -> ZeroEngine:
+        """The engine of a model and its optimiser; `check` raises ValueError for state that does not fit."""
+        os.environ.setdefault("LOCAL_RANK", str(self.local_rank))
+        deepspeed = load_deepspeed(self.root_device)
+        total = sum(shape_of(p).numel() for p in model.parameters())
+        page = settings(self.page, clip, passes, total, self.root_device.type == "cuda")
+        whole = Whole(model, autocast)
+        engine, *_ = deepspeed.initialize(
+            model=whole, optimizer=optimizer, config=page, dist_init_required=False
+        )
+        if self.page.stage == 3:
+            _gather_by_block(deepspeed, whole)
+        return ZeroEngine(deepspeed, engine, whole, self.page.stage, self.root_device, check)
+
+
+def _gather_by_block(deepspeed: Any, whole: Whole) -> None:
+    """Have a block's parameters gathered before it runs, and those around the blocks before all."""
+    # The engine would gather each module's own alone, and what is read from outside of one not at all.
+    register = deepspeed.zero.register_external_parameter
+    model = whole.model
+    for block in model.blocks:
+        for parameter in block.parameters():
+            register(block, parameter)
+    for name, parameter in model.named_parameters():
+        if not name.startswith("blocks."):
+            register(whole, parameter)
+            register(model, parameter)  # a validation calls it alone
+
+
+class Whole(nn.Module):
+    """The model as the engine calls it: in the run's digits, and its results are tensors for hooks to see."""
+
+    def __init__(self, model: HybridModel, autocast: Callable[[], AbstractContextManager[Any]]) -> None:
+        super().__init__()
+        self.model, self.autocast = model, autocast
+        self.out: Output | None = None
+
+    def forward(self, inputs: Tensor, labels: Tensor, ctx: Context) -> tuple[Tensor, Tensor | None]:
+        """The sums of losses and router losses; the rest is left in `out`."""
+        with self.autocast():  # the engine has switched it off
+            out = self.model(inputs, labels, ctx)
+        self.out = out
+        assert out.loss_sum is not None
+        return out.loss_sum, out.aux
+
+
+class ZeroEngine:
+    """What LitLM asks of an engine (train/engine.py), by DeepSpeed's."""
+
+    together = True
+
+    def __init__(
+        self, deepspeed: Any, engine: Any, whole: Whole, stage: int, device: torch.device, check: Check
+    ) -> None:
+        self.api, self.engine, self.whole, self.stage = deepspeed.utils, engine, whole, stage
+        self.device, self.check = device, check
+        self.zero = engine.optimizer
+        """Its ZeRO optimiser, around ours."""
+        # torch would make a group's state when it first steps it; the engine has looked for all by then.
+        for _, flat in self._groups():
+            moments = {key: torch.zeros_like(flat) for key in MOMENTS}
+            step = torch.zeros((), dtype=torch.float32, device=flat.device)
+            self.zero.optimizer.state[flat] = {"step": step, **moments}
+        if stage < 3:
+            self.zero._lazy_init_hp_params_optimizer_state()
+
+    def forward(self, inputs: Tensor, labels: Tensor, ctx: Context) -> Output:
+        """The model's sums."""
+        loss, aux = self.engine(inputs, labels, ctx)
+        out, self.whole.out = self.whole.out, None
+        assert out is not None
+        return replace(out, loss_sum=loss, aux=aux)
+
+    @contextmanager
+    def micro_batch(self, last: bool) -> Iterator[None]:
+        """Say which micro-batch is the last: only then the gradient is whole."""
+        self.engine.set_gradient_accumulation_boundary(last)
+        yield
+
+    def backward(self, loss: Tensor) -> None:
+        """Add to the gradient, which the engine averages over the ranks."""
+        # A loss can overflow while its gradient does not: such a step must be dropped too, on every rank.
+        good = loss.detach().isfinite()
+        self.engine.backward(loss * torch.where(good, 1.0, torch.nan), scale_wrt_gas=False)
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """The averaged gradient, a whole parameter's at a time; every rank must take them all."""
+        for name, parameter in self.whole.model.named_parameters():
+            yield name, self.api.safe_get_full_grad(parameter)
+
+    def norm(self, lr: float) -> Tensor:
+        """Clip, and step where the norm is finite; returns it ()."""
+        for group in self.zero.optimizer.param_groups:
+            group["lr"] = lr
+        self.engine.step()
+        return torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=self.device)
+
+    def apply(self, lr: float, norm: Tensor, known: float) -> None:
+        """Nothing: see `norm`."""
+
+    def clear(self) -> None:
+        """Nothing: the engine keeps no gradient."""
+
+    def _groups(self) -> list[tuple[list[nn.Parameter], Tensor]]:
+        """Parameters in groups, each with the flat tensor that this rank's part of them is stepped in."""
+        if self.stage == 3:
+            return list(zip(self.zero.fp16_groups, self.zero.fp32_partitioned_groups_flat, strict=True))
+        return list(zip(self.zero.bit16_groups, self.zero.single_partition_of_fp32_groups, strict=True))
+
+    def states(self) -> dict[str, Tensor | Scattered]:
+        """The optimiser's state as `parameter/key` -> tensor; its moments lie in pieces."""
+        names = {id(p): name for name, p in self.whole.model.named_parameters()}
+        found: dict[str, Tensor | Scattered] = {}
+        for parameters, flat in self._groups():
+            step = self.zero.optimizer.state[flat]["step"]
+            for parameter in parameters:
+                name = names[id(parameter)]
+                found[f"{name}/step"] = step
+                for key in MOMENTS:
+                    gather = partial(self.api.safe_get_full_optimizer_state, parameter, key)
+                    found[f"{name}/{key}"] = Scattered(shape_of(parameter), torch.float32, gather)
+        return found
+
+    @torch.no_grad()
+    def load(self, named: Mapping[str, nn.Parameter], saved: Mapping[str, Tensor]) -> None:
+        """Put saved state back, bit for bit; ValueError when it does not fit."""
+        self.check(named, saved)
+        if not saved:
+            return
+        names = {id(p): name for name, p in named.items()}
+        for parameters, flat in self._groups():
+            steps = {float(saved[f"{names[id(p)]}/step"]) for p in parameters}
+            if len(steps) > 1:
+                raise ValueError("its parameters were not all stepped as often: take parallel=ddp or fsdp")
+            self.zero.optimizer.state[flat]["step"].fill_(steps.pop())
+        for name, parameter in named.items():
+            for key in MOMENTS:
+                value = saved[f"{name}/{key}"]
+                if self.stage == 3:
+                    self.api.safe_set_local_optimizer_state(parameter, like(value, parameter), key)
+                else:
+                    self.api.safe_set_full_optimizer_state(parameter, value, key)
