@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ssmtrain.config import launched
 from ssmtrain.config.errors import LOST, NON_FINITE, OUT_OF_MEMORY, UNFINISHED, WRONG_INPUT
-from ssmtrain.config.schema import AnyParallel, Zero1
+from ssmtrain.config.schema import AnyParallel, Zero1, Zero3
 from ssmtrain.parallel.shard import gradients_kept
 
 GRACE = 6.0
@@ -147,8 +147,7 @@ def spread(config: AnyParallel, accelerator: str) -> Ddp:
     )
     strategy.compress = config.kind == "ddp" and config.reduce == "bf16"
     if isinstance(strategy, Zero):
-        assert isinstance(config, Zero1)
-        strategy.page = config
+        strategy.cuts_parameters = isinstance(config, Zero3)
     return strategy
 
 

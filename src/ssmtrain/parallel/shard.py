@@ -214,9 +214,9 @@ def rows_of(tensor: Tensor) -> tuple[int, int] | None:
 def to_write(tensors: Mapping[str, Tensor | Scattered]) -> dict[str, Tensor]:
     """Those of the tensors, or this rank's rows of them, that fall to this rank where each is written once.
 
-    Of tensors that every rank has whole, or none has, each takes about as many bytes; of the latter no more
-    than one is put together at a time. All must ask in the same moment of a run, for tensors of the same names
-    and shapes.
+    Of tensors that every rank has whole, or none has, each takes about as many bytes; the latter are put
+    together one at a time. All must ask in the same moment of a run, for tensors of the same names and
+    shapes.
     """
     rank, load = ranks.rank(), [0] * ranks.world()
     found: dict[str, Tensor] = {}

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from ssmtrain.config.schema import Zero1, Zero3
 from ssmtrain.layers.base import Context
 from ssmtrain.model.hybrid import HybridModel, Output
-from ssmtrain.model.spread import bucket
+from ssmtrain.model.spread import bucket, kept_whole
 from ssmtrain.parallel.processes import Fsdp
 from ssmtrain.parallel.shard import Scattered, like, shape_of
 
@@ -43,8 +43,11 @@ def load_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
-def settings(config: Zero1, clip: float | None, passes: int, total: int, on_gpu: bool) -> dict[str, Any]:
-    """What the engine is told, for a step of so many micro-batches of a model of `total` parameters."""
+def settings(
+    config: Zero1, clip: float | None, passes: int, sizes: list[int], total: int, on_gpu: bool
+) -> dict[str, Any]:
+    """What the engine is told, for a step of so many micro-batches of a model of `total` parameters, in blocks
+    of `sizes`."""
     host = {"device": "cpu", "pin_memory": on_gpu}
     size = bucket(total)
     zero: dict[str, Any] = {
@@ -55,8 +58,11 @@ def settings(config: Zero1, clip: float | None, passes: int, total: int, on_gpu:
         "use_multi_rank_bucket_allreduce": False,
     }
     if isinstance(config, Zero3):
-        # A block is let go of after its forward pass, however soon it is wanted again.
-        zero |= {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": size}
+        # While a block runs the next is on its way, and one that is done is let go of. Each of a block's
+        # modules asks for more ahead of it: what there is room for bounds that.
+        zero |= {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": max(sizes)}
+        zero["stage3_max_live_parameters"] = total - sum(sizes) + 2 * max(sizes)
+        zero["stage3_param_persistence_threshold"] = kept_whole(total)
         if config.offload_params:
             zero["offload_param"] = host
     if config.offload_optimizer:
@@ -75,52 +81,58 @@ def settings(config: Zero1, clip: float | None, passes: int, total: int, on_gpu:
 class Zero(Fsdp):
     """The process group and the ranks of DDP, for a model that DeepSpeed runs."""
 
-    page: Zero1
+    cuts_parameters = False
+
+    def setup_environment(self) -> None:
+        """Make the process group; the engine asks the environment which rank of its node this is."""
+        super().setup_environment()
+        os.environ.setdefault("LOCAL_RANK", str(self.local_rank))
 
     def model_to_device(self) -> None:
         """Move what is not cut."""
-        if self.page.stage < 3:
+        if not self.cuts_parameters:
             super(Fsdp, self).model_to_device()
 
-    def cut(self, model: HybridModel) -> None:
-        """Cut the parameters of a model, which every rank has whole and alike, where the stage says so."""
-        if not isinstance(self.page, Zero3):
-            return
-        os.environ.setdefault("LOCAL_RANK", str(self.local_rank))
-        place = "cpu" if self.page.offload_params else None
-        pinned = self.root_device.type == "cuda"
-        load_deepspeed(self.root_device).zero.Init(
-            module=model,
-            remote_device=place,
-            pin_memory=pinned,
-            mem_efficient_linear=False,
-            dtype=torch.float32,
-        )
-        for module in model.modules():
-            for name, value in module.named_buffers(recurse=False):
-                setattr(module, name, value.to(self.root_device))
 
-    def engine(
-        self,
-        model: HybridModel,
-        optimizer: Optimizer,
-        clip: float | None,
-        passes: int,
-        autocast: Callable[[], AbstractContextManager[Any]],
-        check: Check,
-    ) -> ZeroEngine:
-        """The engine of a model and its optimiser; `check` raises ValueError for state that does not fit."""
-        os.environ.setdefault("LOCAL_RANK", str(self.local_rank))
-        deepspeed = load_deepspeed(self.root_device)
-        total = sum(shape_of(p).numel() for p in model.parameters())
-        page = settings(self.page, clip, passes, total, self.root_device.type == "cuda")
-        whole = Whole(model, autocast)
-        engine, *_ = deepspeed.initialize(
-            model=whole, optimizer=optimizer, config=page, dist_init_required=False
-        )
-        if self.page.stage == 3:
-            _gather_by_block(deepspeed, whole)
-        return ZeroEngine(deepspeed, engine, whole, self.page.stage, self.root_device, check)
+def cut(model: HybridModel, device: torch.device, config: Zero3) -> None:
+    """Cut the parameters of a model, which every rank has whole and alike, over the ranks."""
+    load_deepspeed(device).zero.Init(
+        module=model,
+        remote_device="cpu" if config.offload_params else None,
+        pin_memory=device.type == "cuda",
+        mem_efficient_linear=False,
+        dtype=torch.float32,
+    )
+    for module in model.modules():
+        for name, value in module.named_buffers(recurse=False):
+            setattr(module, name, value.to(device))
+
+
+def start(
+    model: HybridModel,
+    optimizer: Optimizer,
+    config: Zero1,
+    device: torch.device,
+    *,
+    clip: float | None,
+    passes: int,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    check: Check,
+) -> ZeroEngine:
+    """The engine of a model and its optimiser, for so many micro-batches a step, whose forward passes run in
+    `autocast`; `check` raises ValueError for saved state that does not fit."""
+    deepspeed = load_deepspeed(device)
+    sizes = [_size(block) for block in model.blocks]
+    page = settings(config, clip, passes, sizes, _size(model), device.type == "cuda")
+    whole = Whole(model, autocast)
+    engine, *_ = deepspeed.initialize(model=whole, optimizer=optimizer, config=page, dist_init_required=False)
+    if config.stage == 3:
+        _gather_by_block(deepspeed, whole)
+    return ZeroEngine(deepspeed, engine, whole, config.stage, device, check)
+
+
+def _size(module: nn.Module) -> int:
+    return sum(shape_of(parameter).numel() for parameter in module.parameters())
 
 
 def _gather_by_block(deepspeed: Any, whole: Whole) -> None:

@@ -19,16 +19,15 @@ from torch.optim import Optimizer
 from ssmtrain.checkpoint.faults import point
 from ssmtrain.checkpoint.weights import load_weights
 from ssmtrain.config.errors import NonFinite
-from ssmtrain.config.schema import RunConfig
+from ssmtrain.config.schema import Fsdp, RunConfig, Zero1, Zero3
 from ssmtrain.data.module import Batch, Data
 from ssmtrain.layers.base import Context
 from ssmtrain.model.hybrid import HybridModel, Output
 from ssmtrain.model.init import init_weights
-from ssmtrain.parallel import ranks
+from ssmtrain.parallel import ranks, zero
 from ssmtrain.parallel.agreement import agree_on_config
 from ssmtrain.parallel.apply import apply
 from ssmtrain.parallel.shard import shard
-from ssmtrain.parallel.zero import Zero
 from ssmtrain.train import nonfinite, optim, snapshot
 from ssmtrain.train.attempts import Attempts
 from ssmtrain.train.clock import Clock
@@ -105,7 +104,7 @@ class LitLM(LightningModule):
         self.model = apply(model, self.config.trainer)
         spread = self.config.parallel
         # A model that is too large for a device is made in the host's memory, whole, and cut from there.
-        self.model.to_empty(device="cpu" if spread.kind in ("fsdp", "deepspeed_zero3") else self.device)
+        self.model.to_empty(device="cpu" if isinstance(spread, Fsdp | Zero3) else self.device)
         # Rank 0 decides where to continue; the others must not find out for themselves.
         own, other = (ranks.from_first(str(p) if p else None) for p in (self.checkpoint, self.origin))
         self.checkpoint, self.origin = (Path(path) if path else None for path in (own, other))
@@ -114,10 +113,10 @@ class LitLM(LightningModule):
             init_weights(self.model, self.config.model.init, self.config.seed)
         else:
             load_weights(start, self.model, nonfinite=self.config.trainer.load_nonfinite)
-        if spread.kind == "fsdp":
+        if isinstance(spread, Fsdp):
             shard(self.model, self.trainer.strategy.root_device, spread)
-        elif isinstance(self.trainer.strategy, Zero):
-            self.trainer.strategy.cut(self.model)
+        elif isinstance(spread, Zero3):
+            zero.cut(self.model, self.trainer.strategy.root_device, spread)
         self._assert_fp32()
 
     def _assert_fp32(self) -> None:
@@ -131,11 +130,17 @@ class LitLM(LightningModule):
         """The optimisers that the recipe names, and who runs them."""
         named = dict(self.model.named_parameters())
         self.opt = optim.build_optimizers(named, self.model.specs(), self.config.optim)
-        strategy, clip = self.trainer.strategy, self.config.optim.clip
-        if isinstance(strategy, Zero):
-            passes = len(self.shares())
-            check = partial(optim.check_state, optim.owners(self.opt))
-            self.engine = strategy.engine(self.model, self.opt[0], clip, passes, self.autocast, check)
+        if isinstance(self.config.parallel, Zero1):
+            self.engine = zero.start(
+                self.model,
+                self.opt[0],
+                self.config.parallel,
+                self.trainer.strategy.root_device,
+                clip=self.config.optim.clip,
+                passes=len(self.shares()),
+                autocast=self.autocast,
+                check=partial(optim.check_state, optim.owners(self.opt)),
+            )
         else:
             self.engine = TorchEngine(self)
         return self.opt

@@ -19,7 +19,6 @@ from ssmtrain.checkpoint.weights import refuse_nonfinite
 from ssmtrain.config.errors import UserError
 from ssmtrain.parallel import ranks
 from ssmtrain.parallel.shard import Scattered, mine, rows_of, tensors_of, to_write
-from ssmtrain.train import optim
 from ssmtrain.train.state import RunState, rng_tensors, seed_generators, set_rng_tensors
 
 if TYPE_CHECKING:
