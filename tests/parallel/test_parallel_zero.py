@@ -37,6 +37,7 @@ from ssmtrain.model.hybrid import HybridModel
 from ssmtrain.model.init import init_weights
 from ssmtrain.model.spread import count_sent
 from ssmtrain.parallel import ranks, zero
+from ssmtrain.parallel.apply import apply
 from ssmtrain.parallel.shard import as_held, in_pieces, like, mine, on_first, tensors_of, to_write
 from ssmtrain.train import optim
 from ssmtrain.train.callbacks.health import gradient_norms
@@ -59,10 +60,12 @@ def loss(forward, i, r):
     return forward(inputs, labels, Context(n_docs=2)).loss_sum / 64
 
 
-def by_torch(model, opt):
+def by_torch(model, opt, autocast):
     for i in range(2):
         for r in range(world):
-            (loss(model, i, r) / world).backward()
+            with autocast():
+                value = loss(model, i, r)
+            (value / world).backward()
     grads = [(n, p.grad.clone()) for n, p in model.named_parameters()]
     norm = optim.gradient_norm(list(model.parameters()))
     optim.clip_gradients(list(model.parameters()), 1.0, norm, float(norm))
@@ -88,6 +91,9 @@ def written(tensors):
 
 def check(how):
     one, model = copy.deepcopy(first), copy.deepcopy(first)
+    autocast = nullcontext if how.reduce == "fp32" else partial(torch.autocast, "cpu", torch.bfloat16)
+    recompute = getattr(how, "offload_params", False)
+    apply(model, config.trainer.model_copy(update={"recompute": recompute}))
     if how.stage == 3:
         zero.cut(model, torch.device("cpu"), how)
     specs = one.specs()
@@ -95,7 +101,7 @@ def check(how):
     named = dict(model.named_parameters())
     (opt,) = optim.build_optimizers(named, specs, config.optim)
     engine = zero.start(
-        model, opt, how, torch.device("cpu"), clip=1.0, passes=2, autocast=nullcontext,
+        model, opt, how, torch.device("cpu"), clip=1.0, passes=2, autocast=autocast,
         check=partial(optim.check_state, optim.owners([opt])),
     )
     cut = [name for name, p in named.items() if in_pieces(p)]
@@ -136,7 +142,7 @@ def check(how):
     for i in range(2):
         with engine.micro_batch(last=i == 1):
             engine.backward(loss(engine.forward, i, rank))
-    norm_one, grads_one = by_torch(one, ours)
+    norm_one, grads_one = by_torch(one, ours, autocast)
     kinds = {n: n for n in named}
     got, want = gradient_norms(engine.gradients(), kinds, False), gradient_norms(grads_one, kinds, False)
     assert all(abs(got[n] / want[n] - 1) < 10 * rtol for n in want if want[n] > 1e-3), (got, want)
@@ -163,7 +169,8 @@ def check(how):
     counted = count_sent(this, total)
     near = lambda found, wanted: abs(found / 2 - wanted) < 0.03 * wanted  # half of it is each rank's own
     assert near(sent["all_gather_into_tensor"], counted.gathered), (sent, counted)
-    assert near(sent["reduce_scatter_tensor" if how.stage == 3 else "reduce"], counted.summed), (sent, counted)
+    sums = "reduce_scatter_tensor" if how.stage == 3 else "reduce"
+    assert near(sent[sums], counted.summed), (sent, counted)
     assert sent.get("all_reduce", 0) < 100 and len(sent) == 3, sent
 
     # A loss that is not a number on one rank, or is infinite with a good gradient: no rank steps.
@@ -207,13 +214,10 @@ dist.destroy_process_group()
 
 HOW = {
     "1": "Zero1()",
-    "1 on the host": "Zero1(offload_optimizer=True)",
     "2": "Zero2()",
     "2 in bf16, on the host": "Zero2(reduce='bf16', offload_optimizer=True)",
     "3": "Zero3()",
-    "3 in bf16": "Zero3(reduce='bf16')",
-    "3 on the host": "Zero3(offload_optimizer=True, offload_params=True)",
-    "3, parameters on the host": "Zero3(offload_params=True)",
+    "3 in bf16, on the host": "Zero3(reduce='bf16', offload_optimizer=True, offload_params=True)",
 }
 
 

@@ -8,6 +8,7 @@ by torch's AdamW.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -39,6 +40,8 @@ def load_deepspeed(device: torch.device) -> Any:
     # It would look for compilers and, on a CPU, build its own all-reduce, for most of a minute.
     vars(deepspeed.ops)["__compatible_ops__"] = {}
     deepspeed.utils.logger.setLevel("ERROR")
+    # It calls torch's messages by names that torch is about to change, at every step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     return deepspeed
 
@@ -46,8 +49,8 @@ def load_deepspeed(device: torch.device) -> Any:
 def settings(
     config: Zero1, clip: float | None, passes: int, sizes: list[int], total: int, on_gpu: bool
 ) -> dict[str, Any]:
-    """What the engine is told, for a step of so many micro-batches of a model of `total` parameters, in blocks
-    of `sizes`."""
+    """What the engine is told, for a step of so many micro-batches of a model of `total` parameters, those of
+    its blocks `sizes`."""
     host = {"device": "cpu", "pin_memory": on_gpu}
     size = bucket(total)
     zero: dict[str, Any] = {
