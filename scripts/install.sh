@@ -46,5 +46,7 @@ if ! "$VENV/bin/python" -c 'import torch' 2>/dev/null; then
   fi
 fi
 say "Installing ssmtrain and its development tools"
+# DeepSpeed would look for compilers; nothing here uses kernels of its own.
+export DS_BUILD_OPS=0
 $pip install -q -c constraints.txt -e '.[dev]'
 say "Ready: $VENV/bin/ssmtrain --help"

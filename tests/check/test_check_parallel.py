@@ -14,7 +14,7 @@ from ssmtrain.check.starts import Start
 from ssmtrain.config.errors import UserError
 from ssmtrain.config.load import load, typed
 from ssmtrain.config.request import Request
-from ssmtrain.config.schema import Ddp, EmbeddedData, Fsdp, RunConfig
+from ssmtrain.config.schema import Ddp, EmbeddedData, Fsdp, RunConfig, Zero1, Zero2, Zero3
 from ssmtrain.data.sources import split_text
 
 BLOCKS = {
@@ -119,26 +119,52 @@ def follow(
         assert found == pytest.approx(losses, rel=tolerance), name
 
 
+FP32 = {
+    "ddp": Ddp(),
+    "fsdp": Fsdp(unit=1),
+    "zero1": Zero1(offload_optimizer=True),
+    "zero2": Zero2(),
+    "zero3": Zero3(),
+}
+BF16 = {"ddp": Ddp(reduce="bf16"), "fsdp": Fsdp(gather="bf16", reduce="bf16", offload=True)}
+
+
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    "precision, strategies, tolerance",
-    [
-        ("fp32", {"ddp": Ddp(), "fsdp": Fsdp(unit=1)}, 1e-5),
-        ("bf16", {"ddp": Ddp(reduce="bf16"), "fsdp": Fsdp(gather="bf16", reduce="bf16", offload=True)}, 1e-3),
-    ],
-    ids=["fp32", "bf16"],
+    "precision, strategies, tolerance", [("fp32", FP32, 1e-5), ("bf16", BF16, 1e-3)], ids=["fp32", "bf16"]
 )
 def test_every_strategy_trains_as_one_process(
     precision: str, strategies: dict[str, Any], tolerance: float, tmp_path: Path
 ) -> None:
-    """A hybrid with experts on packed documents: 50 steps on two gloo ranks, near one process's losses."""
+    """A hybrid with experts on packed documents: 50 steps of two micro-batches on two gloo ranks, near one
+    process's losses."""
     trainer = {**PAGE["trainer"], "precision": precision}
     data = {**short_documents(tmp_path), "seq_len": 64}
     follow(typed({**PAGE, "data": data, "trainer": trainer}), tmp_path, strategies, tolerance, tolerance)
 
 
+GPU = [("fp32", 1e-4, 5e-3), ("bf16", 1e-2, 5e-2)]
+"""Precision, and how far losses may be apart in the first 20 steps and in all 50."""
+
+
+def on_gpus(precision: str, folder: Path) -> dict[str, Any]:
+    """A page for two GPUs."""
+    blocks = {
+        "M": {"mixer": {"kind": "mamba2", "d_state": 64, "head_dim": 32}},
+        "A": {"mixer": {"kind": "attention", "n_heads": 4}, "ffn": {"kind": "mlp", "hidden": 512}},
+        "E": {"ffn": {"kind": "moe", "n_experts": 8, "top_k": 2, "hidden": 128}},
+    }
+    return {
+        **PAGE,
+        "model": {"d_model": 256, "layout": "MMAEMM", "blocks": blocks},
+        "data": {**short_documents(folder), "seq_len": 256},
+        "trainer": {**PAGE["trainer"], "global_batch": 4096, "precision": precision, "threads": None},
+    }
+
+
 @pytest.mark.multi_gpu
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("precision, early, tolerance", [("fp32", 1e-4, 5e-3), ("bf16", 1e-2, 5e-2)])
+@pytest.mark.parametrize("precision, early, tolerance", GPU)
 def test_every_strategy_trains_as_one_gpu(
     precision: str, early: float, tolerance: float, tmp_path: Path
 ) -> None:
@@ -146,18 +172,18 @@ def test_every_strategy_trains_as_one_gpu(
 
     The order of sums is another, and what differs in the eighth digit grows tenfold every few steps.
     """
-    blocks = {
-        "M": {"mixer": {"kind": "mamba2", "d_state": 64, "head_dim": 32}},
-        "A": {"mixer": {"kind": "attention", "n_heads": 4}, "ffn": {"kind": "mlp", "hidden": 512}},
-        "E": {"ffn": {"kind": "moe", "n_experts": 8, "top_k": 2, "hidden": 128}},
-    }
-    page = {
-        **PAGE,
-        "model": {"d_model": 256, "layout": "MMAEMM", "blocks": blocks},
-        "data": {**short_documents(tmp_path), "seq_len": 256},
-        "trainer": {**PAGE["trainer"], "global_batch": 4096, "precision": precision, "threads": None},
-    }
     ways = {"ddp": Ddp(), "fsdp": Fsdp(), "offload": Fsdp(reshard=False, offload=True)}
     if precision == "bf16":
         ways["halved"] = Fsdp(gather="bf16", reduce="bf16")
-    follow(typed(page), tmp_path, ways, tolerance, early)
+    follow(typed(on_gpus(precision, tmp_path)), tmp_path, ways, tolerance, early)
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("precision, early, tolerance", GPU)
+def test_deepspeed_trains_as_one_gpu(precision: str, early: float, tolerance: float, tmp_path: Path) -> None:
+    """The same on DeepSpeed's engine, its states, gradients and parameters cut, and on the host."""
+    pytest.importorskip("deepspeed", reason="the extra deepspeed is not installed")
+    host = Zero3(offload_optimizer=True, offload_params=True)
+    ways = {"zero1": Zero1(), "zero2": Zero2(), "zero3": Zero3(), "zero3-host": host}
+    follow(typed(on_gpus(precision, tmp_path)), tmp_path, ways, tolerance, early)

@@ -106,6 +106,45 @@ def test_replicas_keep_the_gathering_within() -> None:
     assert count_sent(page(8, kind="fsdp", replicas=8), P) == count_sent(page(8, kind="ddp"), P)
 
 
+def test_zero_sums_to_owners_and_takes_parameters_back() -> None:
+    for micro, passes in ((None, 1), (4, 4)):
+        pages = {n: page(4, micro, kind=f"deepspeed_zero{n}") for n in (1, 2, 3)}
+        sent = {n: count_sent(config, P) for n, config in pages.items()}
+        assert (sent[1].gathered, sent[1].summed) == (4 * P * 3 // 4, 4 * P * 3 // 4)
+        assert (sent[2].gathered, sent[2].summed) == (4 * P * 3 // 4, passes * 4 * P * 3 // 4)
+        blocks = sum(block_sizes(pages[3]))
+        assert (sent[3].gathered, sent[3].summed) == (
+            passes * 4 * (P + blocks) * 3 // 4,
+            passes * 4 * P * 3 // 4,
+        )
+    half = count_sent(page(4, kind="deepspeed_zero2", reduce="bf16"), P)
+    assert (half.gathered, half.summed) == (4 * P * 3 // 4, 2 * P * 3 // 4)
+    assert count_sent(page(1, kind="deepspeed_zero3"), P).total == 0
+
+
+def test_zero_holds_shares_of_more_by_stage() -> None:
+    large = 400_000_000  # more than a message
+    whole = TrainingBytes(4 * large, 4 * large, 8 * large, 123)
+    share, message = large // 4, 1 << 26
+
+    def holds(stage: int, **changes: bool) -> tuple[int, int, int]:
+        got = held(page(4, kind=f"deepspeed_zero{stage}", **changes), whole, large)
+        assert got.activations == 123
+        return got.weights // 4, got.gradients // 4, got.optimizer // 4
+
+    # Weights with the copy of a share that is stepped, gradients, moments.
+    assert holds(1) == (large + share, large, 2 * share)
+    assert holds(2) == (large + share, share + message, 2 * share)
+    assert holds(1, offload_optimizer=True) == (large, large, 0)
+    assert holds(2, offload_optimizer=True) == (large, message, 0)
+    sizes = block_sizes(page(4))
+    around = large - sum(sizes) + 2 * max(sizes)
+    assert holds(3) == (around + 2 * share, share + message, 2 * share)
+    assert holds(3, offload_params=True) == (around + share, share + message, 2 * share)
+    assert holds(3, offload_optimizer=True, offload_params=True) == (around, message, 0)
+    assert held(page(1, kind="deepspeed_zero3"), GIVEN, P) == GIVEN
+
+
 def test_nodes_have_as_many_devices_each() -> None:
     config = page(2, kind="fsdp")
     nodes = config.model_copy(update={"launch": config.launch.model_copy(update={"nodes": 2})})

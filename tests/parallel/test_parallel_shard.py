@@ -84,7 +84,9 @@ for name, p in model.named_parameters():
 wanted = torch.nn.utils.get_total_norm([p.grad for p in one.parameters()])
 found = gradient_norm(list(model.parameters()))
 assert abs(found / wanted - 1) < digits[0], (found, wanted)
-norms = [gradient_norms(m, {n: n for n, _ in one.named_parameters()}) for m in (model, one)]
+kinds = {n: n for n, _ in one.named_parameters()}
+grads = [[(n, p.grad) for n, p in m.named_parameters()] for m in (model, one)]
+norms = [gradient_norms(grads[0], kinds, True), gradient_norms(grads[1], kinds, False)]
 assert all(abs(norms[0][n] / norms[1][n] - 1) < digits[0] for n in norms[1] if norms[1][n] > 1e-4), norms
 
 # A pass gathers each unit twice, or once where it is kept, and the rest once; gradients once: as counted.

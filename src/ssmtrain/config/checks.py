@@ -251,22 +251,27 @@ def uneven(config: Any, world: int) -> Iterator[tuple[str, ...]]:
 def _parallel(config: Any) -> Iterator[str]:
     """Settings that do not go with how the model is spread."""
     spread = config.parallel
-    if spread.kind != "fsdp":
+    if spread.kind in ("auto", "ddp"):
         return
-    if spread.gather == "bf16" and config.trainer.precision == "fp32":
+    if spread.kind == "deepspeed_zero3" and config.trainer.compile:
+        yield (
+            "parallel.kind = deepspeed_zero3: not with trainer.compile, whose compiler would have to look "
+            "into the engine's gathering; take parallel=fsdp or deepspeed_zero2, or trainer.compile=false"
+        )
+    if spread.kind == "fsdp" and spread.gather == "bf16" and config.trainer.precision == "fp32":
         yield (
             "parallel.gather = bf16: the run computes in fp32 (trainer.precision), so matrices must be "
             "gathered as fp32; leave it out or take trainer.precision=bf16"
         )
     if config.optim.kind == "muon":
         yield (
-            "parallel.kind = fsdp: Muon works on whole matrices, and every device holds parts of them; take "
-            "parallel=ddp or optim=adamw"
+            f"parallel.kind = {spread.kind}: Muon works on whole matrices, and every device holds parts of "
+            "them; take parallel=ddp or optim=adamw"
         )
     if config.trainer.cuda_graphs:
         yield (
-            "parallel.kind = fsdp: not with trainer.cuda_graphs, which records no messages between devices; "
-            "take parallel=ddp on one device or trainer.cuda_graphs=false"
+            f"parallel.kind = {spread.kind}: not with trainer.cuda_graphs, which records no messages between "
+            "devices; take parallel=ddp on one device or trainer.cuda_graphs=false"
         )
 
 

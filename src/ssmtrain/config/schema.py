@@ -355,7 +355,36 @@ class Fsdp(Config):
     """Keep each device's share in host memory and step it there; a block in use lies on the device."""
 
 
-AnyParallel = Annotated[AutoParallel | Ddp | Fsdp, Field(discriminator="kind")]
+class Zero1(Config):
+    """Every device holds the model and a share of the optimiser states (DeepSpeed's engine, ZeRO stage 1)."""
+
+    kind: Literal["deepspeed_zero1"] = "deepspeed_zero1"
+    reduce: Digits = "fp32"
+    """What gradients are summed in over the devices; bf16 halves the messages and rounds every term."""
+    offload_optimizer: bool = False
+    """Keep each device's share of the optimiser states in host memory and step it there."""
+
+    @property
+    def stage(self) -> int:
+        """1: optimiser states are cut; 2: gradients too; 3: parameters too."""
+        return int(self.kind[-1])
+
+
+class Zero2(Zero1):
+    """As deepspeed_zero1, and of the gradients every device keeps its share alone (ZeRO stage 2)."""
+
+    kind: Literal["deepspeed_zero2"] = "deepspeed_zero2"  # type: ignore[assignment]
+
+
+class Zero3(Zero1):
+    """As deepspeed_zero2, and parameters are cut too and gathered for a block at a time (ZeRO stage 3)."""
+
+    kind: Literal["deepspeed_zero3"] = "deepspeed_zero3"  # type: ignore[assignment]
+    offload_params: bool = False
+    """Keep each device's share of the parameters in host memory; a block in use lies on the device."""
+
+
+AnyParallel = Annotated[AutoParallel | Ddp | Fsdp | Zero1 | Zero2 | Zero3, Field(discriminator="kind")]
 
 
 class NoLogger(Config):

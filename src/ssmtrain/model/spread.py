@@ -2,7 +2,7 @@
 
 A ring sends (n - 1) / n of a tensor from each of n devices to gather or to scatter it, and twice that to sum
 it on all of them (Patarasuk and Yuan 2009). Under fsdp what is not a matrix stays whole on all devices: it is
-counted with the rest, of which it is a thousandth.
+counted with the rest, of which it is a thousandth; so is what deepspeed_zero3 keeps whole.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ssmtrain.config.layout import expand
-from ssmtrain.config.schema import AutoParallel, Fsdp, RunConfig
+from ssmtrain.config.schema import AutoParallel, Fsdp, RunConfig, Zero1, Zero3
 from ssmtrain.model.count import FP32, TrainingBytes, block_norms
 
 WIDTH = {"fp32": 4, "bf16": 2}
@@ -53,6 +53,14 @@ def count_sent(config: RunConfig, total: int) -> Sent:
     if n == 1:
         return Sent(1)
     summed = FP32 if isinstance(spread, AutoParallel) else WIDTH[spread.reduce]
+    if isinstance(spread, Zero1):
+        # Gradients go to their owners, from stage 2 on after every micro-batch; parameters come back from
+        # them after the step, or, cut, in every pass forwards and, those of blocks, backwards.
+        gathered = total
+        if isinstance(spread, Zero3):
+            gathered = passes(config) * (total + sum(block_sizes(config)))
+        sums = passes(config) if spread.stage > 1 else 1
+        return Sent(n, _ring(n, FP32 * gathered), _ring(n, sums * summed * total))
     if not isinstance(spread, Fsdp):
         return Sent(n, 0, _ring(n, 2 * summed * total))
     groups = spread.replicas
@@ -69,6 +77,8 @@ def count_sent(config: RunConfig, total: int) -> Sent:
 def held(config: RunConfig, whole: TrainingBytes, total: int) -> TrainingBytes:
     """What one of the devices holds, given what it would hold of the whole model."""
     n, spread = world(config), config.parallel
+    if isinstance(spread, Zero1) and n > 1:
+        return _held_by_zero(config, spread, whole, total)
     if not isinstance(spread, Fsdp) or n == 1:
         return whole
     ways = n // spread.replicas
@@ -84,6 +94,36 @@ def held(config: RunConfig, whole: TrainingBytes, total: int) -> TrainingBytes:
         gradients=FP32 * min(gradients, total),
         optimizer=0 if spread.offload else whole.optimizer // ways,
     )
+
+
+def _held_by_zero(config: RunConfig, spread: Zero1, whole: TrainingBytes, total: int) -> TrainingBytes:
+    share = total // world(config)
+    stepped = 0 if spread.offload_optimizer else share
+    weights, gradients = total, total
+    if spread.stage > 1:
+        # A message on its way, and what has arrived.
+        gradients = min(total, bucket(total) + stepped)
+    if isinstance(spread, Zero3):
+        sizes = block_sizes(config)
+        in_use = total - sum(sizes) + min(2 * max(sizes, default=0), sum(sizes))
+        weights = min(total, in_use) + (0 if spread.offload_params else share)
+    # The engine steps a copy of its share of the parameters.
+    return replace(
+        whole,
+        weights=FP32 * (weights + stepped),
+        gradients=FP32 * gradients,
+        optimizer=0 if spread.offload_optimizer else whole.optimizer // world(config),
+    )
+
+
+def bucket(total: int) -> int:
+    """Parameters whose gradients one message of DeepSpeed's carries, of a model of `total`."""
+    return max(1, min(UNIT, total))
+
+
+def kept_whole(total: int) -> int:
+    """Parameters of a tensor up to which deepspeed_zero3 keeps it whole, of a model of `total`."""
+    return min(100_000, total // 1000)
 
 
 def unit_sizes(config: RunConfig) -> list[int]:

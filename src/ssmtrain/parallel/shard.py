@@ -10,8 +10,9 @@ What is saved, loaded, drawn or scored is the whole model, as without it: here i
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 
@@ -33,6 +34,21 @@ from ssmtrain.layers.base import ParamSpec
 from ssmtrain.model.hybrid import HybridModel
 from ssmtrain.model.spread import blocks_of_unit
 from ssmtrain.parallel import ranks
+
+
+@dataclass(frozen=True)
+class Scattered:
+    """A tensor that lies in pieces over the ranks, in a way that only they together can undo."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    whole: Callable[[], Tensor]
+    """Put it together, on every rank, all of which must call it."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole."""
+        return self.shape.numel() * self.dtype.itemsize
 
 
 def shard(model: HybridModel, device: torch.device, config: Fsdp) -> None:
@@ -107,17 +123,62 @@ def holders(tensor: Tensor) -> int:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether a model is cut over ranks."""
+    """Whether FSDP2 has cut a model over the ranks."""
     return isinstance(model, FSDPModule)
 
 
+def is_cut(model: nn.Module) -> bool:
+    """Whether no rank can run a model without the others: FSDP2 or deepspeed_zero3 has cut it."""
+    return is_sharded(model) or any(in_pieces(parameter) for parameter in model.parameters())
+
+
+def in_pieces(parameter: Tensor) -> bool:
+    """Whether deepspeed_zero3 has cut a parameter: its own storage is empty between passes."""
+    return hasattr(parameter, "ds_tensor")
+
+
 def mine(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor, or the tensor where it is whole."""
+    """This rank's part of a tensor, or the tensor where it is whole.
+
+    Of a parameter under deepspeed_zero3: as many of its numbers, in one dimension, as each rank has, the last
+    one's filled up.
+    """
+    if in_pieces(tensor):
+        return tensor.ds_tensor  # type: ignore[attr-defined]  # DeepSpeed's
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def shape_of(parameter: Tensor) -> torch.Size:
+    """The shape of the whole parameter."""
+    return torch.Size(parameter.ds_shape) if in_pieces(parameter) else parameter.shape  # type: ignore[attr-defined]  # DeepSpeed's
+
+
+def as_held(piece: Tensor, parameter: Tensor) -> Tensor | Scattered:
+    """What is held as a parameter is (its values, their average), as something that can be made whole."""
+    if not in_pieces(parameter):
+        return piece
+    shape, device = shape_of(parameter), parameter.device
+
+    def whole() -> Tensor:
+        pieces = ranks.gather(piece.detach().to(device).contiguous())
+        return torch.cat(pieces)[: shape.numel()].view(shape)
+
+    return Scattered(shape, piece.dtype, whole)
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor | Scattered]:
+    """The state dict of a model; parameters that lie in pieces as such."""
+    cut = {name: as_held(mine(p), p) for name, p in model.named_parameters() if in_pieces(p)}
+    return {**model.state_dict(), **cut}
 
 
 def like(value: Tensor, parameter: Tensor) -> Tensor:
     """A copy of value, which every rank has whole, where and as the parameter of its shape lies."""
+    if in_pieces(parameter):
+        piece = torch.zeros_like(mine(parameter))
+        own = value.flatten()[ranks.rank() * len(piece) :][: len(piece)]
+        piece[: len(own)] = own
+        return piece
     rows = rows_of(parameter)
     if rows is None:
         return value.to(parameter.device, copy=True)
@@ -127,7 +188,7 @@ def like(value: Tensor, parameter: Tensor) -> Tensor:
     return cut
 
 
-def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def whole(tensors: Mapping[str, Tensor | Scattered]) -> dict[str, Tensor]:
     """Tensors put together again: on rank 0, in host memory, those that were cut; the others as they are.
 
     Every rank must call it. On other ranks a tensor that was cut is empty.
@@ -135,10 +196,10 @@ def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: _whole(tensor) for name, tensor in tensors.items()}
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    if not isinstance(tensor, DTensor):
+def _whole(tensor: Tensor | Scattered) -> Tensor:
+    if isinstance(tensor, Tensor) and not isinstance(tensor, DTensor):
         return tensor
-    gathered = tensor.full_tensor()
+    gathered = tensor.whole() if isinstance(tensor, Scattered) else tensor.full_tensor()
     return gathered.cpu() if ranks.rank() == 0 else gathered.new_empty(0, device="cpu")
 
 
@@ -153,11 +214,12 @@ def rows_of(tensor: Tensor) -> tuple[int, int] | None:
     return min(place[-1] * -(-total // ways), total), total
 
 
-def to_write(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_write(tensors: Mapping[str, Tensor | Scattered]) -> dict[str, Tensor]:
     """Those of the tensors, or this rank's rows of them, that fall to this rank where each is written once.
 
-    Of tensors that every rank has whole each takes about as many bytes; all must ask in the same moment of a
-    run, for tensors of the same names and shapes.
+    Of tensors that every rank has whole, or none has, each takes about as many bytes; the latter are put
+    together one at a time. All must ask in the same moment of a run, for tensors of the same names and
+    shapes.
     """
     rank, load = ranks.rank(), [0] * ranks.world()
     found: dict[str, Tensor] = {}
@@ -171,7 +233,11 @@ def to_write(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             continue
         least = load.index(min(load))
         load[least] += max(tensor.nbytes, 1)
-        if least == rank:
+        if isinstance(tensor, Scattered):
+            gathered = tensor.whole()
+            if least == rank:
+                found[name] = gathered.to("cpu", copy=True)
+        elif least == rank:
             found[name] = tensor
     return found
 
@@ -182,10 +248,10 @@ def on_first(model: HybridModel) -> Iterator[HybridModel | None]:
 
     Every rank must enter. What rank 0 gets of a model that is cut is a copy.
     """
-    if not is_sharded(model):
+    if not is_cut(model):
         yield model if ranks.rank() == 0 else None
         return
-    tensors = whole(model.state_dict())
+    tensors = whole(tensors_of(model))
     if ranks.rank():
         yield None
         return

@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 import warnings
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
@@ -180,8 +181,15 @@ def _stopped(lit: LitLM, run: Run) -> str:
 
 
 def place(config: RunConfig) -> tuple[str, int]:
-    """Accelerator ("cpu" or "gpu") and number of processes; UserError when the machine has too few GPUs."""
+    """Accelerator ("cpu" or "gpu") and number of processes; UserError when the machine has too few GPUs, or
+    lacks the package that spreads the model."""
     trainer, started = config.trainer, started_here(config)
+    if config.parallel.kind.startswith("deepspeed") and find_spec("deepspeed") is None:
+        raise UserError(
+            f"parallel.kind = {config.parallel.kind}: the package deepspeed is not installed",
+            "install it with: DS_BUILD_OPS=0 pip install 'ssmtrain[deepspeed]'",
+            "or take parallel=ddp, or parallel=fsdp for a model that is too large for one device",
+        )
     gpus = torch.cuda.device_count()
     accelerator = trainer.accelerator
     if accelerator == "auto":

@@ -19,19 +19,20 @@ from torch.optim import Optimizer
 from ssmtrain.checkpoint.faults import point
 from ssmtrain.checkpoint.weights import load_weights
 from ssmtrain.config.errors import NonFinite
-from ssmtrain.config.schema import RunConfig
+from ssmtrain.config.schema import Fsdp, RunConfig, Zero1, Zero3
 from ssmtrain.data.module import Batch, Data
 from ssmtrain.layers.base import Context
 from ssmtrain.model.hybrid import HybridModel, Output
 from ssmtrain.model.init import init_weights
-from ssmtrain.parallel import ranks
+from ssmtrain.parallel import ranks, zero
 from ssmtrain.parallel.agreement import agree_on_config
 from ssmtrain.parallel.apply import apply
-from ssmtrain.parallel.shard import average_whole, shard
+from ssmtrain.parallel.shard import shard
 from ssmtrain.train import nonfinite, optim, snapshot
 from ssmtrain.train.attempts import Attempts
 from ssmtrain.train.clock import Clock
 from ssmtrain.train.ema import Ema
+from ssmtrain.train.engine import Engine, TorchEngine
 from ssmtrain.train.graph import Graphs, Pass
 from ssmtrain.train.journal import Journal
 from ssmtrain.train.pace import Pace
@@ -82,6 +83,7 @@ class LitLM(LightningModule):
         self.tokens_here = 0
         """Tokens that this process's run of the program has trained on, over all ranks."""
         self.model: HybridModel
+        self.engine: Engine
         self.opt: list[Optimizer] = []
         self.last: Step | None = None
         self.loads: dict[int, Tensor] = {}
@@ -105,7 +107,7 @@ class LitLM(LightningModule):
         self.model = apply(model, self.config.trainer)
         spread = self.config.parallel
         # A model that is too large for a device is made in the host's memory, whole, and cut from there.
-        self.model.to_empty(device="cpu" if spread.kind == "fsdp" else self.device)
+        self.model.to_empty(device="cpu" if isinstance(spread, Fsdp | Zero3) else self.device)
         # Rank 0 decides where to continue; the others must not find out for themselves.
         own, other = (ranks.from_first(str(p) if p else None) for p in (self.checkpoint, self.origin))
         self.checkpoint, self.origin = (Path(path) if path else None for path in (own, other))
@@ -114,8 +116,10 @@ class LitLM(LightningModule):
             init_weights(self.model, self.config.model.init, self.config.seed)
         else:
             load_weights(start, self.model, nonfinite=self.config.trainer.load_nonfinite)
-        if spread.kind == "fsdp":
+        if isinstance(spread, Fsdp):
             shard(self.model, self.trainer.strategy.root_device, spread)
+        elif isinstance(spread, Zero3):
+            zero.cut(self.model, self.trainer.strategy.root_device, spread)
         self._assert_fp32()
 
     def _assert_fp32(self) -> None:
@@ -126,9 +130,22 @@ class LitLM(LightningModule):
             raise RuntimeError(f"these parameters must be fp32 and are not: {', '.join(wrong[:5])}")
 
     def configure_optimizers(self) -> list[Optimizer]:
-        """The optimisers that the recipe names."""
+        """The optimisers that the recipe names, and who runs them."""
         named = dict(self.model.named_parameters())
         self.opt = optim.build_optimizers(named, self.model.specs(), self.config.optim)
+        if isinstance(self.config.parallel, Zero1):
+            self.engine = zero.start(
+                self.model,
+                self.opt[0],
+                self.config.parallel,
+                self.trainer.strategy.root_device,
+                clip=self.config.optim.clip,
+                passes=len(self.shares()),
+                autocast=self.autocast,
+                check=partial(optim.check_state, optim.owners(self.opt)),
+            )
+        else:
+            self.engine = TorchEngine(self)
         return self.opt
 
     def on_fit_start(self) -> None:
@@ -144,9 +161,8 @@ class LitLM(LightningModule):
         if self.ema is not None:
             self.ema.begin(self.state.step)
         self.clock.before = self.state.seconds
-        self.parameters_list = list(self.model.parameters())
         if self.config.trainer.cuda_graphs:
-            self.graphs = Graphs(self.run_passes, self.parameters_list, self.device)
+            self.graphs = Graphs(self.run_passes, list(self.model.parameters()), self.device)
         if self.horizon.reached(self.state.step, self.state.tokens):
             self.stop = "finished"
 
@@ -166,22 +182,26 @@ class LitLM(LightningModule):
 
     # The step.
 
-    def rows(self) -> list[Batch]:
-        """This rank's micro-batches of the next step: a contiguous slice of its rows."""
+    def shares(self) -> list[range]:
+        """The rows of this rank's micro-batches, a contiguous slice, counted from the step's first."""
         trainer, world = self.config.trainer, ranks.world()
         total = trainer.global_batch // self.config.data.seq_len
         mine = total // world
-        first = self.state.rows + ranks.rank() * mine
+        first = ranks.rank() * mine
         size = trainer.micro_batch or mine
-        starts = range(first, first + mine, size)
-        return [self.text.train.batch(range(at, min(at + size, first + mine))) for at in starts]
+        return [range(at, min(at + size, first + mine)) for at in range(first, first + mine, size)]
+
+    def rows(self) -> list[Batch]:
+        """This rank's micro-batches of the next step."""
+        done = self.state.rows
+        return [self.text.train.batch(range(done + r.start, done + r.stop)) for r in self.shares()]
 
     def run_model(self, batch: Batch) -> Output:
         """The model's sums for one batch, in the run's precision."""
         batch = batch.to(self.device)
         with self.autocast():
             ctx = Context(doc_ids=batch.doc_ids, n_docs=batch.n_docs)
-            return self.model(batch.inputs, batch.labels, ctx)
+            return self.engine.forward(batch.inputs, batch.labels, ctx)
 
     def autocast(self) -> Any:
         """bf16 for the forward pass only: a backward pass repeats the forward's dtypes by itself."""
@@ -212,20 +232,19 @@ class LitLM(LightningModule):
         if self.pace is not None:
             self.pace.begin()
         sums = self.accumulate(micro, scale)
-        norm = optim.gradient_norm(self.parameters_list, self.device)
         for watch in self.on_gradients:
             watch()
+        lr = lr_at(config.schedule, config.optim.lr, state.step, self.horizon)
+        norm = self.engine.norm(lr)
         loss, aux, asked, late, grad_norm = self.agree(sums, labels, norm)
         if self.pace is not None:
             self.pace.end()
-        lr = lr_at(config.schedule, config.optim.lr, state.step, self.horizon)
         skipped = not (math.isfinite(loss) and math.isfinite(grad_norm))
         if skipped:
             self.skip(micro, loss, grad_norm)
         else:
             self.apply_gradients(lr, norm, grad_norm)
-        for optimizer in self.opt:
-            optimizer.zero_grad(set_to_none=True)
+        self.engine.clear()
         state.step += 1
         state.rows += config.trainer.global_batch // config.data.seq_len
         state.tokens += config.trainer.global_batch
@@ -244,13 +263,11 @@ class LitLM(LightningModule):
 
         Gradients are averaged over the ranks at the last micro-batch, hence a factor `world` in the scale.
         """
-        world = ranks.world()
         rows = sum(len(b.sample_ids) for b in micro)
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         self.loads = {}
         for i, batch in enumerate(micro):
-            last = i == len(micro) - 1
-            with nullcontext() if last or world == 1 else self.trainer.strategy.block_backward_sync():  # type: ignore[attr-defined]  # DDP's
+            with self.engine.micro_batch(last=i == len(micro) - 1):
                 share = len(batch.sample_ids) / rows
                 if self.graphs is not None and not isinstance(scale, Tensor):
                     part, loads = self.graphs(batch, scale, share)
@@ -259,7 +276,6 @@ class LitLM(LightningModule):
             sums += part
             for index, load in loads.items():
                 self.loads[index] = self.loads[index] + load if index in self.loads else load
-        average_whole(self.model)
         return sums
 
     def run_passes(self, batch: Batch, scale: float | Tensor, share: float) -> Pass:
@@ -276,7 +292,7 @@ class LitLM(LightningModule):
             sums[1] = out.aux.detach() * (share / ranks.world())
         if self.pace is not None:
             self.pace.mark()
-        self.manual_backward(loss)
+        self.engine.backward(loss)
         return sums, {index: stats["load"] for index, stats in out.stats.items()}
 
     def agree(self, sums: Tensor, labels: Tensor, norm: Tensor) -> list[float]:
@@ -297,11 +313,8 @@ class LitLM(LightningModule):
 
     def apply_gradients(self, lr: float, norm: Tensor, known: float) -> None:
         """Clip to a norm, which the host knows too, step every optimiser, balance the routers."""
-        optim.clip_gradients(self.parameters_list, self.config.optim.clip, norm, known)
-        optim.set_lr(self.opt, lr)
         point("before_optimizer")
-        for optimizer in self.opt:
-            optimizer.step()
+        self.engine.apply(lr, norm, known)
         point("after_optimizer")
         for index in sorted(self.loads):
             self.loads[index] = ranks.sum_(self.loads[index].clone())

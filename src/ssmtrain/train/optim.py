@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from ssmtrain.config.schema import AnyOptim, MuonConfig
 from ssmtrain.layers.base import ParamSpec
 from ssmtrain.parallel import ranks
-from ssmtrain.parallel.shard import holders, is_matrix, like, mine
+from ssmtrain.parallel.shard import holders, is_matrix, like, mine, shape_of
 
 EMBEDDING = "input.weight"
 
@@ -26,7 +26,7 @@ _STATE: dict[type[Optimizer], set[str]] = {
 def state_bytes(named: Mapping[str, nn.Parameter], config: AnyOptim) -> int:
     """Bytes that the optimisers keep of all ranks' parameters, or somewhat less."""
     tensors = 1 if config.kind == "muon" else 2
-    return sum(tensors * parameter.numel() * parameter.element_size() for parameter in named.values())
+    return sum(tensors * shape_of(p).numel() * p.element_size() for p in named.values())
 
 
 def is_decayed(name: str, spec: ParamSpec, config: AnyOptim) -> bool:
@@ -104,11 +104,15 @@ def state_tensors(optimizers: list[Optimizer], named: Mapping[str, nn.Parameter]
     return found
 
 
-def load_state_tensors(
-    optimizers: list[Optimizer], named: Mapping[str, nn.Parameter], saved: Mapping[str, Tensor]
+def owners(optimizers: list[Optimizer]) -> dict[int, Optimizer]:
+    """The optimiser of each parameter, by the parameter's id."""
+    return {id(p): o for o in optimizers for g in o.param_groups for p in g["params"]}
+
+
+def check_state(
+    owner: Mapping[int, Optimizer], named: Mapping[str, nn.Parameter], saved: Mapping[str, Tensor]
 ) -> None:
-    """Put saved state back, bit for bit; ValueError naming what is missing, unknown or of another shape."""
-    owner = {id(p): o for o in optimizers for g in o.param_groups for p in g["params"]}
+    """ValueError naming what saved state is missing, is unknown or of another shape, given the owners."""
     problems = []
     for full, value in saved.items():
         name, _, key = full.rpartition("/")
@@ -117,18 +121,29 @@ def load_state_tensors(
             problems.append(f"{full}: no such parameter")
             continue
         optimizer, scalar = owner[id(parameter)], key == "step"
-        shape, dtype = (torch.Size(), torch.float32) if scalar else (parameter.shape, parameter.dtype)
+        shape, dtype = (torch.Size(), torch.float32) if scalar else (shape_of(parameter), parameter.dtype)
         if key not in _STATE[type(optimizer)]:
             problems.append(f"{full}: {type(optimizer).__name__} keeps no {key}")
         elif value.shape != shape or value.dtype != dtype:
             found = f"{tuple(value.shape)} {value.dtype} in the file"
             problems.append(f"{full}: {found}, {tuple(shape)} {dtype} in the model")
-        else:
-            optimizer.state[parameter][key] = like(value, mine(parameter) if scalar else parameter)
     wanted = [f"{n}/{key}" for n, p in named.items() if saved for key in sorted(_STATE[type(owner[id(p)])])]
     problems += [f"{full}: not in the file" for full in wanted if full not in saved]
     if problems:
         raise ValueError("the optimizer state does not fit the model: " + "; ".join(problems[:5]))
+
+
+def load_state_tensors(
+    optimizers: list[Optimizer], named: Mapping[str, nn.Parameter], saved: Mapping[str, Tensor]
+) -> None:
+    """Put saved state back, bit for bit; ValueError as `check_state`."""
+    owner = owners(optimizers)
+    check_state(owner, named, saved)
+    for full, value in saved.items():
+        name, _, key = full.rpartition("/")
+        parameter = named[name]
+        place = mine(parameter) if key == "step" else parameter
+        owner[id(parameter)].state[parameter][key] = like(value, place)
 
 
 def gradient_norm(parameters: list[nn.Parameter], device: torch.device | None = None) -> Tensor:

@@ -15,8 +15,7 @@ from ssmtrain.checkpoint.parts import Part
 from ssmtrain.checkpoint.weights import refuse_nonfinite
 from ssmtrain.config.errors import UserError
 from ssmtrain.parallel import ranks
-from ssmtrain.parallel.shard import mine, rows_of, to_write
-from ssmtrain.train import optim
+from ssmtrain.parallel.shard import Scattered, mine, rows_of, tensors_of, to_write
 from ssmtrain.train.environment import changes, environment
 from ssmtrain.train.state import RunState, rng_tensors, seed_generators, set_rng_tensors
 
@@ -33,14 +32,13 @@ def take(lit: LitLM) -> tuple[Shares, dict[str, Any]]:
 
     The tensors are the run's own: before it goes on, they are to be written or copied.
     """
-    named = dict(lit.model.named_parameters())
     prefix = f"rank{ranks.rank()}/"
     shares = {
-        "model": _parts(lit.model.state_dict()),
-        "optim": _parts(optim.state_tensors(lit.opt, named)),
+        "model": _parts(tensors_of(lit.model)),
+        "optim": _parts(lit.engine.states()),
         "rng": {prefix + key: Part(tensor) for key, tensor in rng_tensors(lit.device).items()},
     }
-    averages = lit.ema.shadow if lit.ema is not None else {}
+    averages = lit.ema.tensors() if lit.ema is not None else {}
     if averages:
         shares["ema"] = _parts(averages)
     state = {
@@ -57,7 +55,7 @@ def take(lit: LitLM) -> tuple[Shares, dict[str, Any]]:
     return shares, state
 
 
-def _parts(tensors: Mapping[str, Tensor]) -> dict[str, Part]:
+def _parts(tensors: Mapping[str, Tensor | Scattered]) -> dict[str, Part]:
     return {name: Part(mine(tensor), *(rows_of(tensor) or ())) for name, tensor in to_write(tensors).items()}
 
 
@@ -139,7 +137,7 @@ def _load_optimizers(lit: LitLM, checkpoint: Path, run: RunState) -> None:
     if not lit.config.trainer.load_nonfinite:
         refuse_nonfinite(checkpoint, moments)
     try:
-        optim.load_state_tensors(lit.opt, named, moments)
+        lit.engine.load(named, moments)
         if not moments and run.step > run.nonfinite:
             raise ValueError("it holds no optimizer state, which training cannot continue without")
     except ValueError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,9 +33,10 @@ class Health(Callback):
 
         def watch() -> None:
             if (lit.state.step + 1) % self.every == 0:
-                self.gradients = gradient_norms(lit.model, parameter_kinds(lit))
+                cut = is_sharded(lit.model)
+                self.gradients = gradient_norms(lit.engine.gradients(), parameter_kinds(lit), cut)
 
-        if ranks.rank() == 0 or is_sharded(lit.model):
+        if ranks.rank() == 0 or lit.engine.together:
             lit.on_gradients.append(watch)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
@@ -66,15 +67,13 @@ def parameter_kinds(lit: LitLM) -> dict[str, str]:
     return kinds
 
 
-def gradient_norms(model: nn.Module, kinds: dict[str, str]) -> Figures:
-    """Norm of the gradient by kind; all ranks call it where the model is cut over them."""
+def gradient_norms(gradients: Iterable[tuple[str, Tensor]], kinds: dict[str, str], cut: bool) -> Figures:
+    """Norm of the gradient by kind; all ranks call it where the gradients are cut over them."""
     squares: dict[str, Tensor] = {}
-    cut = is_sharded(model)
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            held = holders(parameter) if cut else 1
-            square = mine(parameter.grad).double().square().sum() / held
-            squares[kinds[name]] = squares[kinds[name]] + square if kinds[name] in squares else square
+    for name, gradient in gradients:
+        held = holders(gradient) if cut else 1
+        square = mine(gradient).double().square().sum() / held
+        squares[kinds[name]] = squares[kinds[name]] + square if kinds[name] in squares else square
     sums = torch.stack([squares[kind] for kind in sorted(squares)])
     if cut:
         sums = ranks.sum_(sums)

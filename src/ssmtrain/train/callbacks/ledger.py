@@ -40,7 +40,7 @@ class Ledger(Callback):
         assert lit.last is not None
         rows = torch.tensor(lit.last.samples, dtype=torch.int64, device=lit.device)
         samples = torch.cat(ranks.gather(rows)).tolist()
-        params = ranks.texts(digest(lit.model.state_dict()))
+        params = ranks.texts(digest({**lit.model.state_dict(), **dict(lit.model.named_parameters())}))
         if ranks.rank():
             return
         self.file = self.file or JsonLines(self.path)

@@ -17,6 +17,7 @@ from ssmtrain.checkpoint.runs import Run
 from ssmtrain.config.errors import UserError
 from ssmtrain.config.schema import TrainerConfig
 from ssmtrain.parallel import ranks
+from ssmtrain.parallel.shard import shape_of
 from ssmtrain.train import optim, snapshot
 from ssmtrain.train.hold import Hold
 from ssmtrain.train.module import LitLM
@@ -72,7 +73,7 @@ class Saving(Callback):
     def _no_room(self, lit: LitLM) -> str | None:
         """What to say where the disk cannot take a checkpoint: better now than after an hour."""
         named = dict(lit.model.named_parameters())
-        weights = sum(parameter.numel() * parameter.element_size() for parameter in named.values())
+        weights = sum(shape_of(parameter).numel() * parameter.element_size() for parameter in named.values())
         copies = 2 if lit.config.ema is not None else 1
         size = copies * weights + optim.state_bytes(named, lit.config.optim)
         free = shutil.disk_usage(self.run.folder).free

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback
 
 from ssmtrain.eval.evaluate import Score, evaluate
 from ssmtrain.parallel import ranks
-from ssmtrain.parallel.shard import cut_again, is_sharded
+from ssmtrain.parallel.shard import cut_again, is_cut
 from ssmtrain.train.module import LitLM
 from ssmtrain.train.state import forked_rng
 
@@ -23,7 +23,7 @@ def validate(lit: LitLM, max_rows: int | None = None) -> Score:
     rows = trainer.micro_batch or trainer.global_batch // seq_len // ranks.world()
     # Short rows are scored many at a time: without gradients they need little memory.
     rows = max(rows, math.ceil(MIN_TOKENS / seq_len))
-    cut = is_sharded(lit.model)
+    cut = is_cut(lit.model)
     with lit.clock("val"), forked_rng(lit.device):
         score = evaluate(
             lit.model,
