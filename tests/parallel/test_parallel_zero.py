@@ -92,7 +92,7 @@ def written(tensors):
 def check(how):
     one, model = copy.deepcopy(first), copy.deepcopy(first)
     autocast = nullcontext if how.reduce == "fp32" else partial(torch.autocast, "cpu", torch.bfloat16)
-    recompute = getattr(how, "offload_params", False)
+    recompute = "block" if getattr(how, "offload_params", False) else "ops"
     apply(model, config.trainer.model_copy(update={"recompute": recompute}))
     if how.stage == 3:
         zero.cut(model, torch.device("cpu"), how)
