@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -28,7 +27,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ssmtrain.config import launched
 from ssmtrain.config.errors import LOST, NON_FINITE, OUT_OF_MEMORY, UNFINISHED, WRONG_INPUT
-from ssmtrain.config.schema import AnyParallel, Zero1, Zero3
 from ssmtrain.parallel.shard import gradients_kept
 
 GRACE = 6.0
@@ -141,27 +139,6 @@ class Fsdp(Ddp):
             super().teardown()
         finally:
             self._lightning_module = module
-
-
-def spread(config: AnyParallel, accelerator: str) -> Ddp:
-    """The strategy that a config names for devices of a kind ("cpu": gloo, "gpu": nccl).
-
-    The buffers (router biases) are the same on all ranks by construction, so they are not broadcast.
-    """
-    from ssmtrain.parallel.zero import Zero
-
-    backend = "gloo" if accelerator == "cpu" else "nccl"
-    chosen = Zero if isinstance(config, Zero1) else Fsdp if config.kind == "fsdp" else Ddp
-    strategy = chosen(
-        process_group_backend=backend,
-        broadcast_buffers=False,
-        gradient_as_bucket_view=True,
-        timeout=timedelta(minutes=30),
-    )
-    strategy.compress = config.kind == "ddp" and config.reduce == "bf16"
-    if isinstance(strategy, Zero):
-        strategy.cuts_parameters = isinstance(config, Zero3)
-    return strategy
 
 
 def children(trainer: Any) -> list[subprocess.Popen]:

@@ -258,7 +258,8 @@ def _trainer(
     """Lightning's Trainer with everything of its own that is not exact, or not ours to show, switched off."""
     from lightning.pytorch import Trainer
 
-    from ssmtrain.parallel.processes import environment, spread
+    from ssmtrain.parallel.processes import environment
+    from ssmtrain.parallel.strategy import spread
 
     world = launched.world() or devices
     alone = world == 1 and config.parallel.kind == "auto"
