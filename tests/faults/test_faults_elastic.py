@@ -10,11 +10,12 @@ import pytest
 from faults.harness import Story, write_page
 from faults.ranks import Pair
 from ssmtrain.check.compare import compare
+from ssmtrain.checkpoint import store
 from ssmtrain.config.load import load
 from ssmtrain.data.module import open_data
 from ssmtrain.data.tokenizer import load_tokenizer
 
-STEPS = 10
+STEPS = 12
 
 
 def _expected_rows(page: Path) -> list[list[int]]:
@@ -27,22 +28,24 @@ def _expected_rows(page: Path) -> list[list[int]]:
 
 @pytest.mark.timeout(900)
 def test_any_number_of_ranks_goes_on_with_what_another_saved(tmp_path: Path) -> None:
-    """One process, two whole copies, three parts, two groups of two parts, and one process again."""
+    """One process, two whole copies, three parts, two groups of two, two of DeepSpeed's, and one."""
     write_page(tmp_path, STEPS, every=100, rows=12)
     alone, story = Pair(tmp_path, "alone", world=1), Pair(tmp_path, "elastic", world=1)
-    undisturbed = alone.go()
-    for world, kind, words in (
+    undisturbed = alone.go(None, "ema.decay=0.5")
+    ways = [
         (1, "auto", []),
         (2, "ddp", []),
         (3, "fsdp", ["parallel.unit=1"]),
         (4, "fsdp", ["parallel.replicas=2"]),
-    ):
+        (2, "deepspeed_zero3", []),
+    ]
+    for i, (world, kind, words) in enumerate(ways):
         story.world, story.kind = world, kind
-        done = story.run({world - 1: "step_start:2:TERM"}, *words)
-        assert done.code == 75 and done.saved == 2 * world, done.output
-        assert world == 1 or f" to {world}" in done.output.split("trainer.devices changes from ")[1][:9]
+        done = story.run({world - 1: "step_start:2:TERM"}, "ema.decay=0.5", *words)
+        assert done.code == 75 and done.saved == 2 * (i + 1), done.output
+        assert i == 0 or f" to {world}" in done.output.split("trainer.devices changes from ")[1][:9]
     story.world = 1
-    done = story.run()
+    done = story.run(None, "ema.decay=0.5")
     assert done.code == 0, done.output
     assert alone.done(undisturbed).code == 0, alone.starts[-1].output
 
@@ -53,7 +56,13 @@ def test_any_number_of_ranks_goes_on_with_what_another_saved(tmp_path: Path) -> 
     for key in ("loss_hex", "grad_norm_hex"):
         found = [float.fromhex(line[key]) for line in lines]
         assert found == pytest.approx([float.fromhex(line[key]) for line in expected], rel=1e-5)
-    assert [len(line["params"]) for line in lines] == [1] * 2 + [2] * 2 + [3] * 2 + [4] * 2 + [1] * 2
+    averages = [
+        store.load_tensors(s.path / "checkpoints" / store.step_name(STEPS), "ema") for s in (alone, story)
+    ]
+    assert averages[0].keys() == averages[1].keys() != set()
+    for name, tensor in averages[0].items():
+        assert tensor.allclose(averages[1][name], rtol=1e-3, atol=1e-4), name
+    assert [len(line["params"]) for line in lines] == [n for n in (1, 2, 3, 4, 2, 1) for _ in range(2)]
 
 
 @pytest.mark.faults

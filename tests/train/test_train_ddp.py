@@ -71,7 +71,7 @@ def two_ranks(folder: Path, *fault: str, **changes: Any) -> tuple[int, Path, str
     return done.returncode, Path(config.runs_dir) / config.name, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp", "deepspeed_zero3"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_one_two_and_one_ranks_train_as_one(
     kind: str, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
