@@ -61,7 +61,7 @@ def test_any_number_of_ranks_goes_on_with_what_another_saved(tmp_path: Path) -> 
     ]
     assert averages[0].keys() == averages[1].keys() != set()
     for name, tensor in averages[0].items():
-        assert tensor.allclose(averages[1][name], rtol=1e-3, atol=1e-4), name
+        assert tensor.allclose(averages[1][name], rtol=1e-2, atol=2e-3), name
     assert [len(line["params"]) for line in lines] == [n for n in (1, 2, 3, 4, 2, 1) for _ in range(2)]
 
 
