@@ -26,7 +26,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 import transformers
 
-from ssmtrain.config.schema import ModelConfig
+from ssmtrain.config.model import ModelConfig
 from ssmtrain.kernels import backend
 from ssmtrain.model.hybrid import HybridModel
 from ssmtrain.model.init import init_weights

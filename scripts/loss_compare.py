@@ -20,7 +20,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from ssmtrain.config.schema import ModelConfig
+from ssmtrain.config.model import ModelConfig
 from ssmtrain.model.hybrid import HybridModel
 
 VOCAB, WIDTH, ROWS, LENGTH = 61, 32, 4, 48

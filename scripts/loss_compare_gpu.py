@@ -38,9 +38,10 @@ import kernel_cases
 import kernel_peers
 from kernel_cases import Case
 from loss_compare import PURE, our_names
+from ssmtrain.config.data import EmbeddedData
 from ssmtrain.config.errors import UserError
 from ssmtrain.config.load import load
-from ssmtrain.config.schema import EmbeddedData, ModelConfig
+from ssmtrain.config.model import ModelConfig
 from ssmtrain.data.module import Batch
 from ssmtrain.data.sources import split_text
 from ssmtrain.kernels import backend

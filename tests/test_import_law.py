@@ -19,6 +19,7 @@ LAW: dict[str, set[str]] = {
     "config.errors": set(),
     "config.layout": set(),
     "config.request": set(),
+    "config.model": {"config", "layers"},
     "config.schema": {"config", "layers"},
     "config": {"config", "verbs"},
     "verbs": set(),

@@ -12,10 +12,12 @@ import pytest
 from faults.ranks import Ranks
 from ssmtrain.check import parallel
 from ssmtrain.check.starts import Start
+from ssmtrain.config.data import EmbeddedData
 from ssmtrain.config.errors import UserError
 from ssmtrain.config.load import load, typed
+from ssmtrain.config.parallel import Ddp, Fsdp, Zero1, Zero2, Zero3
 from ssmtrain.config.request import Request
-from ssmtrain.config.schema import Ddp, EmbeddedData, Fsdp, RunConfig, Zero1, Zero2, Zero3
+from ssmtrain.config.schema import RunConfig
 from ssmtrain.data.sources import split_text
 
 BLOCKS = {

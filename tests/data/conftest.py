@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from ssmtrain.config.schema import BytesTokenizer, EmbeddedData, FileTokenizer, RunConfig, TextData
+from ssmtrain.config.data import BytesTokenizer, EmbeddedData, FileTokenizer, TextData
+from ssmtrain.config.schema import RunConfig
 
 
 @pytest.fixture(autouse=True)

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
+from ssmtrain.config.data import BytesTokenizer
+from ssmtrain.config.data import FileTokenizer as Page
 from ssmtrain.config.errors import UserError
-from ssmtrain.config.schema import BytesTokenizer
-from ssmtrain.config.schema import FileTokenizer as Page
 from ssmtrain.data.tokenizer import ByteTokenizer, FileTokenizer, load_tokenizer
 
 TEXT = "A naïve café, £5 — 日本語 🙂\n"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from ssmtrain.config.schema import ModelConfig
+from ssmtrain.config.model import ModelConfig
 from ssmtrain.data.module import text_rows
 from ssmtrain.data.tokenizer import ByteTokenizer
 from ssmtrain.eval.evaluate import Score, evaluate

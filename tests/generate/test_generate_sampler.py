@@ -2,7 +2,8 @@
 
 import torch
 
-from ssmtrain.config.schema import GenerateConfig, ModelConfig
+from ssmtrain.config.model import ModelConfig
+from ssmtrain.config.schema import GenerateConfig
 from ssmtrain.data.tokenizer import ByteTokenizer
 from ssmtrain.generate.sampler import choose, printable, sample, stream
 from ssmtrain.model.hybrid import HybridModel

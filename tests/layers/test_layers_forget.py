@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ssmtrain.config.schema import BlockConfig
+from ssmtrain.config.model import BlockConfig
 from ssmtrain.layers import conv, forget, linear, mamba1, mamba2, mlp, norm
 from ssmtrain.layers.base import Context
 from ssmtrain.model.block import Block

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from layers.cases import D_MODEL, examples, specs
-from ssmtrain.config.schema import ModelConfig
+from ssmtrain.config.model import ModelConfig
 from ssmtrain.layers import ffn_kinds, mixer_kinds
 from ssmtrain.layers.base import LayerConfig
 from ssmtrain.layers.init import dt_bias

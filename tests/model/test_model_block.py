@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ssmtrain.config.schema import ModelConfig
+from ssmtrain.config.model import ModelConfig
 from ssmtrain.kernels import backend
 from ssmtrain.kernels.gated_norm import gated_norm
 from ssmtrain.kernels.tuned import interpreting

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ssmtrain.config.schema import ModelConfig
+from ssmtrain.config.model import ModelConfig
 from ssmtrain.layers.base import Context
 from ssmtrain.layers.norm import Stream
 from ssmtrain.model.count import build_meta, count_params, count_training

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssmtrain.config.schema import ModelConfig
+from ssmtrain.config.model import ModelConfig
 from ssmtrain.kernels import backend, tuned
 from ssmtrain.layers.base import Context
 from ssmtrain.model.hybrid import HybridModel

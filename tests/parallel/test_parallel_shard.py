@@ -19,7 +19,7 @@ import copy, sys, torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
-from ssmtrain.config.schema import Fsdp
+from ssmtrain.config.parallel import Fsdp
 from ssmtrain.kernels import backend
 from ssmtrain.layers.base import Context
 from ssmtrain.model.hybrid import HybridModel

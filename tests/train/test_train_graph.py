@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ssmtrain.checkpoint import faults
 from ssmtrain.config.errors import UserError
-from ssmtrain.config.schema import ModelConfig
+from ssmtrain.config.model import ModelConfig
 from ssmtrain.data.module import Batch
 from ssmtrain.kernels import backend
 from ssmtrain.layers.base import Context

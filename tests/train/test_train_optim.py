@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from ssmtrain.config import schema
+from ssmtrain.config.optim import AdamWConfig, AnyOptim, MuonConfig
+from ssmtrain.config.schedule import ConstantSchedule
 from ssmtrain.layers.base import Context
 from ssmtrain.model.hybrid import HybridModel
 from ssmtrain.model.init import init_weights
@@ -35,7 +36,7 @@ def model(tmp_path: Path, tied: bool = True) -> HybridModel:
     return built
 
 
-def groups(built: HybridModel, config: schema.AnyOptim) -> dict[str, tuple[str, float]]:
+def groups(built: HybridModel, config: AnyOptim) -> dict[str, tuple[str, float]]:
     """Optimiser and decay of each parameter by name; an assertion that each is in exactly one group."""
     named = dict(built.named_parameters())
     names = {id(p): n for n, p in named.items()}
@@ -51,7 +52,7 @@ def groups(built: HybridModel, config: schema.AnyOptim) -> dict[str, tuple[str, 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_what_is_never_decayed(tmp_path: Path, kind: str) -> None:
-    config = schema.AdamWConfig() if kind == "adamw" else schema.MuonConfig()
+    config = AdamWConfig() if kind == "adamw" else MuonConfig()
     for name, (_, decay) in groups(model(tmp_path, tied=False), config).items():
         last = name.rsplit(".", 1)[-1]
         exempt = (
@@ -61,13 +62,13 @@ def test_what_is_never_decayed(tmp_path: Path, kind: str) -> None:
 
 
 def test_the_embedding_is_decayed_where_asked(tmp_path: Path) -> None:
-    assert groups(model(tmp_path), schema.AdamWConfig(decay_embeddings=True))["input.weight"][1] == 0.1
-    assert groups(model(tmp_path, tied=False), schema.AdamWConfig())["head.weight"][1] == 0.1
+    assert groups(model(tmp_path), AdamWConfig(decay_embeddings=True))["input.weight"][1] == 0.1
+    assert groups(model(tmp_path, tied=False), AdamWConfig())["head.weight"][1] == 0.1
 
 
 def test_muon_takes_hidden_matrices_only(tmp_path: Path) -> None:
     built = model(tmp_path, tied=False)
-    found = groups(built, schema.MuonConfig())
+    found = groups(built, MuonConfig())
     muon = {name for name, (kind, _) in found.items() if kind == "Muon"}
     assert all(name.endswith("proj.weight") or ".ffn." in name for name in muon), muon
     assert {"blocks.0.mixer.in_proj.weight", "blocks.1.mixer.dt_proj.weight"} <= muon
@@ -88,7 +89,7 @@ def step(built: HybridModel, optimizers: list[torch.optim.Optimizer], seed: int)
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_state_by_name_continues_to_the_bit(tmp_path: Path, kind: str) -> None:
-    config = schema.AdamWConfig() if kind == "adamw" else schema.MuonConfig()
+    config = AdamWConfig() if kind == "adamw" else MuonConfig()
     first = model(tmp_path)
     named = dict(first.named_parameters())
     optimizers = optim.build_optimizers(named, first.specs(), config)
@@ -108,7 +109,7 @@ def test_state_by_name_continues_to_the_bit(tmp_path: Path, kind: str) -> None:
 def test_state_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     built = model(tmp_path)
     named = dict(built.named_parameters())
-    optimizers = optim.build_optimizers(named, built.specs(), schema.AdamWConfig())
+    optimizers = optim.build_optimizers(named, built.specs(), AdamWConfig())
     step(built, optimizers, 1)
     saved = optim.state_tensors(optimizers, named)
     wrong = {**saved, "input.weight/exp_avg": torch.zeros(3, 3)}
@@ -138,7 +139,7 @@ def test_clipping_scales_the_whole_gradient() -> None:
 
 def test_the_rate_reaches_every_group(tmp_path: Path) -> None:
     built = model(tmp_path)
-    optimizers = optim.build_optimizers(dict(built.named_parameters()), built.specs(), schema.MuonConfig())
-    lr = lr_at(schema.ConstantSchedule(warmup=4), 0.1, 0, Horizon(10, 1))
+    optimizers = optim.build_optimizers(dict(built.named_parameters()), built.specs(), MuonConfig())
+    lr = lr_at(ConstantSchedule(warmup=4), 0.1, 0, Horizon(10, 1))
     optim.set_lr(optimizers, lr)
     assert {group["lr"] for o in optimizers for group in o.param_groups} == {0.025}

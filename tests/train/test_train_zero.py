@@ -53,7 +53,7 @@ def test_without_the_package_nothing_is_started(tmp_path: Path, monkeypatch: pyt
 
 
 def test_the_page_of_a_stage_has_no_keys_of_another() -> None:
-    from ssmtrain.config.schema import Zero1, Zero3
+    from ssmtrain.config.parallel import Zero1, Zero3
 
     keys = json.loads(Zero3().model_dump_json()).keys() - json.loads(Zero1().model_dump_json()).keys()
     assert keys == {"offload_params"}

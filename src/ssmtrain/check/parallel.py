@@ -15,8 +15,9 @@ from pathlib import Path
 from ssmtrain.check.compare import read_ledger
 from ssmtrain.check.starts import refuse, start, tell, write_page
 from ssmtrain.config.errors import BUG, FINISHED, UNFINISHED, UserError
+from ssmtrain.config.parallel import AutoParallel
 from ssmtrain.config.request import Request
-from ssmtrain.config.schema import AutoParallel, RunConfig
+from ssmtrain.config.schema import RunConfig
 
 STEPS = 50
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}

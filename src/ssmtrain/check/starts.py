@@ -18,7 +18,8 @@ from ssmtrain.checkpoint.store import checkpoints, step_of
 from ssmtrain.config import launched
 from ssmtrain.config.errors import UserError
 from ssmtrain.config.load import to_yaml
-from ssmtrain.config.schema import NoLogger, RunConfig
+from ssmtrain.config.logger import NoLogger
+from ssmtrain.config.schema import RunConfig
 
 INHERITED = (DECISION, "SSMTRAIN_PARENT", *launched.NAMES)
 """What would make the started process believe that it is a rank of this one."""

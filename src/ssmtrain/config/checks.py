@@ -19,7 +19,8 @@ from ssmtrain.config.expect import show_value
 from ssmtrain.config.layout import MAX_LAYERS, LayoutError, check_name, expand
 
 if TYPE_CHECKING:
-    from ssmtrain.config.schema import ModelConfig, RunConfig
+    from ssmtrain.config.model import ModelConfig
+    from ssmtrain.config.schema import RunConfig
 
 _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 

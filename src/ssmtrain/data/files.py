@@ -15,7 +15,7 @@ from ssmtrain.config.errors import UserError
 from ssmtrain.data.spans import LINE, PIECE, SPACE, Source, Span, TextFile
 
 if TYPE_CHECKING:
-    from ssmtrain.config.schema import TextData
+    from ssmtrain.config.data import TextData
 
 log = logging.getLogger(__name__)
 

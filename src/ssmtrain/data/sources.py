@@ -10,7 +10,7 @@ from ssmtrain.data.files import text_source
 from ssmtrain.data.spans import Member, Source, Span, pieces
 
 if TYPE_CHECKING:
-    from ssmtrain.config.schema import AnyData
+    from ssmtrain.config.data import AnyData
 
 
 def open_source(data: AnyData) -> Source:

@@ -12,7 +12,8 @@ import numpy as np
 from ssmtrain.config.errors import UserError
 
 if TYPE_CHECKING:
-    from ssmtrain.config.schema import AnyTokenizer, RunConfig
+    from ssmtrain.config.data import AnyTokenizer
+    from ssmtrain.config.schema import RunConfig
 
 END_OF_TEXT_NAMES = (
     "<|endoftext|>",

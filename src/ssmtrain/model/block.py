@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssmtrain.config.schema import BlockConfig
+from ssmtrain.config.model import BlockConfig
 from ssmtrain.layers.base import Context, Ffn, Mixer, State, Stats
 from ssmtrain.layers.norm import RMSNorm, Stream, StreamNorm
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from ssmtrain.config.layout import expand
-from ssmtrain.config.schema import BlockConfig, ModelConfig, RunConfig
+from ssmtrain.config.model import BlockConfig, ModelConfig
+from ssmtrain.config.schema import RunConfig
 from ssmtrain.layers.base import StateBytes
 from ssmtrain.model.hybrid import HybridModel
 

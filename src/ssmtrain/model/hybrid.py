@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmtrain.config.layout import expand
-from ssmtrain.config.schema import ModelConfig
+from ssmtrain.config.model import ModelConfig
 from ssmtrain.layers.base import Context, Layer, ParamSpec, State, Stats
 from ssmtrain.layers.norm import Stream
 from ssmtrain.model.block import Block

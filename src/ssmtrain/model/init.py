@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from ssmtrain.config.schema import InitConfig
+from ssmtrain.config.model import InitConfig
 from ssmtrain.layers.init import normal
 from ssmtrain.model.hybrid import HybridModel
 

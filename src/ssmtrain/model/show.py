@@ -6,8 +6,9 @@ import json
 from dataclasses import replace
 
 from ssmtrain.config.layout import expand, strip
+from ssmtrain.config.model import BlockConfig
 from ssmtrain.config.origin import describe
-from ssmtrain.config.schema import BlockConfig, RunConfig
+from ssmtrain.config.schema import RunConfig
 from ssmtrain.layers.base import LayerConfig
 from ssmtrain.model.count import Counts, count
 from ssmtrain.model.spread import count_sent, held

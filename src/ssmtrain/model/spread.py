@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ssmtrain.config.layout import expand
-from ssmtrain.config.schema import AutoParallel, Fsdp, RunConfig, Zero1, Zero3
+from ssmtrain.config.parallel import AutoParallel, Fsdp, Zero1, Zero3
+from ssmtrain.config.schema import RunConfig
 from ssmtrain.model.count import FP32, TrainingBytes, block_norms
 
 WIDTH = {"fp32": 4, "bf16": 2}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ssmtrain.config.schema import TrainerConfig
+from ssmtrain.config.trainer import TrainerConfig
 from ssmtrain.layers.norm import Stream
 from ssmtrain.model.hybrid import HybridModel
 from ssmtrain.parallel.recompute import forgetful, recomputed

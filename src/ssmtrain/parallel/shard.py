@@ -29,7 +29,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-from ssmtrain.config.schema import Fsdp
+from ssmtrain.config.parallel import Fsdp
 from ssmtrain.layers.base import ParamSpec
 from ssmtrain.model.hybrid import HybridModel
 from ssmtrain.model.spread import blocks_of_unit

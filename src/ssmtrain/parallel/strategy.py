@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from ssmtrain.config.schema import AnyParallel, Zero1, Zero3
+from ssmtrain.config.parallel import AnyParallel, Zero1, Zero3
 from ssmtrain.parallel.processes import Ddp, Fsdp
 from ssmtrain.parallel.zero import Zero
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ssmtrain.config.schema import Zero1, Zero3
+from ssmtrain.config.parallel import Zero1, Zero3
 from ssmtrain.layers.base import Context
 from ssmtrain.model.hybrid import HybridModel, Output
 from ssmtrain.model.spread import bucket, kept_whole

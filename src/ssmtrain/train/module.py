@@ -19,7 +19,8 @@ from torch.optim import Optimizer
 from ssmtrain.checkpoint.faults import point
 from ssmtrain.checkpoint.weights import load_weights
 from ssmtrain.config.errors import NonFinite
-from ssmtrain.config.schema import Fsdp, RunConfig, Zero1, Zero3
+from ssmtrain.config.parallel import Fsdp, Zero1, Zero3
+from ssmtrain.config.schema import RunConfig
 from ssmtrain.data.module import Batch, Data
 from ssmtrain.layers.base import Context
 from ssmtrain.model.hybrid import HybridModel, Output

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from ssmtrain.config.schema import AnyOptim, MuonConfig
+from ssmtrain.config.optim import AnyOptim, MuonConfig
 from ssmtrain.layers.base import ParamSpec
 from ssmtrain.parallel import ranks
 from ssmtrain.parallel.shard import holders, is_matrix, like, mine, shape_of

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ssmtrain.config.schema import AnySchedule, DecaySchedule, PowerSchedule, TrainerConfig, WsdSchedule
+from ssmtrain.config.schedule import AnySchedule, DecaySchedule, PowerSchedule, WsdSchedule
+from ssmtrain.config.trainer import TrainerConfig
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 import ssmtrain
 from ssmtrain.config.errors import UserError
-from ssmtrain.config.schema import ModelConfig, RunConfig, dump
+from ssmtrain.config.model import ModelConfig
+from ssmtrain.config.schema import RunConfig, dump
 from ssmtrain.data.module import Batch, Data
 from ssmtrain.kernels import cache
 from ssmtrain.layers.base import Context

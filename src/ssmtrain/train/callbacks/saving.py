@@ -15,7 +15,7 @@ from ssmtrain.checkpoint import joint, store
 from ssmtrain.checkpoint.best import Best
 from ssmtrain.checkpoint.runs import Run
 from ssmtrain.config.errors import UserError
-from ssmtrain.config.schema import TrainerConfig
+from ssmtrain.config.trainer import TrainerConfig
 from ssmtrain.parallel import ranks
 from ssmtrain.parallel.shard import shape_of
 from ssmtrain.train import optim, snapshot

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ssmtrain.checkpoint.durable import replace_file
+from ssmtrain.config.logger import WandbLogger
 from ssmtrain.config.redact import redact, redacted
-from ssmtrain.config.schema import RunConfig, WandbLogger, dump
+from ssmtrain.config.schema import RunConfig, dump
 from ssmtrain.train.journal import Record, finite
 
 log = logging.getLogger(__name__)
