@@ -161,6 +161,18 @@ class Pair(Story):
         """One start to its end, which may be a planned fault."""
         return self.done(self.go(plans, *words))
 
+    def start(self, fault: str = "", *words: str) -> Killed:
+        """One start to its end, which may be a planned fault of rank 0."""
+        return self.run({0: fault}, *words)
+
+    def start_and_signal(self, number: signal.Signals, when: Callable[[], bool], *words: str) -> Killed:
+        """One start whose rank 0 gets a signal as soon as `when()` is true."""
+        ranks = self.go(None, *words)
+        while ranks.processes[0].is_alive() and not when():
+            time.sleep(0.005)
+        ranks.signal(0, number)
+        return self.done(ranks, grace=self.limit)
+
     def kill(self, draw: random.Random, how: str, victim: int, count: int) -> Killed:
         """One start whose rank `victim` is killed at a point's passing `count`, or at a random moment."""
         if how == "while starting":
