@@ -195,6 +195,7 @@ def _rank(
 ) -> None:
     """What a forked process does: become that command line."""
     _become(environment, log)
+    faults.arm(environment[faults.VARIABLE])
     sys.argv = ["ssmtrain", *words]
     if before is not None:
         before()

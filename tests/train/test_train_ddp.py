@@ -27,6 +27,7 @@ Train = Callable[..., tuple[int, Path]]
 
 SCRIPT = """
 import sys
+from ssmtrain.checkpoint import faults
 from ssmtrain.checkpoint.records import read_config
 from ssmtrain.config.request import Request
 from ssmtrain.config.errors import Stop
@@ -34,7 +35,7 @@ from ssmtrain.train.fit import command
 from pathlib import Path
 import os
 if len(sys.argv) > 2 and os.environ.get("LOCAL_RANK", "0") == sys.argv[2]:
-    os.environ["SSMTRAIN_FAULT"] = sys.argv[3]
+    faults.arm(sys.argv[3])
 try:
     sys.exit(command(Request("fit", read_config(Path(sys.argv[1])))))
 except Stop as stop:
@@ -87,10 +88,9 @@ def test_one_two_and_one_ranks_train_as_one(
 ) -> None:
     """One process for two steps, two for some, one to the end: the tokens and losses of an unbroken run."""
     _, whole = train(name="whole", ema__decay=0.5)
-    monkeypatch.setenv(faults.VARIABLE, "after_optimizer:1:TERM")
-    faults._passed.clear()
+    faults.arm("after_optimizer:1:TERM")
     assert train(name="parts", ema__decay=0.5)[0] == 75
-    monkeypatch.delenv(faults.VARIABLE)
+    faults.arm()
     # One rank only is told to stop: both finish the step, save once, and end with 75.
     changes = {"name": "parts", "ema__decay": 0.5}
     code, folder, said = two_forked(tmp_path, "1", "after_optimizer:3:TERM", parallel__kind=kind, **changes)
