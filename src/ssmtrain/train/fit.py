@@ -108,7 +108,9 @@ def _fit(config: RunConfig, run: Run, signals: Signals, clock: Clock) -> int:
 
     lit = LitLM(config, vocab, data, signals, clock, run.checkpoint, run.origin)
     ending = Ending(run, tokenizer, counts.params.total)
-    trainer = _trainer(config, run, accelerator, devices, [*_callbacks(lit, run, tokenizer, counts), ending])
+    trainer = make_trainer(
+        config, run, accelerator, devices, [*_callbacks(lit, run, tokenizer, counts), ending]
+    )
     return _train(trainer, lit, run, ending)
 
 
@@ -252,7 +254,7 @@ def _callbacks(lit: LitLM, run: Run, tokenizer: Tokenizer, counts: Counts) -> li
     return [*found, Saving(run, page), console]
 
 
-def _trainer(
+def make_trainer(
     config: RunConfig, run: Run, accelerator: str, devices: int, callbacks: list[Callback]
 ) -> Trainer:
     """Lightning's Trainer with everything of its own that is not exact, or not ours to show, switched off."""
