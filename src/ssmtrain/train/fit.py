@@ -160,11 +160,11 @@ def _train(trainer: Trainer, lit: LitLM, run: Run, ending: Ending) -> int:
     try:
         trainer.fit(lit)
     finally:
-        lit.journal.close()
+        last_words = lit.journal.close()
         wait_for(children(trainer))
     finished = lit.stop == "finished"
     if launched.rank() == 0:
-        print(ending.text if finished else _stopped(lit, run), flush=True)
+        print("\n".join([ending.text if finished else _stopped(lit, run), *last_words]), flush=True)
     if launched.local_world():
         _end_together(lit.signals)
     return FINISHED if finished else UNFINISHED
