@@ -238,6 +238,10 @@ def _callbacks(lit: LitLM, run: Run, tokenizer: Tokenizer, counts: Counts) -> li
     page = lit.config.trainer
     console = Console()
     found: list[Callback] = [Sinks(run, console)]
+    if page.profile is not None:
+        from ssmtrain.train.callbacks.profile import Profile
+
+        found.append(Profile(run.folder, page.profile))
     if page.stall_seconds is not None:
         found.append(Stalls(run, page.stall_seconds))
     if lit.config.ema is not None:

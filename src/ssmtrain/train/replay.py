@@ -86,7 +86,9 @@ def alone(config: RunConfig, world: int) -> RunConfig:
     rows = trainer.micro_batch
     if world > 1 and rows is None:
         rows = trainer.global_batch // config.data.seq_len // world
-    page = trainer.model_copy(update={"devices": 1, "micro_batch": rows, "max_seconds": None})
+    page = trainer.model_copy(
+        update={"devices": 1, "micro_batch": rows, "max_seconds": None, "profile": None}
+    )
     changes = {"trainer": page, "parallel": AutoParallel(), "logger": NoLogger(), "ema": None}
     return config.model_copy(update=changes)
 
