@@ -36,7 +36,8 @@ LAW: dict[str, set[str]] = {
     "explain": BELOW_TRAIN | {"train"},
     "sweep": {"config"},
     "launch": {"config"},
-    "doctor": {"config", "kernels"},
+    "doctor": {"config", "kernels", "needs"},
+    "needs": {"config", "model", "data", "checkpoint"},
     "cli": BELOW_TRAIN | {"train", "check", "explain", "sweep", "launch", "doctor", "verbs"},
     "__main__": {"cli"},
     "__init__": set(),
@@ -49,6 +50,7 @@ ROOMS_OF_PACKAGES: dict[str, set[str]] = {
     "omegaconf": {"config"},
     "pydantic": {"config", "layers", "data"},
     "triton": {"kernels"},
+    "packaging": {"doctor"},
     "numpy": {"data", "train", "checkpoint", "explain"},
     "torch": BELOW_TRAIN - {"config"} | {"train", "check", "explain", "doctor"},
 }

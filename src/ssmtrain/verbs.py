@@ -152,7 +152,15 @@ VERBS: dict[str, Verb] = {
         "ssmtrain launch slurm config=granite_9to1 launch.nodes=4 launch.gpus_per_node=8 launch.time=9:00:00",
     ),
     "doctor": Verb(
-        "versions, devices, kernels, disk, and what would be slow", "ssmtrain.doctor:command", "", _JSON
+        "versions, devices, kernels, disk, and what would be slow",
+        "ssmtrain.doctor:command",
+        "words",
+        _JSON,
+        "ssmtrain doctor config=quickstart",
+        {
+            "config": "=RECIPE what this recipe would need here: room for a checkpoint, memory",
+            "run": "=RUN the same of a run",
+        },
     ),
     "help": Verb(
         "explain a verb, a kind or a key",

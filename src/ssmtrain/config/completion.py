@@ -76,6 +76,8 @@ def _own(verb: Verb, current: str, before: list[str]) -> list[str]:
     if not equals:
         return [f"{word}=" for word in verb.words if word.startswith(current)]
     takes = verb.words.get(key, "")
+    if takes.startswith("=RECIPE"):
+        return [f"{key}={name}" for name in catalog.recipes() if f"{key}={name}".startswith(current)]
     if takes.startswith("=ema"):
         return [f"{key}=ema"]
     if takes.startswith("=RUN"):
