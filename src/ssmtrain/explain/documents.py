@@ -12,7 +12,7 @@ import numpy as np
 from ssmtrain.config.schema import RunConfig
 from ssmtrain.data.module import Data
 from ssmtrain.data.sources import open_source
-from ssmtrain.data.spans import Span
+from ssmtrain.data.spans import Member, Span
 from ssmtrain.data.tokenizer import ByteTokenizer, Tokenizer
 
 PREFIX = 2**18
@@ -58,8 +58,11 @@ class Documents:
         return Place(number, at - start, stop - start, self.file(number), byte, exact)
 
     def file(self, number: int) -> str | None:
-        """The path of a document's file."""
-        return None if self.spans is None else str(self.spans[number].file.path)
+        """The path of a document's file; of an embedded text its name, as offsets are those of the text."""
+        if self.spans is None:
+            return None
+        file = self.spans[number].file
+        return file.path.name.removesuffix(".xz") if isinstance(file, Member) else str(file.path)
 
     def bounds(self, number: int) -> tuple[int, int]:
         """A document's tokens [start, stop) in the stream."""
@@ -78,8 +81,8 @@ class Documents:
         """The documents whose file has this name, or this end of its path, or is this file."""
         whole = str(Path(text).expanduser().absolute())
         found = []
-        for number, span in enumerate(self.spans or []):
-            path = str(span.file.path)
+        for number in range(len(self.spans or [])):
+            path = str(self.file(number))
             if path in (text, whole) or path.endswith(f"/{text}"):
                 found.append(number)
         return found
