@@ -33,10 +33,12 @@ LAW: dict[str, set[str]] = {
     "eval": BELOW_MODEL | {"model", "checkpoint", "data"},
     "train": BELOW_TRAIN,
     "check": BELOW_TRAIN | {"train"},
+    "explain": BELOW_TRAIN | {"train"},
     "sweep": {"config"},
     "launch": {"config"},
-    "doctor": {"config", "kernels"},
-    "cli": BELOW_TRAIN | {"train", "check", "sweep", "launch", "doctor", "verbs"},
+    "doctor": {"config", "kernels", "needs"},
+    "needs": {"config", "model", "data", "checkpoint"},
+    "cli": BELOW_TRAIN | {"train", "check", "explain", "sweep", "launch", "doctor", "verbs"},
     "__main__": {"cli"},
     "__init__": set(),
 }
@@ -48,8 +50,9 @@ ROOMS_OF_PACKAGES: dict[str, set[str]] = {
     "omegaconf": {"config"},
     "pydantic": {"config", "layers", "data"},
     "triton": {"kernels"},
-    "numpy": {"data", "train", "checkpoint"},
-    "torch": BELOW_TRAIN - {"config"} | {"train", "check", "doctor"},
+    "packaging": {"doctor"},
+    "numpy": {"data", "train", "checkpoint", "explain"},
+    "torch": BELOW_TRAIN - {"config"} | {"train", "check", "explain", "doctor"},
 }
 
 ONE_FILE = {

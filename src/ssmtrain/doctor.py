@@ -1,4 +1,7 @@
-"""`ssmtrain doctor`: versions, devices, kernels, disk, and what would be slow here and why."""
+"""`ssmtrain doctor`: versions, devices, kernels, disk, and what would be slow here and why.
+
+With config= or run= also what that recipe or run needs: room for its next checkpoint, memory (needs.py).
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,11 @@ import os
 import platform
 import shutil
 import sys
+import sysconfig
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssmtrain.config.errors import FINISHED
+from ssmtrain.config.errors import FINISHED, UserError
 
 if TYPE_CHECKING:
     from ssmtrain.config.request import Request
@@ -47,7 +51,15 @@ TOO_OLD = {"torch": ((2, 10), "torch.load before 2.10 can be made to corrupt mem
 
 def command(request: Request) -> int:
     """Print what was found, as text or JSON; always exit 0."""
+    if request.overrides and not request.words:
+        stray = request.overrides[0]
+        raise UserError(f"doctor takes no {stray!r}", "keys go beside config=<recipe> or run=<run>")
     found = examine()
+    if request.words and not any(pair in MALICIOUS for pair in found["packages"].items()):
+        from ssmtrain import needs
+
+        found["needs"] = needs.needs(request.words, request.overrides)
+        found["advice"] += needs.advice(found["needs"], found["gpus"], found["compilers"])
     print(json.dumps(found, indent=2) if request.as_json else "\n".join(describe(found)))
     return FINISHED
 
@@ -64,6 +76,8 @@ def examine() -> dict[str, Any]:
         "memory_bytes": memory(),
         "disk": disk(),
         "compiler": compiler(),
+        "compilers": {"cc": compiler(), "cxx": compiler("CXX", ("c++", "g++", "clang++"))},
+        "python_headers": headers(),
     }
     advice = package_advice(packages)
     if any(pair in MALICIOUS for pair in packages.items()):
@@ -71,7 +85,7 @@ def examine() -> dict[str, Any]:
         return {**found, "gpus": [], "kernels": {}, "advice": advice}
     found["gpus"] = gpus()
     found["kernels"] = kernels(bool(found["gpus"]))
-    found["advice"] = advice + speed_advice(found) + disk_advice(found["disk"])
+    found["advice"] = advice + conflicts() + speed_advice(found) + disk_advice(found["disk"])
     return found
 
 
@@ -142,12 +156,39 @@ def disk() -> dict[str, Any]:
     return result
 
 
-def compiler() -> str | None:
-    """The C compiler that Triton and torch.compile would call."""
-    named = os.environ.get("CC")
-    return next(
-        (path for path in map(shutil.which, filter(None, (named, "cc", "gcc", "clang"))) if path), None
-    )
+def compiler(variable: str = "CC", names: tuple[str, ...] = ("cc", "gcc", "clang")) -> str | None:
+    """The C (or C++) compiler that Triton and torch.compile would call."""
+    named = os.environ.get(variable)
+    return next((path for path in map(shutil.which, filter(None, (named, *names))) if path), None)
+
+
+def headers() -> bool:
+    """Whether Python's own header is there, which what Triton compiles includes."""
+    return (Path(sysconfig.get_path("include")) / "Python.h").is_file()
+
+
+def conflicts() -> list[str]:
+    """Installed versions that another installed package says it does not work with."""
+    from packaging.requirements import InvalidRequirement, Requirement
+
+    lines = []
+    for name in ("ssmtrain", *PACKAGES):
+        try:
+            wanted = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        for text in wanted:
+            try:
+                one = Requirement(text)
+                if one.marker is not None and not one.marker.evaluate({"extra": ""}):
+                    continue
+                there = importlib.metadata.version(one.name)
+            except (InvalidRequirement, importlib.metadata.PackageNotFoundError):
+                continue
+            if not one.specifier.contains(there, prereleases=True):
+                wants = f"{one.name}{one.specifier}"
+                lines.append(f"{name} needs {wants}, {there} is installed: pip install '{wants}'")
+    return lines
 
 
 def gpus() -> list[dict[str, Any]]:
@@ -189,8 +230,12 @@ def speed_advice(found: dict[str, Any]) -> list[str]:
         advice.append(f"{why}: small models only; the CPU does about 1/1000 of an H100")
         if found["compiler"] is None:
             advice.append("no C compiler: trainer.compile=true cannot work (apt-get install gcc)")
+        elif found["compilers"]["cxx"] is None:
+            advice.append("no C++ compiler: trainer.compile=true cannot work here (apt-get install g++)")
     elif found["compiler"] is None:
         advice.append("no C compiler: Triton kernels cannot be built (apt-get install gcc)")
+    elif not found["python_headers"]:
+        advice.append("no Python.h: Triton kernels cannot be built (apt-get install python3-dev)")
     for op in [op for op, which in found["kernels"].get("decision", {}).items() if which == "reference"]:
         if found["gpus"]:
             advice.append(
@@ -239,6 +284,10 @@ def describe(found: dict[str, Any]) -> list[str]:
     for name, place in found["disk"].items():
         free = f"{place['free_bytes'] / 2**30:.0f} GiB free" if place["free_bytes"] is not None else "unknown"
         lines.append(f"disk for {name}: {place['path']}, {free}{'' if place['writable'] else ', read-only'}")
+    if "needs" in found:
+        from ssmtrain import needs
+
+        lines += ["", *needs.describe(found["needs"])]
     lines.append("")
     lines += [f"! {line}" for line in found["advice"]] or ["nothing to mend"]
     return lines

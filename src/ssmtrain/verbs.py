@@ -90,6 +90,26 @@ VERBS: dict[str, Verb] = {
         _JSON,
         "ssmtrain prepare config=quickstart data=text data.train=texts/",
     ),
+    "data show": Verb(
+        "print what a step reads: rows, documents, masks; or the steps that read a document",
+        "ssmtrain.explain.command:command",
+        "config or run",
+        {
+            "find": "=TEXT a file's name, or words of a text: the steps at which it is read",
+            "full": "all rows, and their whole text",
+            **_JSON,
+        },
+        "ssmtrain data show run=quickstart-1a2b3c step=120",
+        {"step": "=N the step", "rows": "=I,J:K of its rows only these, from 0"},
+    ),
+    "replay": Verb(
+        "take a step of a run once more, to the bit, and say what its loss and gradient are made of",
+        "ssmtrain.explain.replay:command",
+        "run",
+        {"full": "the whole text of the worst rows", **_JSON},
+        "ssmtrain replay run=quickstart-1a2b3c step=120",
+        {"step": "=N the step"},
+    ),
     "config show": Verb(
         "print the whole config of a line, every default spelled out",
         "ssmtrain.config.command:show",
@@ -132,7 +152,15 @@ VERBS: dict[str, Verb] = {
         "ssmtrain launch slurm config=granite_9to1 launch.nodes=4 launch.gpus_per_node=8 launch.time=9:00:00",
     ),
     "doctor": Verb(
-        "versions, devices, kernels, disk, and what would be slow", "ssmtrain.doctor:command", "", _JSON
+        "versions, devices, kernels, disk, and what would be slow",
+        "ssmtrain.doctor:command",
+        "words",
+        _JSON,
+        "ssmtrain doctor config=quickstart",
+        {
+            "config": "=RECIPE what this recipe would need here: room for a checkpoint, memory",
+            "run": "=RUN the same of a run",
+        },
     ),
     "help": Verb(
         "explain a verb, a kind or a key",
@@ -169,4 +197,7 @@ SYNONYMS = {
     "sbatch": "launch slurm",
     "slurm": "launch slurm",
     "tokenize": "prepare",
+    "data": "data show",
+    "explain": "replay",
+    "spike": "replay",
 }

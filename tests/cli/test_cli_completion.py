@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import pty
+import select
+import shutil
+import signal
+import struct
 import subprocess
+import sys
+import termios
+import time
 from pathlib import Path
 
 import pytest
 
 from ssmtrain.cli import main
-from ssmtrain.config.completion import BASH, candidates
+from ssmtrain.config.completion import about, candidates
+from ssmtrain.config.shells import BASH, ZSH
+from ssmtrain.verbs import VERBS
 
 CASES = [
     ("ssmtrain ", ["fit", "doctor", "config"]),
@@ -48,6 +60,19 @@ CASES = [
     ("ssmtrain completion ", ["bash", "zsh"]),
     ("ssmtrain config diff qui", ["quickstart"]),
     ("ssmtrain nonsense ", []),
+    ("ssmtrain data ", ["show"]),
+    ("ssmtrain data show run=first s", ["step="]),
+    ("ssmtrain replay ", ["run=", "step="]),
+    ("ssmtrain doctor op", []),
+    ("ssmtrain eval run=first weights=", ["weights=ema"]),
+    ("ssmtrain eval run=first --split ", ["train", "val"]),
+    ("ssmtrain fit config=quickstart trainer.max_steps=", ["trainer.max_steps=600"]),
+    ("ssmtrain fit trainer.val_every=", ["trainer.val_every=200"]),
+    ("ssmtrain fit trainer.profile=", ["trainer.profile=10:15"]),
+    ("ssmtrain fit config=quickstart parallel=fsdp parallel.u", ["parallel.unit="]),
+    ("ssmtrain fit config=quickstart parallel=ddp parallel.u", []),
+    ("ssmtrain fit config=quickstart logger.kind=wandb logger.m", ["logger.mode="]),
+    ("ssmtrain fit config=quickstart data=text data.na", []),
 ]
 
 
@@ -71,6 +96,13 @@ def test_runs_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "config.yaml").touch()
     assert candidates("ssmtrain eval run=") == ["run=one", "run=sweep/arm"]
+    for step in (50, 100):
+        (tmp_path / "runs" / "one" / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+    assert candidates("ssmtrain fit from=one@") == ["from=one@step-100", "from=one@step-50"]
+    (tmp_path / "runs" / "one" / "best").symlink_to("checkpoints/step-00000100")
+    assert candidates("ssmtrain replay run=one@b") == ["run=one@best"]
+    (tmp_path / "runs").rename(tmp_path / "elsewhere")
+    assert candidates("ssmtrain eval runs_dir=elsewhere run=o") == ["run=one"]
 
 
 def bash(line: str, answer: str) -> list[str]:
@@ -89,6 +121,83 @@ def test_the_bash_script() -> None:
     assert bash("ssmtrain fit optim.kind=", "optim.kind=adamw\\noptim.kind=muon\\n") == ["adamw", "muon"]
     assert bash("ssmtrain fit op", "optim.\\noptim=\\n") == ["optim.", "optim="]
     assert bash("ssmtrain fit zzz", "") == [""]
+
+
+def test_what_a_word_is() -> None:
+    line = "ssmtrain fit config=quickstart trainer."
+    assert about("trainer.save_every=", line) == (
+        "a whole number above 0, default 200: Steps between checkpoints; one is always saved at the end."
+    )
+    assert about("fit", "ssmtrain f") == VERBS["fit"].summary
+    assert about("show", "ssmtrain data ") == VERBS["data show"].summary
+    assert about("--full", "ssmtrain replay run=a --f") == VERBS["replay"].flags["full"]
+    assert about("step=", "ssmtrain replay run=a ") == "the step"
+    assert about("config=quickstart", "ssmtrain fit config=q").startswith("A small hybrid on Jane Austen")
+    assert about("optim=", "ssmtrain fit ").startswith("one of adamw, muon: The optimiser")
+    assert about("model.", "ssmtrain fit ") == "The model."
+    assert about("trainer.precision=bf16", "ssmtrain fit trainer.precision=") == ""
+    assert about("anything", "ssmtrain nonsense ") == ""
+
+
+class Terminal:
+    """An interactive shell with the real completion; `ssmtrain` itself only says what it was called with."""
+
+    def __init__(self, command: list[str], script: str, folder: Path) -> None:
+        self.folder = folder
+        program = f"{sys.executable} -m ssmtrain"
+        stub = f'ssmtrain() {{ if [ "$1" = completion ]; then {program} "$@"; else echo "<$*>"; fi; }}'
+        (folder / "start.sh").write_text(f"{stub}\n{script}")
+        self.child, self.file = pty.fork()
+        if self.child == 0:
+            fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 300, 0, 0))
+            os.chdir(folder)
+            os.execvpe(command[0], command, {**os.environ, "PS1": "", "TERM": "dumb"})
+        self.send(". ./start.sh; echo rea''dy\n", "ready")
+
+    def send(self, text: str, until: str) -> str:
+        """Type, and read until something is there."""
+        os.write(self.file, text.encode())
+        said, limit = "", time.monotonic() + 60
+        while until not in said and time.monotonic() < limit:
+            if select.select([self.file], [], [], 0.1)[0]:
+                said += os.read(self.file, 65536).decode(errors="replace")
+        assert until in said, said
+        return said
+
+    def tab(self, line: str, called: str) -> None:
+        """Type a line that has one completion, TAB and Enter: the program must be called so."""
+        os.write(self.file, f"{line}\t".encode())
+        self.send("\n", f"<{called}>")
+
+    def close(self) -> None:
+        os.kill(self.child, signal.SIGKILL)
+        os.waitpid(self.child, 0)
+        os.close(self.file)
+
+
+SHELLS = {
+    "bash": (["bash", "--norc", "--noprofile", "-i"], BASH),
+    "zsh": (["zsh", "-f", "-i"], f"PROMPT=; autoload -Uz compinit; compinit -u -D\n{ZSH}"),
+}
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_tab_in_a_real_shell(shell: str, tmp_path: Path) -> None:
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed")
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "config.yaml").touch()
+    (tmp_path / "runs" / "mine" / "checkpoints" / "step-00000050").mkdir(parents=True)
+    terminal = Terminal(*SHELLS[shell], tmp_path)
+    try:
+        terminal.tab("ssmtrain rep", "replay")
+        terminal.tab("ssmtrain eval run=mi", "eval run=mine")
+        terminal.tab("ssmtrain replay run=mine@st", "replay run=mine@step-50")
+        terminal.tab("ssmtrain fit trainer.prec\tb", "fit trainer.precision=bf16")
+        shown = terminal.send("ssmtrain fit optim.kind=\t\t\t", "muon")
+        assert "adamw" in shown
+    finally:
+        terminal.close()
 
 
 def test_scripts_are_printed(capsys: pytest.CaptureFixture[str]) -> None:

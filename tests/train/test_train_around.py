@@ -7,8 +7,9 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,10 @@ import torch
 from ssmtrain.layers.base import Context
 from ssmtrain.parallel import apply as applied
 from ssmtrain.train import curve
-from ssmtrain.train.callbacks.wandb_log import flat
+from ssmtrain.train.callbacks.wandb_log import WandbSink, _at_the_end, flat, unsent
 from ssmtrain.train.callbacks.words import duration, si
 from ssmtrain.train.journal import Journal, JsonLines
+from ssmtrain.train.module import LitLM
 from ssmtrain.train.peaks import peak_of_name
 from ssmtrain.train.signals import Signals
 from ssmtrain.train.state import RunState, forked_rng, rng_tensors, seed_generators, set_rng_tensors
@@ -150,6 +152,8 @@ def test_wandb_offline_and_a_service_that_fails(
     started: list[dict[str, Any]] = []
 
     class Page:
+        id = "1a2b"
+
         def define_metric(self, *args: Any, **options: Any) -> None: ...
 
         def log(self, figures: dict[str, Any]) -> None:
@@ -181,10 +185,106 @@ def test_wandb_offline_and_a_service_that_fails(
     assert flat({"kind": "health", "step": 1, "layers": {"m": {"a": 1.0}}}) == {"health/layers/m/a": 1.0}
 
 
-def test_tensorboard_writes_events(train: Train) -> None:
-    _, folder = train(logger={"kind": "tensorboard"}, trainer__max_steps=1)
+def pieces_of_log(data: bytes) -> Iterator[bytes]:
+    """The records of a log in LevelDB's format: blocks of 32 KiB, each record in one piece or several."""
+    at, held = 7, b""  # the file's own header
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        held += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last piece
+            yield held
+            held = b""
+
+
+def logged(folder: Path) -> tuple[list[Any], list[tuple[int, float]]]:
+    """What wandb wrote of a start: its run records, and (step, training loss) of its history."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (file,) = folder.glob("*.wandb")
+    runs, curve = [], []
+    for data in pieces_of_log(file.read_bytes()):
+        record = Record()
+        record.ParseFromString(data)
+        if record.WhichOneof("record_type") == "run":
+            runs.append(record.run)
+        items = {(i.key or i.nested_key[0]): json.loads(i.value_json) for i in record.history.item}
+        if "train/loss" in items:
+            curve.append((items["step"], items["train/loss"]))
+    return runs, curve
+
+
+def test_wandb_offline_continues_one_page_in_its_group(
+    train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two starts of an arm of a sweep, kept here: one id, one group, and the line that sends both."""
+    changes = {"name": "lrs/one", "logger": {"kind": "wandb", "mode": "offline"}, "trainer__log_every": 1}
+    said = []
+    for steps in (2, 4):
+        code, folder = train(**changes, trainer__max_steps=steps)
+        assert code == 0
+        said.append(capsys.readouterr().out.splitlines()[-1])
+    kept = sorted((folder / "wandb").glob("offline-run-*"))
+    assert len(kept) == 2 and said[1].endswith(f"wandb sync {kept[0]} {kept[1]}")
+    assert said[0].endswith(f"wandb sync {kept[0]}")
+    first, second = map(logged, kept)
+    assert {run.run_id for run in first[0] + second[0]} == {(folder / ".wandb_id").read_text().strip()}
+    assert {(run.run_group, run.display_name) for run in first[0] + second[0]} == {("lrs", "lrs/one")}
+    curve = [(record["step"], record["loss"]) for record in records(folder, "train")]
+    assert first[1] + second[1] == curve and len(curve) == 4
+    (kept[0] / "run.wandb.synced").touch()
+    assert unsent(folder, (folder / ".wandb_id").read_text().strip()) == [kept[1]]
+
+
+def test_a_service_that_goes_away_is_not_waited_for_at_the_end(tmp_path: Path) -> None:
+    class Page:
+        id = "1a2b"
+        settings = SimpleNamespace(sync_dir="runs/a b/wandb/run-1")
+
+        def define_metric(self, *args: Any, **options: Any) -> None: ...
+
+        def finish(self) -> None:
+            raise TimeoutError("still uploading")
+
+    said = WandbSink(Page(), tmp_path).close()
+    assert said and said.endswith("wandb sync 'runs/a b/wandb/run-1'")
+    import wandb
+
+    limits = _at_the_end(wandb.Settings)
+    assert 0 < wandb.Settings(**limits).finish_timeout <= 60 and limits["finish_timeout_raises"]
+
+
+def test_tensorboard_goes_on_after_a_kill_without_duplicates(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps that a killed start had logged past its checkpoint are shown once, as taken again."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    changes = {"logger": {"kind": "tensorboard"}, "trainer__log_every": 1, "trainer__save_every": 3}
+
+    def killed(self: LitLM, micro: Any, labels: int) -> None:
+        if self.state.step == 5:
+            raise OSError("the power is gone")
+        real(self, micro, labels)
+
+    real = LitLM.step
+    with monkeypatch.context() as patch:
+        patch.setattr(LitLM, "step", killed)
+        with pytest.raises(OSError, match="power"):
+            train(**changes)
+    code, folder = train(**changes)
+    assert code == 0
     events = list((folder / "tensorboard").glob("events.*"))
-    assert events and b"train/loss" in events[0].read_bytes()
+    assert len(events) == 2 and b"train/loss" in events[0].read_bytes()
+    shown = EventAccumulator(str(folder / "tensorboard"))
+    shown.Reload()
+    curve = [(event.step, event.value) for event in shown.Scalars("train/loss")]
+    expected = [(record["step"], record["loss"]) for record in records(folder, "train")]
+    assert [step for step, _ in curve] == [step for step, _ in expected] == list(range(1, 9))
+    assert [value for _, value in curve] == pytest.approx([value for _, value in expected])
 
 
 def test_commands_to_type_next_are_found_by_the_shell(

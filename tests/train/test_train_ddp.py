@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from faults.ranks import Ranks
 from ssmtrain.checkpoint import faults
 from ssmtrain.checkpoint.records import write_config
 from ssmtrain.checkpoint.runs import resolve
+from ssmtrain.cli import main
 from ssmtrain.config import launched
 from ssmtrain.config.errors import UserError
 from ssmtrain.train.fit import fit, place
@@ -84,7 +86,11 @@ def two_forked(folder: Path, *fault: str, **changes: Any) -> tuple[int, Path, st
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_one_two_and_one_ranks_train_as_one(
-    kind: str, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    train: Train,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """One process for two steps, two for some, one to the end: the tokens and losses of an unbroken run."""
     _, whole = train(name="whole", ema__decay=0.5)
@@ -105,6 +111,15 @@ def test_one_two_and_one_ranks_train_as_one(
         one, two = weights(whole, 8, stem), weights(folder, 8, stem)
         for name, tensor in one.items():
             assert tensor.allclose(two[name], rtol=1e-3, atol=1e-4), (stem, name)
+    replayed_alone(folder, capsys)
+
+
+def replayed_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Step 4 was taken by two ranks: one process takes it again, with their figures but for rounding."""
+    capsys.readouterr()
+    assert main(["replay", f"run={folder}", "step=4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["verdict"]
+    assert found["differ"] == [] and found["steps"][-1] == 4 and not found["exact"]
 
 
 def test_ranks_fork_what_rank_0_chose(parent: Path, tmp_path: Path) -> None:

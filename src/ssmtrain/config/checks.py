@@ -319,10 +319,29 @@ def _ignored(config: Any) -> Iterator[str]:
             f"trainer.kernel_cache = {show_value(trainer.kernel_cache)}: no effect with "
             "trainer.accelerator=cpu, for which no kernels are compiled; leave one out"
         )
+    yield from _profile(trainer)
     if config.trainer.val_every == 0 and config.trainer.val_tokens is not None:
         yield (
             f"trainer.val_tokens = {config.trainer.val_tokens}: no effect with val_every = 0, because "
             "the validation at the end is always whole"
+        )
+
+
+def _profile(trainer: Any) -> Iterator[str]:
+    if trainer.profile is None:
+        return
+    first, last = map(int, trainer.profile.split(":"))
+    if last < first:
+        yield f"trainer.profile = {trainer.profile}: the last step comes before the first"
+    elif trainer.max_steps is not None and first > trainer.max_steps:
+        yield (
+            f"trainer.profile = {trainer.profile}: no effect, as the run ends at trainer.max_steps = "
+            f"{trainer.max_steps}"
+        )
+    if trainer.cuda_graphs:
+        yield (
+            "trainer.profile: no layer can be told from another inside a CUDA graph; leave out "
+            "trainer.cuda_graphs while profiling"
         )
 
 

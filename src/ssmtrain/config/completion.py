@@ -1,52 +1,35 @@
-"""Shell completion: the scripts for bash and zsh, and the query that both ask (reads schema.json only)."""
+"""Shell completion: what may stand at the end of a line, and what it means (reads schema.json only)."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssmtrain.config import catalog, schema_file
 from ssmtrain.config.errors import FINISHED, UserError
-from ssmtrain.config.schema_file import Schema, options
+from ssmtrain.config.expect import describe, show_value
+from ssmtrain.config.schema_file import Schema, options, resolve
+from ssmtrain.config.shells import BASH, ZSH
 from ssmtrain.verbs import VERBS, Verb
 
 if TYPE_CHECKING:
     from ssmtrain.config.request import Request
 
-BASH = """\
-# eval "$(ssmtrain completion bash)"
-_ssmtrain() {
-  local line="${COMP_LINE:0:COMP_POINT}" word i
-  word="${line##*[[:space:]]}"
-  local IFS=$'\\n'
-  COMPREPLY=($(ssmtrain completion query "$line" 2>/dev/null))
-  # bash cuts words at = and replaces only the part behind it
-  if [[ "$word" == *=* && "$COMP_WORDBREAKS" == *=* ]]; then
-    for i in "${!COMPREPLY[@]}"; do COMPREPLY[i]="${COMPREPLY[i]#*=}"; done
-  fi
-  [[ ${#COMPREPLY[@]} -eq 1 && "${COMPREPLY[0]}" == *[=.] ]] && compopt -o nospace 2>/dev/null
-  return 0
-}
-complete -o default -F _ssmtrain ssmtrain
-"""
-
-ZSH = """\
-# eval "$(ssmtrain completion zsh)"
-_ssmtrain() {
-  local -a found
-  found=("${(@f)$(ssmtrain completion query "$LBUFFER" 2>/dev/null)}")
-  if [[ -n "${found[1]}" ]]; then compadd -S '' -Q -- "${found[@]}"; else _files; fi
-}
-compdef _ssmtrain ssmtrain
-"""
+FLAGS = {"--split": ("train", "val")}
+"""Values of flags that take one of a few."""
 
 
 def command(request: Request) -> int:
     """Print a completion script, or (query) what may stand at the end of a line."""
     words = request.overrides
+    line = words[1] if len(words) > 1 else ""
     if words[:1] == ["query"]:
-        print("\n".join(candidates(words[1] if len(words) > 1 else "")))
+        print("\n".join(candidates(line)))
+        return FINISHED
+    if words[:1] == ["describe"]:
+        print("\n".join(f"{word}\t{about(word, line)}".rstrip() for word in candidates(line)))
         return FINISHED
     scripts = {"bash": BASH, "zsh": ZSH}
     if len(words) != 1 or words[0] not in scripts:
@@ -71,7 +54,11 @@ def candidates(line: str) -> list[str]:
         return []
     if current.startswith("-"):
         return [f"--{flag}" for flag in (*verb.flags, "help") if f"--{flag}".startswith(current)]
-    own = _own(verb, current)
+    if verb.flags.get(before[-1].removeprefix("--"), "").startswith("=") and before[-1].startswith("--"):
+        return [word for word in FLAGS.get(before[-1], ()) if word.startswith(current)]
+    if not verb.takes:
+        return []
+    own = _own(verb, current, before)
     if verb.takes == "words":
         return own or ([] if verb.words else _topics(before[0], current))
     if "=" in current:
@@ -83,13 +70,18 @@ def candidates(line: str) -> list[str]:
     return sorted({word for word in [*own, *found] if word.startswith(current)})
 
 
-def _own(verb: Verb, current: str) -> list[str]:
-    """The verb's own words, and the runs that some of them take."""
+def _own(verb: Verb, current: str, before: list[str]) -> list[str]:
+    """The verb's own words, and what some of them take: runs, their checkpoints, the averaged weights."""
     key, equals, _ = current.partition("=")
     if not equals:
         return [f"{word}=" for word in verb.words if word.startswith(current)]
-    if verb.words.get(key, "").startswith("=RUN"):
-        return [word for name in _runs() if (word := f"{key}={name}").startswith(current)]
+    takes = verb.words.get(key, "")
+    if takes.startswith("=RECIPE"):
+        return [f"{key}={name}" for name in catalog.recipes() if f"{key}={name}".startswith(current)]
+    if takes.startswith("=ema"):
+        return [f"{key}=ema"]
+    if takes.startswith("=RUN"):
+        return [word for name in _runs(current, before) if (word := f"{key}={name}").startswith(current)]
     return []
 
 
@@ -107,20 +99,61 @@ def _topics(verb: str, current: str) -> list[str]:
     return sorted({topic for topic in topics if topic.startswith(current)})
 
 
-def _runs() -> list[str]:
-    return sorted(str(page.parent.relative_to("runs")) for page in Path("runs").glob("**/config.yaml"))
+def _runs(current: str, before: list[str]) -> list[str]:
+    """The runs in runs_dir; behind an @ the checkpoints of one."""
+    words = [word.partition("=")[2] for word in before if word.startswith("runs_dir=")]
+    folder = Path(words[0] if words else "runs")
+    name, at, _ = current.partition("=")[2].rpartition("@")
+    if at:
+        run = folder / name
+        steps = sorted((run / "checkpoints").glob("step-????????"))
+        best = ["best"] if (run / "best").exists() else []
+        return [f"{name}@{pick}" for pick in [*best, *(f"step-{int(path.name[5:])}" for path in steps)]]
+    pages = [page for glob in ("*/config.yaml", "*/*/config.yaml") for page in folder.glob(glob)]
+    return sorted(str(page.parent.relative_to(folder)) for page in pages)
 
 
 def _page(before: list[str]) -> Any:
-    """The page that the line names, as far as it can be read at once; {} otherwise."""
+    """The page that the line names, with the kinds that it chooses, as far as it can be read at once."""
+    page: Any = {}
     named = next((word.partition("=")[2] for word in before if word.startswith("config=")), None)
-    if named is None:
+    if named is not None:
+        page = _read(lambda: catalog.find(named).file)
+    if not isinstance(page, dict):
         return {}
+    groups = catalog.groups()
+    chosen = [
+        item for entry in page.get("defaults") or () if isinstance(entry, dict) for item in entry.items()
+    ]
+    chosen = [pair for pair in chosen if pair[0] not in page]
+    for word in before:
+        key, _, value = word.partition("=")
+        chosen.append((key, value))
+    for key, value in chosen:
+        *path, last = str(key).split(".")
+        if value in groups.get(key, ()):
+            page[key] = _group_page(key, value)
+        elif last == "kind":
+            node = page
+            for part in path:
+                inner = node.get(part)
+                node[part] = inner if isinstance(inner, dict) else {}
+                node = node[part]
+            node["kind"] = value
+    return page
+
+
+def _group_page(group: str, option: str) -> Any:
+    files = (folder / group / f"{option}.yaml" for folder in catalog.folders())
+    return _read(lambda: next(file for file in files if file.is_file()))
+
+
+def _read(find: Callable[[], Path]) -> Any:
     from ssmtrain.config.yaml_reader import read_yaml
 
     try:
-        return read_yaml(catalog.find(named).file)
-    except UserError:
+        return read_yaml(find())
+    except (UserError, OSError):
         return {}
 
 
@@ -156,7 +189,7 @@ def _values(current: str, before: list[str]) -> list[str]:
     if key == "config":
         return [f"config={name}" for name in catalog.recipes()]
     if key == "run":
-        return [f"run={name}" for name in _runs()]
+        return [f"run={name}" for name in _runs(current, before)]
     groups = catalog.groups()
     if key in groups:
         return [f"{key}={option}" for option in groups[key]]
@@ -165,8 +198,54 @@ def _values(current: str, before: list[str]) -> list[str]:
     if path[-1] == "kind" and union is not None:
         return [f"{key}={kind}" for kind in union["discriminator"]["mapping"]]
     schema, words = schema_file.load(), []
-    piece = schema_file.piece(path, _page(before))
+    page = _page(before)
+    piece = schema_file.piece(path, page)
     for option in options(schema, piece) if piece else []:
         words += option.get("enum", [option["const"]] if "const" in option else [])
         words += ["true", "false"] if option.get("type") == "boolean" else []
+    if piece and not words:
+        words = _example(schema, piece, path, page)
     return [f"{key}={word}" for word in words]
+
+
+def _example(schema: Schema, piece: Schema, path: tuple[str, ...], page: Any) -> list[str]:
+    """The value that a number or text has without the line, or one of its kind, to be typed over."""
+    for part in path:
+        page = page.get(part) if isinstance(page, dict) else None
+    value = piece.get("default") if page is None else page
+    if value is None:
+        given = [one for option in options(schema, piece) for one in option.get("examples", ())]
+        value = given[0] if given else None
+    plain = isinstance(value, int | float) or (isinstance(value, str) and value.isprintable())
+    return [str(value)] if plain and value != "" and " " not in str(value) else []
+
+
+def about(word: str, line: str) -> str:
+    """What a candidate is: a verb's summary, a key's type and description; empty where the word says it."""
+    words = line.split()
+    before = words[1:] if not words or line[-1].isspace() else words[1:-1]
+    verb = VERBS.get(" ".join([*before[:1], word])) or (None if before else VERBS.get(word))
+    if verb is not None:
+        return verb.summary
+    current = VERBS.get(" ".join(before[:2])) or VERBS.get(before[0] if before else "")
+    if current is None:
+        return ""
+    name = word.removeprefix("--").partition("=")[0].rstrip(".")
+    text = (current.flags if word.startswith("-") else current.words).get(name, "")
+    if text:
+        return text.split(" ", 1)[-1] if text.startswith("=") else text
+    if word.startswith("config=") and word != "config=":
+        return catalog.headline(catalog.recipes().get(word.partition("=")[2], Path()))
+    if not word.endswith(("=", ".")):
+        return ""
+    piece = schema_file.piece(tuple(name.split(".")), _page(before))
+    if piece is None:
+        return ""
+    schema = schema_file.load()
+    said = str(resolve(schema, piece).get("description", "")).split("\n")[0]
+    if word.endswith("."):
+        return said
+    if name in catalog.groups():
+        return f"one of {', '.join(catalog.groups()[name])}: {said}"
+    default = f", default {show_value(piece['default'])}" if "default" in piece else ""
+    return f"{describe(schema, piece)}{default}: {said}".rstrip(": ")

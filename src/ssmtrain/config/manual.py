@@ -75,6 +75,7 @@ def _verb(name: str) -> list[str]:
             "average": "<checkpoint> <checkpoint> …",
             "config diff": "<one> <other>",
             "completion": "bash|zsh",
+            "doctor": "[config=<recipe> | run=<run>]",
         }.get(name, "[verb, kind or key]"),
     }.get(verb.takes, "")
     lines = [f"usage: ssmtrain {name} {takes}".rstrip(), "", f"  {verb.summary}"]

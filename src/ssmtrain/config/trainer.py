@@ -61,6 +61,9 @@ class TrainerConfig(Config):
     """Steps between lines of metrics."""
     health_every: Count = 100
     """Steps between health metrics of the layers; 0: never."""
+    profile: Annotated[str, Field(pattern=r"^[1-9]\d*:[1-9]\d*$", examples=["10:15"])] | None = None
+    """Profile these steps, first:last: a Chrome trace and the time by kind of layer and by op, in the run's
+    profile/; absent: none."""
     val_every: Count = 200
     """Steps between validations; 0: only at the end."""
     val_tokens: Positive | None = None

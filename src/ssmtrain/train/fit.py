@@ -109,7 +109,9 @@ def _fit(config: RunConfig, run: Run, signals: Signals, clock: Clock) -> int:
 
     lit = LitLM(config, vocab, data, signals, clock, run.checkpoint, run.origin)
     ending = Ending(run, tokenizer, counts.params.total)
-    trainer = _trainer(config, run, accelerator, devices, [*_callbacks(lit, run, tokenizer, counts), ending])
+    trainer = make_trainer(
+        config, run, accelerator, devices, [*_callbacks(lit, run, tokenizer, counts), ending]
+    )
     return _train(trainer, lit, run, ending)
 
 
@@ -159,11 +161,11 @@ def _train(trainer: Trainer, lit: LitLM, run: Run, ending: Ending) -> int:
     try:
         trainer.fit(lit)
     finally:
-        lit.journal.close()
+        last_words = lit.journal.close()
         wait_for(children(trainer))
     finished = lit.stop == "finished"
     if launched.rank() == 0:
-        print(ending.text if finished else _stopped(lit, run), flush=True)
+        print("\n".join([ending.text if finished else _stopped(lit, run), *last_words]), flush=True)
     if launched.local_world():
         _end_together(lit.signals)
     return FINISHED if finished else UNFINISHED
@@ -237,6 +239,10 @@ def _callbacks(lit: LitLM, run: Run, tokenizer: Tokenizer, counts: Counts) -> li
     page = lit.config.trainer
     console = Console()
     found: list[Callback] = [Sinks(run, console)]
+    if page.profile is not None:
+        from ssmtrain.train.callbacks.profile import Profile
+
+        found.append(Profile(run.folder, page.profile))
     if page.stall_seconds is not None:
         found.append(Stalls(run, page.stall_seconds))
     if lit.config.ema is not None:
@@ -253,7 +259,7 @@ def _callbacks(lit: LitLM, run: Run, tokenizer: Tokenizer, counts: Counts) -> li
     return [*found, Saving(run, page), console]
 
 
-def _trainer(
+def make_trainer(
     config: RunConfig, run: Run, accelerator: str, devices: int, callbacks: list[Callback]
 ) -> Trainer:
     """Lightning's Trainer with everything of its own that is not exact, or not ours to show, switched off."""

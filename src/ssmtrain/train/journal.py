@@ -24,8 +24,8 @@ class Sink(Protocol):
     def write(self, record: Record) -> None:
         """Take one record."""
 
-    def close(self) -> None:
-        """Finish; nothing follows."""
+    def close(self) -> str | None:
+        """Finish; nothing follows. Returns a line for the user where there is something left to do."""
 
 
 class Journal:
@@ -44,14 +44,16 @@ class Journal:
                 log.warning("%s stopped taking records: %s", type(sink).__name__, error)
                 self.sinks.remove(sink)
 
-    def close(self) -> None:
-        """Close every sink."""
+    def close(self) -> list[str]:
+        """Close every sink; returns what they have to say to the user."""
+        said = []
         for sink in self.sinks:
             try:
-                sink.close()
+                said.append(sink.close())
             except Exception as error:
                 log.warning("%s did not close: %s", type(sink).__name__, error)
         self.sinks = []
+        return [line for line in said if line]
 
 
 class JsonLines:
