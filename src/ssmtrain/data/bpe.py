@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 def trained(config: BpeTokenizer, data: AnyData) -> Path:
     """The tokenizer.json of a corpus, found or made; UserError when the text has too few distinct pieces."""
     source = open_source(data)
-    identity = [FORMAT, config.vocab_size, config.sample_bytes, source.fingerprint]
+    identity = [FORMAT, config.vocab_size, config.sample_bytes, source.digest]
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     name = f"{source.label}-bpe-{config.vocab_size}-{digest[:16]}"
     roots = cache.roots(data.cache_dir)

@@ -10,7 +10,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from itertools import chain, islice
@@ -40,6 +40,8 @@ class How:
     dtype: str
     skip_bad: bool
     digests: bool
+    threads: bool = False
+    """Whether threads do it: files to bytes is copying, which the interpreter's lock does not hold up."""
     batch: int = BATCH
 
 
@@ -156,7 +158,14 @@ class Interrupted(UserError):
 
 @contextlib.contextmanager
 def _pool(how: How, workers: int) -> Iterator[Callable[[Unit], Future[Encoded]]]:
-    """Processes that tokenise; they end with this one, however it ends."""
+    """Processes that tokenise; they end with this one, however it ends. Threads where those are enough."""
+    if how.threads:
+        with ThreadPoolExecutor(workers) as threads:
+            try:
+                yield lambda unit: threads.submit(encode, unit, how)
+            finally:
+                threads.shutdown(wait=True, cancel_futures=True)
+        return
     spawn = multiprocessing.get_context("spawn")  # a fork would inherit locks that other threads hold
     pool = ProcessPoolExecutor(workers, spawn, _start, (how,))
     try:

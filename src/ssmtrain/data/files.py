@@ -65,9 +65,11 @@ def _held_out(plain: list[Span], beside: bool, fraction: float) -> tuple[list[Sp
 
 def _entry(file: TextFile, data: TextData) -> Entry:
     """What a file holds, by its name or by `data.format`."""
-    packing = PACKINGS.get(file.path.suffix)
-    name = file.path.with_suffix("") if packing else file.path
-    form = FORMATS.get(name.suffix, "text") if data.format == "auto" else data.format
+    stem, ending = os.path.splitext(file.path.name)
+    packing = PACKINGS.get(ending)
+    if packing is not None:
+        ending = os.path.splitext(stem)[1]
+    form = FORMATS.get(ending, "text") if data.format == "auto" else data.format
     if form == "text" and packing is None:
         return Span(file, 0, file.size)
     if form == "parquet" and packing is not None:
@@ -102,8 +104,8 @@ def find(entries: str | list[str], include: list[str], key: str) -> list[TextFil
     entries = [entries] if isinstance(entries, str) else entries
     found: dict[tuple[int, int], TextFile] = {}  # by device and inode: the same file counts once
     for entry in entries:
-        for path in _paths(entry, include, key):
-            inode, file = _stat(path, key)
+        for path, info in _paths(entry, include, key):
+            inode, file = _file(path, info, key)
             found.setdefault(inode, file)
     if not found:
         raise UserError(f"{key}: no files given")
@@ -156,7 +158,7 @@ def _cut_after(span: Span, mark: int) -> int:
     return mark + skip
 
 
-def _paths(entry: str, include: list[str], key: str) -> list[Path]:
+def _paths(entry: str, include: list[str], key: str) -> list[tuple[str, os.stat_result | None]]:
     path = Path(entry).expanduser()
     try:
         if path.is_dir():
@@ -165,18 +167,18 @@ def _paths(entry: str, include: list[str], key: str) -> list[Path]:
                 raise UserError(f"{key}: no file in {entry} matches data.include={include}")
             return inside
         if path.exists():
-            return [path]
+            return [(str(path), None)]
     except (OSError, ValueError) as error:
         raise UserError(f"{key}: cannot read {entry}: {getattr(error, 'strerror', error)}") from None
     if glob.has_magic(entry):
         matches = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
         if matches:
-            return matches
+            return [(str(p), None) for p in matches]
         raise UserError(f"{key}: no file matches {entry}")
     raise UserError(f"{key}: {entry} does not exist", *_nearest(path))
 
 
-def _walk(folder: Path, include: list[str]) -> list[Path]:
+def _walk(folder: Path, include: list[str]) -> list[tuple[str, os.stat_result | None]]:
     """Regular files below a folder that match a glob, in path order; hidden ones and links to folders not."""
     wanted = _matcher(include)
     found: list[list[str]] = []
@@ -184,14 +186,24 @@ def _walk(folder: Path, include: list[str]) -> list[Path]:
         folders[:] = [f for f in folders if f[0] != "."]
         below = [] if Path(root) == folder else os.path.relpath(root, folder).split("/")
         found += [names for f in files if f[0] != "." and wanted(names := [*below, f])]
-    paths = (folder.joinpath(*names) for names in sorted(found))
-    return [path for path in paths if path.is_file()]
+    out: list[tuple[str, os.stat_result | None]] = []
+    for names in sorted(found):
+        path = os.path.join(folder, *names)
+        try:
+            info = os.stat(path)
+        except OSError:
+            continue  # a link to nothing
+        if stat.S_ISREG(info.st_mode):
+            out.append((path, info))
+    return out
 
 
 def _matcher(include: list[str]) -> Callable[[list[str]], bool]:
     """Whether one of the globs matches a path; `**/*.c` and its like are looked up by the name alone."""
-    ends = [p[3:] for p in include if p.startswith("**/") and "/" not in p[3:] and p[3:] != "**"]
-    others = [p.split("/") for p in include if p[3:] not in ends or not p.startswith("**/")]
+    include = ["**/*" if p == "**" else p for p in include]
+    quick = [p.startswith("**/") and "/" not in p[3:] and p[3:] != "**" for p in include]
+    ends = [p[3:] for p, by_name in zip(include, quick, strict=True) if by_name]
+    others = [p.split("/") for p, by_name in zip(include, quick, strict=True) if not by_name]
     last = re.compile("|".join(map(fnmatch.translate, ends))) if ends else None
     return lambda names: bool(
         (last is not None and last.match(names[-1])) or any(_matches(names, globs) for globs in others)
@@ -217,10 +229,11 @@ def _nearest(path: Path) -> list[str]:
     return [f"did you mean {path.parent / close[0]}?"] if close else []
 
 
-def _stat(path: Path, key: str) -> tuple[tuple[int, int], TextFile]:
-    path = path.absolute()
+def _file(path: str, info: os.stat_result | None, key: str) -> tuple[tuple[int, int], TextFile]:
+    """What is known of a file, and its device and inode; `info` is what the system said of it, if asked."""
+    path = os.path.abspath(path)
     try:
-        info = path.stat()
+        info = info or os.stat(path)
     except OSError as error:
         raise UserError(f"{key}: cannot read {path}: {error.strerror}") from None
     if not stat.S_ISREG(info.st_mode):
@@ -228,7 +241,7 @@ def _stat(path: Path, key: str) -> tuple[tuple[int, int], TextFile]:
     if not os.access(path, os.R_OK):
         raise UserError(f"{key}: cannot read {path}: permission denied")
     changed = (info.st_mtime_ns, info.st_ctime_ns)
-    return (info.st_dev, info.st_ino), TextFile(path, info.st_size, changed, key)
+    return (info.st_dev, info.st_ino), TextFile(Path(path), info.st_size, changed, key)
 
 
 def _first(entries: str | list[str]) -> str:

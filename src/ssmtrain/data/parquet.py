@@ -26,8 +26,9 @@ def column(file: TextFile, name: str) -> Iterator[bytes | None]:
             table = parquet.ParquetFile(stream)
             fields = {field.name: field.type for field in table.schema_arrow}
             if name not in fields:
+                has = ", ".join(list(fields)[:8])
                 raise UserError(
-                    f"{file.key}: {file.path}: there is no column {name!r}, only {', '.join(list(fields)[:8])}",
+                    f"{file.key}: {file.path}: there is no column {name!r}, only {has}",
                     "set data.text_key=<the column that holds the text>",
                 )
             kind = fields[name]

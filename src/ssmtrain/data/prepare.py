@@ -11,7 +11,7 @@ import shutil
 import uuid
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, ValidationError
 
@@ -21,8 +21,8 @@ from ssmtrain.data import cache, making
 from ssmtrain.data.encode import How, Interrupted
 from ssmtrain.data.shards import SHARD_TOKENS, SplitEntry, TokenStream, sizes_match, verify
 from ssmtrain.data.sources import open_source
-from ssmtrain.data.spans import Source
-from ssmtrain.data.tokenizer import Tokenizer, load_tokenizer
+from ssmtrain.data.spans import Source, Span
+from ssmtrain.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from ssmtrain.config.schema import RunConfig
@@ -95,8 +95,8 @@ def prepare(config: RunConfig, tokenizer: Tokenizer | None = None, workers: int 
     """
     tokenizer = tokenizer or load_tokenizer(config.tokenizer, config.data)
     source = open_source(config.data)
-    identity = {"format": FORMAT, "tokenizer": tokenizer.hash, "source": source.fingerprint}
-    name = f"{source.label}-{_digest(identity)[:16]}"
+    identity = hashlib.sha256(f"{FORMAT} {tokenizer.hash} {source.digest}".encode()).hexdigest()
+    name = f"{source.label}-{identity[:16]}"
     roots = cache.roots(config.data.cache_dir)
     for root in roots:
         found = load(root / name)
@@ -129,14 +129,10 @@ def load(folder: Path) -> Prepared | None:
     return Prepared(folder, manifest, made=False) if whole and manifest.format == FORMAT else None
 
 
-def _digest(identity: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-
-
 def _checked(prepared: Prepared, tokenizer: Tokenizer, source: Source) -> Prepared:
     """Verify a folder that some other process made, unless it has not changed since it last passed."""
     manifest = prepared.manifest
-    if (manifest.tokenizer, manifest.source) != (tokenizer.hash, _digest(source.fingerprint)):
+    if (manifest.tokenizer, manifest.source) != (tokenizer.hash, source.digest):
         what = "tokenizer" if manifest.tokenizer != tokenizer.hash else "source"
         raise UserError(
             f"prepared data in {prepared.folder} is of another {what} than its name says",
@@ -180,7 +176,9 @@ def _make(source: Source, tokenizer: Tokenizer, folder: Path, work: Path, worker
 def _fill(source: Source, tokenizer: Tokenizer, folder: Path, work: Path, workers: int) -> bool:
     work.mkdir(exist_ok=True)
     dtype: Literal["<u2", "<u4"] = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
-    how = How(tokenizer, dtype, source.skip_bad, source.drop_duplicates)
+    plain = all(isinstance(entry, Span) for split in source.splits.values() for entry in split)
+    threads = plain and isinstance(tokenizer, ByteTokenizer)
+    how = How(tokenizer, dtype, source.skip_bad, source.drop_duplicates, threads)
     maker = making.Maker(source, how, tokenizer.eot, work, SHARD_TOKENS)
     splits: dict[str, SplitEntry] = {}
     for split, entry in maker.run(workers).items():
@@ -203,7 +201,7 @@ def _fill(source: Source, tokenizer: Tokenizer, folder: Path, work: Path, worker
         eot=tokenizer.eot,
         dtype=dtype,
         shard_tokens=SHARD_TOKENS,
-        source=_digest(source.fingerprint),
+        source=source.digest,
         sources=sources,
         splits=splits,
     )

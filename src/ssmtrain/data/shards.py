@@ -171,7 +171,7 @@ class SplitWriter:
         self._begins = self.tokens
 
     def append(self, ids: np.ndarray, lengths: np.ndarray) -> None:
-        """Append whole documents of `lengths` (n,) tokens with their ends of text; those of 0 are left out."""
+        """Append whole documents of `lengths` (n,) tokens, end of text included; those of 0 are left out."""
         some = lengths[lengths > 0]
         self.empty += len(lengths) - len(some)
         self._starts.write((self.tokens + np.cumsum(some) - some).astype("<i8"))

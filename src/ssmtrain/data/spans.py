@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import lzma
 import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.resources.abc import Traversable
 from io import BytesIO
 from pathlib import Path
@@ -143,6 +145,11 @@ class Source:
     """Leave out what cannot be read as text."""
     drop_duplicates: bool = False
     """Leave out documents that came before."""
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the fingerprint."""
+        return hashlib.sha256(json.dumps(self.fingerprint, sort_keys=True).encode()).hexdigest()
 
 
 def pieces(span: Span) -> Iterator[str]:
