@@ -120,7 +120,9 @@ def test_half_made_folders_are_made_again(config, harm: str) -> None:
         (folder / "manifest.json").write_text("{")
     elif harm == "format":
         text = (folder / "manifest.json").read_text()
-        (folder / "manifest.json").write_text(text.replace(f'"format": {prepare_module.FORMAT}', '"format": 99'))
+        (folder / "manifest.json").write_text(
+            text.replace(f'"format": {prepare_module.FORMAT}', '"format": 99')
+        )
     elif harm == "missing":
         (folder / "val-00000.bin").unlink()
     else:

@@ -131,20 +131,17 @@ def encode_all(units: Iterator[Unit], how: How, workers: int) -> Iterator[tuple[
     first = next(units, None)
     if first is None:
         return
-    with _pool(replace(how, batch=BATCH // 8), workers) as submit:
-        waiting: deque[tuple[Unit, Future[Encoded]]] = deque()
-        for unit in chain([first], units):
-            waiting.append((unit, submit(unit)))
-            if len(waiting) > workers + 2:
-                yield _taken(waiting)
-        while waiting:
-            yield _taken(waiting)
-
-
-def _taken(waiting: deque[tuple[Unit, Future[Encoded]]]) -> tuple[Unit, Encoded]:
-    unit, future = waiting.popleft()
     try:
-        return unit, future.result()
+        with _pool(replace(how, batch=BATCH // 8), workers) as submit:
+            waiting: deque[tuple[Unit, Future[Encoded]]] = deque()
+            for unit in chain([first], units):
+                waiting.append((unit, submit(unit)))
+                if len(waiting) > workers + 2:
+                    done, future = waiting.popleft()
+                    yield done, future.result()
+            while waiting:
+                done, future = waiting.popleft()
+                yield done, future.result()
     except BrokenProcessPool:
         raise Interrupted(
             "a process that tokenised was killed, which is what a machine does that runs out of memory",

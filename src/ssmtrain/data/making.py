@@ -19,13 +19,14 @@ from pydantic import ValidationError
 from ssmtrain.config.base import Config
 from ssmtrain.config.errors import UserError
 from ssmtrain.data import cache
+from ssmtrain.data import units as work
 from ssmtrain.data.encode import Encoded, How, encode_all
 from ssmtrain.data.progress import Progress
 from ssmtrain.data.seen import Seen
 from ssmtrain.data.shards import Damaged, SplitEntry, SplitWriter, WriterState
 from ssmtrain.data.sources import divided, validates
 from ssmtrain.data.spans import Entry, Remote, Source, more_problems
-from ssmtrain.data.units import UNIT, Unit, units
+from ssmtrain.data.units import Unit
 
 EVERY = 2.0
 """Seconds between two notes of how far it is, each once all before it is on disk."""
@@ -67,7 +68,7 @@ class Maker:
         self.resumed = note is not None
 
     def _open(self, note: Note | None, eot: int, cap: int) -> None:
-        at = note or Note(unit_bytes=UNIT, units=0, records=0, leaving=False, digests=0, writers={})
+        at = note or Note(unit_bytes=work.UNIT, units=0, records=0, leaving=False, digests=0, writers={})
         self.units, self.records, self.leaving = at.units, at.records, at.leaving
         self.counts = np.zeros((len(self.entries), 2), np.int64)  # documents and bytes of each entry
         if note is not None:
@@ -80,7 +81,7 @@ class Maker:
             for split in ("train", "val")
         }
         if self.seen is not None:
-            self.digests = (self.folder / DIGESTS).open("r+b" if note else "wb")
+            self.digests = (self.folder / DIGESTS).open("r+b" if note else "w+b")
             found = self.digests.read(16 * at.digests)
             if len(found) != 16 * at.digests:
                 raise Damaged(DIGESTS)
@@ -92,7 +93,7 @@ class Maker:
         """Do what is left; returns the manifest's entries, None for a split without tokens."""
         if self.resumed:
             log.info("going on with what an interrupted preparation left in %s", self.folder)
-        todo = islice(units(self.source), self.units, None)
+        todo = islice(work.units(self.source), self.units, None)
         bar = Progress(self.source.label, self.entries)
         with bar, ThreadPoolExecutor(1) as pool:
             said, noting = monotonic(), None
@@ -142,8 +143,8 @@ class Maker:
             return
         if self.source.skip_bad:
             before = sum(w.skipped for w in self.writers.values())
-            for _, why in encoded.bad[: max(0, SHOWN - before)]:
-                log.warning("left out: %s", why or "a long document that cannot be read as text")
+            for _, why in encoded.bad[: max(0, SHOWN - before) if unit.opens else 0]:
+                log.warning("left out: %s", why or f"{_name(self.entries[unit.entry])}: not UTF-8 text")
             return
         at, why = encoded.bad[0]
         after = unit.entry + (at if unit.one_each else 0) + 1
@@ -178,7 +179,7 @@ class Maker:
             self.digests.flush()
             handles.append(os.dup(self.digests.fileno()))
         note = Note(
-            unit_bytes=UNIT,
+            unit_bytes=work.UNIT,
             units=self.units,
             records=self.records,
             leaving=self.leaving,
@@ -207,12 +208,13 @@ def source_list(maker: Maker) -> Iterator[dict[str, Any]]:
     """What every entry of the source gave, a mapping each: the manifest's list of sources."""
     train = len(maker.source.splits["train"])
     for i, (entry, (documents, size)) in enumerate(zip(maker.entries, maker.counts.tolist(), strict=True)):
-        if isinstance(entry, Remote):
-            name, on_disk = f"{entry.path} {entry.split}", None
-        else:
-            name, on_disk = str(entry.file.path), entry.file.size
+        on_disk = None if isinstance(entry, Remote) else entry.file.size
         split = "train" if i < train else "val"
-        yield {"path": name, "split": split, "size": on_disk, "documents": documents, "bytes": size}
+        yield {"path": _name(entry), "split": split, "size": on_disk, "documents": documents, "bytes": size}
+
+
+def _name(entry: Entry) -> str:
+    return f"{entry.path} {entry.split}" if isinstance(entry, Remote) else str(entry.file.path)
 
 
 def clear(folder: Path) -> None:
@@ -232,4 +234,4 @@ def _read_note(folder: Path) -> Note | None:
         note = Note.model_validate(json.loads((folder / NOTE).read_bytes()))
     except (OSError, ValueError, ValidationError):
         return None
-    return note if note.unit_bytes == UNIT else None
+    return note if note.unit_bytes == work.UNIT else None

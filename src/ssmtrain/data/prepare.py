@@ -125,7 +125,9 @@ def load(folder: Path) -> Prepared | None:
         manifest = Manifest.model_validate_json((folder / "manifest.json").read_bytes())
     except (OSError, ValidationError):
         return None
-    whole = all(sizes_match(folder, s, manifest.dtype) for s in manifest.splits.values())
+    whole = manifest.splits.keys() == {"train", "val"} and all(
+        sizes_match(folder, s, manifest.dtype, manifest.shard_tokens) for s in manifest.splits.values()
+    )
     return Prepared(folder, manifest, made=False) if whole and manifest.format == FORMAT else None
 
 

@@ -221,8 +221,12 @@ class TokenStream:
             self.read(start + len(piece), out[len(piece) :])
 
 
-def sizes_match(folder: Path, entry: SplitEntry, dtype: str) -> bool:
-    """Whether every file of the split is there and as long as the manifest says."""
+def sizes_match(folder: Path, entry: SplitEntry, dtype: str, shard_tokens: int) -> bool:
+    """Whether the manifest's counts agree, and every file of the split is there and as long as it says."""
+    items = [s.items for s in entry.shards]
+    whole = not items or (all(n == shard_tokens for n in items[:-1]) and items[-1] <= shard_tokens)
+    if not whole or sum(items) != entry.tokens or not items or entry.documents != entry.starts.items:
+        return False
     widths = [(s, np.dtype(dtype).itemsize) for s in entry.shards] + [(entry.starts, 8)]
     try:
         return all((folder / s.file).stat().st_size == s.items * width for s, width in widths)
