@@ -57,7 +57,7 @@ ROOMS_OF_PACKAGES: dict[str, set[str]] = {
 
 ONE_FILE = {
     "datasets", "deepspeed", "huggingface_hub", "lm_eval", "matplotlib", "peft", "pyarrow", "safetensors",
-    "submitit", "tensorboard", "tokenizers", "transformers", "wandb",
+    "submitit", "tensorboard", "tokenizers", "transformers", "wandb", "zstandard",
 }  # fmt: skip
 
 EVERYWHERE = {"yaml", "rich"}

@@ -89,6 +89,7 @@ VERBS: dict[str, Verb] = {
         "config or run",
         _JSON,
         "ssmtrain prepare config=quickstart data=text data.train=texts/",
+        {"workers": "=N processes that tokenise (one for each core); the result is the same"},
     ),
     "data show": Verb(
         "print what a step reads: rows, documents, masks; or the steps that read a document",

@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 
-from ssmtrain.config.data import BytesTokenizer, EmbeddedData, FileTokenizer, TextData
+from ssmtrain.config.data import (
+    AnyTokenizer,
+    BytesTokenizer,
+    EmbeddedData,
+    FileTokenizer,
+    HubData,
+    TextData,
+)
 from ssmtrain.config.schema import RunConfig
 
 
@@ -23,9 +30,12 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def page() -> Callable[..., RunConfig]:
     """A run's page without a model: `page(train=…)` for text files, `page()` for the embedded corpus."""
 
-    def make(seed: int = 0, tokenizer: Path | None = None, **data: Any) -> RunConfig:
-        source = TextData(**data) if "train" in data else EmbeddedData(**data)
-        reader = BytesTokenizer() if tokenizer is None else FileTokenizer(path=str(tokenizer))
+    def make(seed: int = 0, tokenizer: Path | AnyTokenizer | None = None, **data: Any) -> RunConfig:
+        kind = HubData if "path" in data else TextData if "train" in data else EmbeddedData
+        source = kind(**data)
+        reader: Any = tokenizer or BytesTokenizer()
+        if isinstance(tokenizer, Path):
+            reader = FileTokenizer(path=str(tokenizer))
         return RunConfig.model_construct(seed=seed, data=source, tokenizer=reader)
 
     return make

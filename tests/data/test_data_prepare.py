@@ -75,7 +75,8 @@ def test_what_makes_it_anew(config, page, bpe, tmp_path: Path) -> None:
 def test_shards(config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     whole = prepare(config).stream("train")
     monkeypatch.setattr(prepare_module, "SHARD_TOKENS", 100)
-    monkeypatch.setattr(prepare_module, "BATCH", 50)
+    monkeypatch.setattr("ssmtrain.data.units.UNIT", 100)
+    monkeypatch.setattr("ssmtrain.data.units.LONG", 200)
     monkeypatch.setattr("ssmtrain.data.spans.PIECE", 33)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
     cut = prepare(config).stream("train")
@@ -119,7 +120,9 @@ def test_half_made_folders_are_made_again(config, harm: str) -> None:
         (folder / "manifest.json").write_text("{")
     elif harm == "format":
         text = (folder / "manifest.json").read_text()
-        (folder / "manifest.json").write_text(text.replace('"format": 1', '"format": 99'))
+        (folder / "manifest.json").write_text(
+            text.replace(f'"format": {prepare_module.FORMAT}', '"format": 99')
+        )
     elif harm == "missing":
         (folder / "val-00000.bin").unlink()
     else:
@@ -178,11 +181,12 @@ def test_verified_once(config, monkeypatch: pytest.MonkeyPatch) -> None:
 MAKER = """
 import os, signal, sys
 from types import SimpleNamespace as Page
+from ssmtrain.config.data import TextData
 from ssmtrain.data import prepare as room
 from ssmtrain.data.shards import SplitWriter
 kill, train, val = sys.argv[1:]
 config = Page(
-    data=Page(kind="text", train=train, val=val, include=["**/*.txt"], cache_dir=None),
+    data=TextData(train=train, val=val, include=["**/*.txt"]),
     tokenizer=Page(kind="bytes"),
 )
 def die(*args, **kwargs):
@@ -218,10 +222,12 @@ def maker(kill: str, config, **kwargs) -> subprocess.Popen:
 def test_killed_while_preparing(config, own_cache: Path, kill: str) -> None:
     process = maker(kill, config)
     assert process.wait(60) == -signal.SIGKILL
-    assert [p for p in own_cache.iterdir() if ".tmp-" in p.name]
+    assert [p for p in own_cache.iterdir() if p.suffix == ".part"]
     after = prepare(config)
     after.verify()
-    assert after.made and not [p for p in own_cache.iterdir() if ".tmp-" in p.name]
+    assert after.made and [p for p in own_cache.iterdir() if p.name[0] != "."] == [after.folder]
+    names = {"manifest.json", "sources.jsonl", "verified.json", *(p.name for p in after.folder.glob("*.bin"))}
+    assert {p.name for p in after.folder.iterdir()} == names
 
 
 @pytest.mark.parametrize("locks", [True, False])
@@ -300,6 +306,6 @@ def test_on_disk_before_it_has_its_name(config, own_cache: Path, monkeypatch: py
     monkeypatch.setattr(Path, "rename", renamed)
     folder = prepare(config).folder
     *first, manifest, temporary, named, parent = events
-    assert sorted(first) == sorted(p.name for p in folder.glob("*.bin"))
-    assert manifest == "manifest.json" and temporary.startswith(f"{folder.name}.tmp-")
+    assert sorted(first) == sorted(p.name for p in [*folder.glob("*.bin"), folder / "sources.jsonl"])
+    assert manifest == "manifest.json" and temporary == f"{folder.name}.part"
     assert (named, parent) == (f"rename {folder.name}", own_cache.name)

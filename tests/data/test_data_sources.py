@@ -234,7 +234,7 @@ def test_the_same_file_twice(page, write, caplog: pytest.LogCaptureFixture) -> N
     assert "also in data.train" in caplog.text
 
 
-def test_json_lines_are_read_as_text_with_a_warning(page, write, caplog: pytest.LogCaptureFixture) -> None:
-    path = str(write("a.jsonl", '{"text": "x"}\n'))
+def test_json_is_read_as_text_with_a_warning(page, write, caplog: pytest.LogCaptureFixture) -> None:
+    path = str(write("a.json", '{"text": "x"}\n'))
     open_source(page(train=path, val=path).data)
     assert "read as plain text" in caplog.text

@@ -101,6 +101,7 @@ def _paths(config: Any) -> Iterator[str]:
         "data.cache_dir": config.data.cache_dir,
         "trainer.kernel_cache": config.trainer.kernel_cache,
         "tokenizer.path": getattr(config.tokenizer, "path", None),
+        "data.path": getattr(config.data, "path", None),
     }
     for key, path in paths.items():
         if path is not None and "\0" in path:
@@ -168,6 +169,8 @@ def _vocabulary(config: Any) -> Iterator[str]:
             yield f"tokenizer.path = {show_value(tokenizer.path)}: there is no such file"
             return
         size = _file_vocabulary(path)
+    elif tokenizer.kind == "bpe":
+        size = tokenizer.vocab_size
     vocab = config.model.vocab_size
     if vocab is not None and size is not None and vocab < size:
         yield (
@@ -295,7 +298,9 @@ def _ignored(config: Any) -> Iterator[str]:
     """Settings that another setting switches off."""
     data, generate = config.data, config.generate
     fraction = schema_file.piece(("data", "val_fraction"), {"data": {"kind": "text"}}) or {}
-    if data.kind == "text" and data.val is not None and data.val_fraction != fraction.get("default"):
+    if data.kind == "text" and data.format == "text" and data.text_key != "text":
+        yield f"data.text_key = {show_value(data.text_key)}: no effect with data.format=text; leave one out"
+    if data.kind in ("text", "hub") and data.val is not None and data.val_fraction != fraction.get("default"):
         yield f"data.val_fraction = {data.val_fraction}: no effect beside data.val; leave one out"
     if generate.temperature == 0 and (generate.top_k or generate.top_p < 1):
         which = "top_k" if generate.top_k else "top_p"

@@ -1,4 +1,4 @@
-"""The user's own text files: found by path, glob or directory, and divided into train and val."""
+"""The user's own files: found by path, glob or directory, and divided into train and val."""
 
 from __future__ import annotations
 
@@ -7,15 +7,21 @@ import fnmatch
 import glob
 import logging
 import os
+import re
 import stat
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ssmtrain.config.errors import UserError
-from ssmtrain.data.spans import LINE, PIECE, SPACE, Source, Span, TextFile
+from ssmtrain.data.spans import LINE, PIECE, SPACE, Entry, Records, Source, Span, TextFile
+from ssmtrain.data.unpack import PACKINGS
 
 if TYPE_CHECKING:
     from ssmtrain.config.data import TextData
+
+FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+"""What a file holds by the end of its name; all others are text."""
 
 log = logging.getLogger(__name__)
 
@@ -23,42 +29,89 @@ log = logging.getLogger(__name__)
 def text_source(data: TextData) -> Source:
     """The files that `data.train` and `data.val` name; UserError names the key and what is wrong with it."""
     train = find(data.train, data.include, "data.train")
-    splits = {"train": [Span(f, 0, f.size) for f in train]}
+    splits = {"train": [_entry(f, data) for f in train]}
+    held_out = None
     if data.val is None:
-        splits["train"], splits["val"] = hold_out(splits["train"], data.val_fraction)
+        plain = [e for e in splits["train"] if isinstance(e, Span)]
+        records = [e for e in splits["train"] if isinstance(e, Records)]
+        kept, val = _held_out(plain, bool(records), data.val_fraction)
+        splits = {"train": [*kept, *records], "val": [*val]}
+        held_out = data.val_fraction if records else None
     else:
-        val = find(data.val, data.include, "data.val")
-        splits["val"] = [Span(f, 0, f.size) for f in val]
-        both = sorted({f.path for f in train} & {f.path for f in val})
+        given = find(data.val, data.include, "data.val")
+        splits["val"] = [_entry(f, data) for f in given]
+        both = sorted({f.path for f in train} & {f.path for f in given})
         if both:
             log.warning("data.val: %d files are also in data.train, such as %s", len(both), both[0])
-    spans = [
-        [name, str(s.file.path), s.file.size, *s.file.changed, s.start, s.stop]
-        for name, split in splits.items()
-        for s in split
-        if isinstance(s.file, TextFile)
-    ]
+    _check_formats([e for split in splits.values() for e in split], data)
+    spans = [[name, *_identity(entry)] for name, split in splits.items() for entry in split]
     label = "".join(c if c.isalnum() else "_" for c in _first(data.train))[:40] or "text"
-    return Source(label, splits, {"kind": "text", "spans": spans})
+    fingerprint = {"kind": "text", "spans": spans, "held_out": held_out}
+    fingerprint |= {"skip_bad": data.skip_bad, "drop_duplicates": data.drop_duplicates}
+    return Source(label, splits, fingerprint, held_out, data.skip_bad, data.drop_duplicates)
+
+
+def _held_out(plain: list[Span], beside: bool, fraction: float) -> tuple[list[Span], list[Span]]:
+    """The plain files divided; all of them train where they are too short and there are records `beside`."""
+    if not plain:
+        return [], []
+    try:
+        return hold_out(plain, fraction)
+    except UserError:
+        if not beside:
+            raise
+        return plain, []
+
+
+def _entry(file: TextFile, data: TextData) -> Entry:
+    """What a file holds, by its name or by `data.format`."""
+    stem, ending = os.path.splitext(file.path.name)
+    packing = PACKINGS.get(ending)
+    if packing is not None:
+        ending = os.path.splitext(stem)[1]
+    form = FORMATS.get(ending, "text") if data.format == "auto" else data.format
+    if form == "text" and packing is None:
+        return Span(file, 0, file.size)
+    if form == "parquet" and packing is not None:
+        raise UserError(f"{file.key}: {file.path}: unpack it: Parquet files are not read inside {packing}")
+    return Records(file, form, packing, data.text_key)
+
+
+def _identity(entry: Entry) -> list[Any]:
+    file = entry.file if isinstance(entry, Span | Records) else None
+    if not isinstance(file, TextFile):
+        return []
+    inner = [entry.start, entry.stop] if isinstance(entry, Span) else [*entry[1:]]
+    return [str(file.path), file.size, *file.changed, *inner]
+
+
+def _check_formats(entries: list[Entry], data: TextData) -> None:
+    """UserError for a text_key that nothing reads; a warning where JSON is read as plain text."""
+    for entry in entries:
+        if isinstance(entry, Span) and entry.file.path.name.endswith(".json") and data.format == "auto":
+            said = "%s: %s is read as plain text, braces and all; data.format=jsonl reads JSON lines"
+            log.warning(said, getattr(entry.file, "key", "data"), entry.file.path)
+            break
+    if data.text_key != "text" and not any(isinstance(e, Records) and e.format != "text" for e in entries):
+        raise UserError(
+            f"data.text_key = {data.text_key}: no effect, as no file is JSON lines or Parquet",
+            "leave it out, or set data.format=jsonl or parquet",
+        )
 
 
 def find(entries: str | list[str], include: list[str], key: str) -> list[TextFile]:
-    """Text files of paths, globs and directories: entries in the order given, each in sorted path order."""
+    """Files of paths, globs and directories: entries in the order given, each in sorted path order."""
     entries = [entries] if isinstance(entries, str) else entries
     found: dict[tuple[int, int], TextFile] = {}  # by device and inode: the same file counts once
     for entry in entries:
-        for path in _paths(entry, include, key):
-            inode, file = _stat(path, key)
+        for path, info in _paths(entry, include, key):
+            inode, file = _file(path, info, key)
             found.setdefault(inode, file)
     if not found:
         raise UserError(f"{key}: no files given")
     if not any(f.size for f in found.values()):
         names = next(iter(found.values())).path if len(found) == 1 else f"all {len(found)} files"
         raise UserError(f"{key}: {names}: empty, no text to read")
-    for file in found.values():
-        if file.path.suffix in (".jsonl", ".json"):
-            log.warning("%s: %s is read as plain text, braces and all", key, file.path)
-            break
     return list(found.values())
 
 
@@ -105,7 +158,7 @@ def _cut_after(span: Span, mark: int) -> int:
     return mark + skip
 
 
-def _paths(entry: str, include: list[str], key: str) -> list[Path]:
+def _paths(entry: str, include: list[str], key: str) -> list[tuple[str, os.stat_result | None]]:
     path = Path(entry).expanduser()
     try:
         if path.is_dir():
@@ -114,28 +167,47 @@ def _paths(entry: str, include: list[str], key: str) -> list[Path]:
                 raise UserError(f"{key}: no file in {entry} matches data.include={include}")
             return inside
         if path.exists():
-            return [path]
+            return [(str(path), None)]
     except (OSError, ValueError) as error:
         raise UserError(f"{key}: cannot read {entry}: {getattr(error, 'strerror', error)}") from None
     if glob.has_magic(entry):
         matches = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
         if matches:
-            return matches
+            return [(str(p), None) for p in matches]
         raise UserError(f"{key}: no file matches {entry}")
     raise UserError(f"{key}: {entry} does not exist", *_nearest(path))
 
 
-def _walk(folder: Path, include: list[str]) -> list[Path]:
+def _walk(folder: Path, include: list[str]) -> list[tuple[str, os.stat_result | None]]:
     """Regular files below a folder that match a glob, in path order; hidden ones and links to folders not."""
-    wanted = [pattern.split("/") for pattern in include]
+    wanted = _matcher(include)
     found: list[list[str]] = []
     for root, folders, files in os.walk(folder):
         folders[:] = [f for f in folders if f[0] != "."]
         below = [] if Path(root) == folder else os.path.relpath(root, folder).split("/")
-        names = [[*below, f] for f in files if f[0] != "."]
-        found += [n for n in names if any(_matches(n, globs) for globs in wanted)]
-    paths = (folder.joinpath(*names) for names in sorted(found))
-    return [path for path in paths if path.is_file()]
+        found += [names for f in files if f[0] != "." and wanted(names := [*below, f])]
+    out: list[tuple[str, os.stat_result | None]] = []
+    for names in sorted(found):
+        path = os.path.join(folder, *names)
+        try:
+            info = os.stat(path)
+        except OSError:
+            continue  # a link to nothing
+        if stat.S_ISREG(info.st_mode):
+            out.append((path, info))
+    return out
+
+
+def _matcher(include: list[str]) -> Callable[[list[str]], bool]:
+    """Whether one of the globs matches a path; `**/*.c` and its like are looked up by the name alone."""
+    include = ["**/*" if p == "**" else p for p in include]
+    quick = [p.startswith("**/") and "/" not in p[3:] and p[3:] != "**" for p in include]
+    ends = [p[3:] for p, by_name in zip(include, quick, strict=True) if by_name]
+    others = [p.split("/") for p, by_name in zip(include, quick, strict=True) if not by_name]
+    last = re.compile("|".join(map(fnmatch.translate, ends))) if ends else None
+    return lambda names: bool(
+        (last is not None and last.match(names[-1])) or any(_matches(names, globs) for globs in others)
+    )
 
 
 def _matches(names: list[str], globs: list[str]) -> bool:
@@ -157,10 +229,11 @@ def _nearest(path: Path) -> list[str]:
     return [f"did you mean {path.parent / close[0]}?"] if close else []
 
 
-def _stat(path: Path, key: str) -> tuple[tuple[int, int], TextFile]:
-    path = path.absolute()
+def _file(path: str, info: os.stat_result | None, key: str) -> tuple[tuple[int, int], TextFile]:
+    """What is known of a file, and its device and inode; `info` is what the system said of it, if asked."""
+    path = os.path.abspath(path)
     try:
-        info = path.stat()
+        info = info or os.stat(path)
     except OSError as error:
         raise UserError(f"{key}: cannot read {path}: {error.strerror}") from None
     if not stat.S_ISREG(info.st_mode):
@@ -168,7 +241,7 @@ def _stat(path: Path, key: str) -> tuple[tuple[int, int], TextFile]:
     if not os.access(path, os.R_OK):
         raise UserError(f"{key}: cannot read {path}: permission denied")
     changed = (info.st_mtime_ns, info.st_ctime_ns)
-    return (info.st_dev, info.st_ino), TextFile(path, info.st_size, changed, key)
+    return (info.st_dev, info.st_ino), TextFile(Path(path), info.st_size, changed, key)
 
 
 def _first(entries: str | list[str]) -> str:

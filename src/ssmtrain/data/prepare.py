@@ -6,30 +6,41 @@ import errno
 import hashlib
 import json
 import logging
+import os
 import shutil
-import time
 import uuid
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, ValidationError
 
 from ssmtrain.config.base import Config
 from ssmtrain.config.errors import UserError
-from ssmtrain.data import cache
-from ssmtrain.data.shards import SHARD_TOKENS, SplitEntry, SplitWriter, TokenStream, sizes_match, verify
+from ssmtrain.data import cache, making
+from ssmtrain.data.encode import How, Interrupted
+from ssmtrain.data.shards import SHARD_TOKENS, SplitEntry, TokenStream, sizes_match, verify
 from ssmtrain.data.sources import open_source
-from ssmtrain.data.spans import BadText, Source, Span, more_problems, pieces
-from ssmtrain.data.tokenizer import Tokenizer, load_tokenizer
+from ssmtrain.data.spans import Source, Span
+from ssmtrain.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from ssmtrain.config.schema import RunConfig
 
-FORMAT = 1
-BATCH = 2**23  # characters tokenised at a time
+FORMAT = 2
+LIST = "sources.jsonl"
 log = logging.getLogger(__name__)
+
+
+class SourceList(Config):
+    """The file that says what the text was made from: path, split, size, documents and bytes, a line each."""
+
+    entries: int
+    """Files, or splits of a hub's data set."""
+    size: int
+    """Bytes on disk, packed ones as they are."""
+    sha256: str
+    """SHA-256 of the list, `sources.jsonl`."""
 
 
 class Manifest(Config):
@@ -51,6 +62,8 @@ class Manifest(Config):
     """Tokens in each shard but a split's last."""
     source: str
     """SHA-256 of the source's fingerprint: which files, how large, and when they last changed."""
+    sources: SourceList
+    """Where the text came from."""
     splits: dict[str, SplitEntry]
     """train and val."""
 
@@ -75,29 +88,35 @@ class Prepared:
             verify(self.folder, entry, self.manifest.dtype, self.manifest.vocab_size)
 
 
-def prepare(config: RunConfig, tokenizer: Tokenizer | None = None) -> Prepared:
-    """The run's prepared data, found and verified or made; UserError for bad sources or shards."""
-    tokenizer = tokenizer or load_tokenizer(config.tokenizer)
+def prepare(config: RunConfig, tokenizer: Tokenizer | None = None, workers: int | None = None) -> Prepared:
+    """The run's prepared data, found and verified or made; UserError for bad sources or shards.
+
+    `workers` processes tokenise, absent: one for each core this process may use; the result is the same.
+    """
+    tokenizer = tokenizer or load_tokenizer(config.tokenizer, config.data)
     source = open_source(config.data)
-    identity = {"format": FORMAT, "tokenizer": tokenizer.hash, "source": source.fingerprint}
-    name = f"{source.label}-{_digest(identity)[:16]}"
+    identity = hashlib.sha256(f"{FORMAT} {tokenizer.hash} {source.digest}".encode()).hexdigest()
+    name = f"{source.label}-{identity[:16]}"
     roots = cache.roots(config.data.cache_dir)
     for root in roots:
         found = load(root / name)
         if found is not None:
-            return _checked(found)
+            return _checked(found, tokenizer, source)
     root = cache.writable(roots, explicit=config.data.cache_dir is not None)
     with cache.lock(root / f".{name}.lock") as alone:
         found = load(root / name)  # another process may have made it while this one waited
         if found is not None:
-            return _checked(found)
+            return _checked(found, tokenizer, source)
         if alone:
             cache.sweep(root, name)
-        _make(source, tokenizer, root / name)
+        work = root / (f"{name}.part" if alone else f"{name}.tmp-{uuid.uuid4().hex[:8]}")
+        resumed = _make(source, tokenizer, root / name, work, workers or len(os.sched_getaffinity(0)))
         made = load(root / name)
         if made is None:
             raise UserError(f"{root / name} was damaged as soon as it was written: is the disk failing?")
-        return replace(_checked(made), made=True)
+        if not resumed:  # what was hashed as it was written need not be read again
+            cache.mark_passed(made.folder)
+        return replace(_checked(made, tokenizer, source), made=True)
 
 
 def load(folder: Path) -> Prepared | None:
@@ -106,48 +125,44 @@ def load(folder: Path) -> Prepared | None:
         manifest = Manifest.model_validate_json((folder / "manifest.json").read_bytes())
     except (OSError, ValidationError):
         return None
-    whole = all(sizes_match(folder, s, manifest.dtype) for s in manifest.splits.values())
+    whole = manifest.splits.keys() == {"train", "val"} and all(
+        sizes_match(folder, s, manifest.dtype, manifest.shard_tokens) for s in manifest.splits.values()
+    )
     return Prepared(folder, manifest, made=False) if whole and manifest.format == FORMAT else None
 
 
-def _digest(identity: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-
-
-def _checked(prepared: Prepared) -> Prepared:
+def _checked(prepared: Prepared, tokenizer: Tokenizer, source: Source) -> Prepared:
     """Verify a folder that some other process made, unless it has not changed since it last passed."""
+    manifest = prepared.manifest
+    if (manifest.tokenizer, manifest.source) != (tokenizer.hash, source.digest):
+        what = "tokenizer" if manifest.tokenizer != tokenizer.hash else "source"
+        raise UserError(
+            f"prepared data in {prepared.folder} is of another {what} than its name says",
+            f"delete {prepared.folder} and run again: it is made anew from the sources",
+        )
     if not cache.passed(prepared.folder):
         prepared.verify()
         cache.mark_passed(prepared.folder)
     return prepared
 
 
-def _make(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
-    """Tokenise into a temporary folder beside the final one, then rename it into place."""
-    temporary = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
-    temporary.mkdir()
-    dtype: Literal["<u2", "<u4"] = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
+def _make(source: Source, tokenizer: Tokenizer, folder: Path, work: Path, workers: int) -> bool:
+    """Tokenise into a folder beside the final one and rename it into place; whether it went on with one."""
+    keep = False
     try:
-        splits = {}
-        for split, spans in source.splits.items():
-            writer = SplitWriter(temporary, split, dtype, tokenizer.eot, SHARD_TOKENS)
-            _tokenise(spans, tokenizer, writer, f"{source.label} {split}")
-            splits[split] = writer.close()
-            if not splits[split].documents:
-                raise UserError(f"data.{split}: the text gives no tokens with this tokenizer")
-        manifest = Manifest(
-            format=FORMAT,
-            label=source.label,
-            tokenizer=tokenizer.hash,
-            vocab_size=tokenizer.vocab_size,
-            eot=tokenizer.eot,
-            dtype=dtype,
-            shard_tokens=SHARD_TOKENS,
-            source=_digest(source.fingerprint),
-            splits=splits,
-        )
-        cache.write_file(temporary / "manifest.json", manifest.model_dump_json(indent=1).encode())
-        cache.publish(temporary, folder, whole=lambda there: load(there) is not None)
+        there = load(work)
+        if there is not None:  # killed between the manifest and the new name
+            making.clear(work)
+            cache.publish(work, folder, whole=lambda there: load(there) is not None)
+            return True
+        return _fill(source, tokenizer, folder, work, workers)
+    except Interrupted:
+        keep = True
+        raise
+    except KeyboardInterrupt:
+        keep = True
+        log.warning("interrupted; the same command goes on with what is done")
+        raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise UserError(
@@ -156,47 +171,52 @@ def _make(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
             ) from None
         raise
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if not keep:
+            shutil.rmtree(work, ignore_errors=True)
 
 
-def _tokenise(spans: Sequence[Span], tokenizer: Tokenizer, writer: SplitWriter, what: str) -> None:
-    """Stream documents through the tokenizer, a batch of texts at a time (one batch runs on all cores)."""
-    said = time.monotonic()
-    total = sum(s.stop - s.start for s in spans)
-    for texts, ends in _batches(spans):
-        for text, ids, end in zip(texts, tokenizer.encode_all(texts), ends, strict=True):
-            writer.bytes += len(text) if text.isascii() else len(text.encode())
-            writer.write(ids)
-            if end:
-                writer.end_document()
-        if time.monotonic() - said > 5:
-            said = time.monotonic()
-            log.info("preparing %s: %.0f of %.0f MB", what, writer.bytes / 1e6, total / 1e6)
+def _fill(source: Source, tokenizer: Tokenizer, folder: Path, work: Path, workers: int) -> bool:
+    work.mkdir(exist_ok=True)
+    dtype: Literal["<u2", "<u4"] = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
+    plain = all(isinstance(entry, Span) for split in source.splits.values() for entry in split)
+    threads = plain and isinstance(tokenizer, ByteTokenizer)
+    how = How(tokenizer, dtype, source.skip_bad, source.drop_duplicates, threads)
+    maker = making.Maker(source, how, tokenizer.eot, work, SHARD_TOKENS)
+    splits: dict[str, SplitEntry] = {}
+    for split, entry in maker.run(workers).items():
+        if entry is None:
+            raise _nothing(split, source)
+        splits[split] = entry
+    lines = list(making.source_list(maker))
+    listed = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    cache.write_file(work / LIST, listed)
+    sources = SourceList(
+        entries=len(lines),
+        size=sum(line["size"] or 0 for line in lines),
+        sha256=hashlib.sha256(listed).hexdigest(),
+    )
+    manifest = Manifest(
+        format=FORMAT,
+        label=source.label,
+        tokenizer=tokenizer.hash,
+        vocab_size=tokenizer.vocab_size,
+        eot=tokenizer.eot,
+        dtype=dtype,
+        shard_tokens=SHARD_TOKENS,
+        source=source.digest,
+        sources=sources,
+        splits=splits,
+    )
+    cache.write_file(work / "manifest.json", manifest.model_dump_json(indent=1).encode())
+    making.clear(work)
+    cache.publish(work, folder, whole=lambda there: load(there) is not None)
+    return maker.resumed
 
 
-def _batches(spans: Sequence[Span]) -> Iterator[tuple[list[str], list[bool]]]:
-    """Texts and whether each ends its document, about BATCH characters at a time."""
-    texts: list[str] = []
-    ends: list[bool] = []
-    held = 0
-    for i, span in enumerate(spans):
-        try:
-            for text in pieces(span):
-                texts.append(text)
-                ends.append(False)
-                held += len(text)
-                if held >= BATCH:
-                    # The last text may prove to end its document: it waits for the next batch.
-                    yield texts[:-1], ends[:-1]
-                    texts, ends, held = texts[-1:], ends[-1:], len(texts[-1])
-        except BadText as error:
-            more = more_problems(spans[i + 1 :], limit=3)
-            advice = "take these files out of data.include, or convert them to UTF-8 text"
-            raise UserError(error.lines[0], *more, advice) from None
-        if span.stop > span.start:
-            ends[-1] = True
-        else:
-            texts.append("")
-            ends.append(True)
-    if texts:
-        yield texts, ends
+def _nothing(split: str, source: Source) -> UserError:
+    if split == "val" and source.held_out is not None:
+        return UserError(
+            f"data.val: too few documents to hold {source.held_out:g} of them out",
+            "give data.val a file of its own, or set a larger data.val_fraction",
+        )
+    return UserError(f"data.{split}: the text gives no tokens with this tokenizer")

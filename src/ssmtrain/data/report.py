@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from typing import TYPE_CHECKING, Any
 
 from ssmtrain.config.errors import FINISHED, UserError
 from ssmtrain.data.pack import count_rows
-from ssmtrain.data.prepare import Prepared, prepare
+from ssmtrain.data.prepare import LIST, Prepared, prepare
 
 if TYPE_CHECKING:
     from ssmtrain.config.request import Request
@@ -24,15 +25,31 @@ def command(request: Request) -> int:
         config = load_run_config(request.run, request.overrides)
     if config is None:
         raise UserError("prepare: say which data with config=<recipe or page>", "ssmtrain config list")
+    workers = request.words.get("workers")
+    if workers is not None and not (workers.isascii() and workers.isdigit() and 0 < int(workers) <= 1024):
+        raise UserError(f"workers={workers}: expected a whole number of processes from 1 to 1024")
+    _show_log()
     began = time.perf_counter()
-    prepared = prepare(config)
+    prepared = prepare(config, workers=None if workers is None else int(workers))
     seconds = time.perf_counter() - began
     if request.as_json:
         print(json.dumps(summary(prepared, config) | {"seconds": round(seconds, 3)}, indent=2))
     else:
         print(describe(prepared, config))
-        print(f"{'prepared' if prepared.made else 'found ready'} in {seconds:.1f} s")
+        size = sum(split.bytes for split in prepared.manifest.splits.values())
+        speed = f", {size / seconds / 1e6:,.0f} MB of text a second" if prepared.made and seconds > 1 else ""
+        print(f"{'prepared' if prepared.made else 'found ready'} in {seconds:.1f} s{speed}")
     return FINISHED
+
+
+def _show_log() -> None:
+    """Say on standard error what takes long and what is left out."""
+    ours = logging.getLogger("ssmtrain")
+    if not ours.handlers and not logging.getLogger().handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("ssmtrain: %(message)s"))
+        ours.addHandler(handler)
+        ours.setLevel(logging.INFO)
 
 
 def summary(prepared: Prepared, config: RunConfig) -> dict[str, Any]:
@@ -44,10 +61,13 @@ def summary(prepared: Prepared, config: RunConfig) -> dict[str, Any]:
         "source": m.label,
         "tokenizer": {"kind": config.tokenizer.kind, "vocab_size": m.vocab_size, "sha256": m.tokenizer},
         "seq_len": L,
+        "sources": {"entries": m.sources.entries, "size": m.sources.size, "list": LIST},
         "splits": {
             name: {
                 "documents": s.documents,
                 "empty": s.empty,
+                "duplicates": s.duplicates,
+                "skipped": s.skipped,
                 "bytes": s.bytes,
                 "tokens": s.tokens,
                 "bytes_per_token": round(s.bytes / s.tokens, 4),
@@ -73,6 +93,8 @@ def describe(prepared: Prepared, config: RunConfig) -> str:
             f"{name:10} {split['documents']:>10,} {split['bytes']:>15,} {split['tokens']:>15,}"
             f" {split['bytes_per_token']:>12.2f} {split['rows']:>14,}"
         )
-        if split["empty"]:
-            out.append(f"{'':10} {split['empty']:,} empty documents left out")
+        reasons = {"empty": "empty", "duplicates": "duplicate", "skipped": "unreadable"}
+        left = [f"{split[key]:,} {word}" for key, word in reasons.items() if split[key]]
+        if left:
+            out.append(f"{'':10} left out: {', '.join(left)} documents")
     return "\n".join(out)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, BinaryIO
@@ -41,6 +40,10 @@ class SplitEntry(Config):
     """Documents that gave at least one token."""
     empty: int
     """Documents that gave none and are left out."""
+    duplicates: int
+    """Documents whose text came before and that are left out."""
+    skipped: int
+    """Documents that cannot be read as text and are left out."""
     shards: list[ShardEntry]
     """Token files, in order; all but the last hold `shard_tokens`."""
     starts: ShardEntry
@@ -49,20 +52,36 @@ class SplitEntry(Config):
     """Digest of the split: SHA-256 over the digests of its files."""
 
 
-class _HashedFile:
-    """A file that is hashed as it is written."""
+class Damaged(Exception):
+    """What an interrupted preparation left is not what it noted."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.items = 0
-        self._file: BinaryIO = path.open("wb")
+
+class _HashedFile:
+    """A file that is hashed as it is written; begun anew, or gone on with after its first `items`."""
+
+    def __init__(self, path: Path, dtype: np.dtype, items: int = 0) -> None:
+        self.path, self.items = path, items
         self._hash = hashlib.sha256()
+        self._file: BinaryIO = path.open("r+b" if items else "wb")
+        left = items * dtype.itemsize
+        while left:
+            data = self._file.read(min(left, 2**24))
+            if not data:
+                raise Damaged(path)
+            self._hash.update(data)
+            left -= len(data)
+        self._file.truncate()
 
     def write(self, items: np.ndarray) -> None:
-        data = items.tobytes()
+        data = items.view(np.uint8).data if len(items) else b""
         self._file.write(data)
         self._hash.update(data)
         self.items += len(items)
+
+    def handle(self) -> int:
+        """A descriptor of its own for whoever syncs what was written so far, and closes it."""
+        self._file.flush()
+        return os.dup(self._file.fileno())
 
     def close(self) -> ShardEntry:
         self._file.flush()
@@ -70,29 +89,72 @@ class _HashedFile:
         self._file.close()
         return ShardEntry(file=self.path.name, items=self.items, sha256=self._hash.hexdigest())
 
+    def abandon(self) -> None:
+        self._file.close()
+
+
+class WriterState(Config):
+    """Where a split's writer stands; what it wrote beyond that is cut off when it goes on."""
+
+    tokens: int = 0
+    bytes: int = 0
+    documents: int = 0
+    empty: int = 0
+    duplicates: int = 0
+    skipped: int = 0
+    begins: int = 0
+    """Where the document that is being written begins."""
+    done: list[ShardEntry] = []
+
 
 class SplitWriter:
-    """Writes one split: `write` tokens of a document in any number of pieces, then `end_document`."""
+    """Writes one split: documents whole (`append`), or in any number of pieces (`write`, `end_document`)."""
 
-    def __init__(self, folder: Path, split: str, dtype: str, eot: int, shard_tokens: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        dtype: str,
+        eot: int,
+        shard_tokens: int,
+        state: WriterState | None = None,
+    ) -> None:
         self.folder, self.split, self.cap = folder, split, shard_tokens
         self.dtype = np.dtype(dtype)
-        self.bytes = 0
+        at = state or WriterState()
+        self.tokens, self.bytes, self.documents, self.empty = at.tokens, at.bytes, at.documents, at.empty
+        self.duplicates, self.skipped, self._begins = at.duplicates, at.skipped, at.begins
+        self._done = list(at.done)
         self._eot = np.array([eot], self.dtype)
-        self._starts = array("q")
-        self._tokens = self._document = self._empty = 0
-        self._done: list[ShardEntry] = []
+        self._starts = _HashedFile(folder / f"{split}-documents.bin", np.dtype("<i8"), at.documents)
         self._file: _HashedFile | None = None
+        inside = at.tokens - sum(s.items for s in at.done)
+        if inside:
+            self._file = _HashedFile(self._path(), self.dtype, inside)
+
+    def state(self) -> WriterState:
+        """Where it stands."""
+        counts = {
+            name: getattr(self, name) for name in WriterState.model_fields if name not in ("begins", "done")
+        }
+        return WriterState(**counts, begins=self._begins, done=list(self._done))
+
+    def handles(self) -> list[int]:
+        """Descriptors of the files that are being written, for whoever syncs and closes them."""
+        return [file.handle() for file in (self._starts, self._file) if file is not None]
+
+    def _path(self) -> Path:
+        return self.folder / f"{self.split}-{len(self._done):05d}.bin"
 
     def write(self, ids: np.ndarray) -> None:
         """Append tokens of the current document."""
-        ids = ids.astype(self.dtype)
+        ids = np.ascontiguousarray(ids, self.dtype)
         while len(ids):
             if self._file is None:
-                self._file = _HashedFile(self.folder / f"{self.split}-{len(self._done):05d}.bin")
+                self._file = _HashedFile(self._path(), self.dtype)
             room = self.cap - self._file.items
             self._file.write(ids[:room])
-            self._tokens += min(room, len(ids))
+            self.tokens += min(room, len(ids))
             ids = ids[room:]
             if self._file.items == self.cap:
                 self._done.append(self._file.close())
@@ -100,26 +162,39 @@ class SplitWriter:
 
     def end_document(self) -> None:
         """Close the current document with an end-of-text token; one without tokens is left out."""
-        if self._tokens == self._document:
-            self._empty += 1
+        if self.tokens == self._begins:
+            self.empty += 1
             return
-        self._starts.append(self._document)
+        self._starts.write(np.array([self._begins], "<i8"))
+        self.documents += 1
         self.write(self._eot)
-        self._document = self._tokens
+        self._begins = self.tokens
 
-    def close(self) -> SplitEntry:
-        """Write what is left and return the manifest's entry."""
+    def append(self, ids: np.ndarray, lengths: np.ndarray) -> None:
+        """Append whole documents of `lengths` (n,) tokens, end of text included; those of 0 are left out."""
+        some = lengths[lengths > 0]
+        self.empty += len(lengths) - len(some)
+        self._starts.write((self.tokens + np.cumsum(some) - some).astype("<i8"))
+        self.documents += len(some)
+        self.write(ids)
+        self._begins = self.tokens
+
+    def close(self) -> SplitEntry | None:
+        """Write what is left and return the manifest's entry; None when there is not one token."""
         if self._file is not None:
             self._done.append(self._file.close())
-        index = _HashedFile(self.folder / f"{self.split}-documents.bin")
-        index.write(np.array(self._starts, dtype="<i8"))
-        starts = index.close()
+        if not self.documents:
+            self._starts.abandon()
+            return None
+        starts = self._starts.close()
         digest = hashlib.sha256("".join(s.sha256 for s in [*self._done, starts]).encode()).hexdigest()
         return SplitEntry(
-            tokens=self._tokens,
+            tokens=self.tokens,
             bytes=self.bytes,
-            documents=len(self._starts),
-            empty=self._empty,
+            documents=self.documents,
+            empty=self.empty,
+            duplicates=self.duplicates,
+            skipped=self.skipped,
             shards=self._done,
             starts=starts,
             sha256=digest,
@@ -146,8 +221,12 @@ class TokenStream:
             self.read(start + len(piece), out[len(piece) :])
 
 
-def sizes_match(folder: Path, entry: SplitEntry, dtype: str) -> bool:
-    """Whether every file of the split is there and as long as the manifest says."""
+def sizes_match(folder: Path, entry: SplitEntry, dtype: str, shard_tokens: int) -> bool:
+    """Whether the manifest's counts agree, and every file of the split is there and as long as it says."""
+    items = [s.items for s in entry.shards]
+    whole = not items or (all(n == shard_tokens for n in items[:-1]) and items[-1] <= shard_tokens)
+    if not whole or sum(items) != entry.tokens or not items or entry.documents != entry.starts.items:
+        return False
     widths = [(s, np.dtype(dtype).itemsize) for s in entry.shards] + [(entry.starts, 8)]
     try:
         return all((folder / s.file).stat().st_size == s.items * width for s, width in widths)

@@ -1,13 +1,18 @@
-"""Where text comes from: the corpus inside the package, or the user's own files."""
+"""Where text comes from: the corpus inside the package, the user's own files, or a hub."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from ssmtrain.config.errors import UserError
 from ssmtrain.data.files import text_source
-from ssmtrain.data.spans import Member, Source, Span, pieces
+from ssmtrain.data.spans import BadText, Entry, Member, Source, Span
+from ssmtrain.data.units import Unit, units
 
 if TYPE_CHECKING:
     from ssmtrain.config.data import AnyData
@@ -17,6 +22,10 @@ def open_source(data: AnyData) -> Source:
     """The source that `config.data` names, its files found but not read; UserError names the key."""
     if data.kind == "embedded":
         return embedded(data.name)
+    if data.kind == "hub":
+        from ssmtrain.data.hub import hub_source
+
+        return hub_source(data)
     return text_source(data)
 
 
@@ -24,7 +33,7 @@ def embedded(name: str) -> Source:
     """A corpus inside the package."""
     folder = files("ssmtrain.data") / "corpora" / name
     corpus = json.loads((folder / "corpus.json").read_text())
-    splits: dict[str, list[Span]] = {"train": [], "val": []}
+    splits: dict[str, list[Entry]] = {"train": [], "val": []}
     for entry in corpus["files"]:
         member = Member(folder / entry["file"], entry["bytes"], entry["sha256"])
         splits[entry["split"]].append(Span(member, 0, member.size))
@@ -32,12 +41,48 @@ def embedded(name: str) -> Source:
     return Source(name, splits, {"kind": "embedded", "name": name, "files": digests})
 
 
+def validates(source: Source, unit: Unit, before: int, documents: int) -> np.ndarray:
+    """Which of a unit's documents validate, bool (documents,); `before` records came before it.
+
+    Of the training split's records every so many-th does where `held_out` says so, by number alone.
+    """
+    train = len(source.splits["train"])
+    if unit.entry >= train:
+        return np.ones(documents, bool)
+    if source.held_out is None or isinstance(source.splits["train"][unit.entry], Span):
+        return np.zeros(documents, bool)
+    number = np.floor((before + np.arange(documents + 1)) * source.held_out)
+    return number[1:] > number[:-1]
+
+
+def divided(source: Source, unit: Unit) -> bool:
+    """Whether a unit's documents are numbered, to be divided between train and val."""
+    train = source.splits["train"]
+    return source.held_out is not None and unit.entry < len(train) and not isinstance(train[unit.entry], Span)
+
+
+def texts(source: Source, split: str, share: float = 1.0) -> Iterator[str]:
+    """The text of a split in pieces, documents end to end, of about `share` of the units, evenly spaced."""
+    before = 0
+    for i, unit in enumerate(units(source)):
+        chosen = int((i + 1) * share) > int(i * share)
+        if not chosen and not divided(source, unit):
+            continue
+        documents = list(unit.documents())
+        to_val = validates(source, unit, before, len(documents))
+        before += len(documents) if unit.closes and divided(source, unit) else 0
+        for document, val in zip(documents, to_val.tolist(), strict=True):
+            if isinstance(document, BadText) and not source.skip_bad:
+                raise UserError(*document.lines)
+            if chosen and val == (split == "val") and not isinstance(document, BadText):
+                yield from document
+
+
 def split_text(data: AnyData, split: str, limit: int | None = None) -> bytes:
     """The UTF-8 text of a split (its first `limit` bytes), documents end to end."""
     out = bytearray()
-    for span in open_source(data).splits[split]:
-        for piece in pieces(span):
-            out += piece.encode()
-            if limit is not None and len(out) >= limit:
-                return bytes(out[:limit])
+    for piece in texts(open_source(data), split):
+        out += piece.encode()
+        if limit is not None and len(out) >= limit:
+            return bytes(out[:limit])
     return bytes(out)

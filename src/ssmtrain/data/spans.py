@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import lzma
 import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.resources.abc import Traversable
 from io import BytesIO
 from pathlib import Path
@@ -28,7 +30,7 @@ PACKED = {
     b"\x28\xb5\x2f\xfd": "zstd",
     b"PAR1": "Parquet",
 }
-"""First bytes of what is no text. Nothing is unpacked, so no archive can grow or write outside itself."""
+"""First bytes of what is no text. Archives are never opened, so that none can write outside itself."""
 
 
 class BadText(UserError):
@@ -77,9 +79,19 @@ class TextFile:
         self.check(file)
         return file
 
+    def handle(self) -> int:
+        """A descriptor of the file; UserError when it cannot be read."""
+        try:
+            return os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise UserError(f"{self.key}: cannot read {self.path}: {error.strerror}") from None
+
     def check(self, file: BinaryIO) -> None:
         """UserError when the file is no longer what was found."""
-        now = os.fstat(file.fileno())
+        self.compare(os.fstat(file.fileno()))
+
+    def compare(self, now: os.stat_result) -> None:
+        """The same of what the system says of it."""
         if (now.st_size, now.st_mtime_ns, now.st_ctime_ns) != (self.size, *self.changed):
             raise UserError(f"{self.key}: {self.path} changed while it was read", "run again when it rests")
 
@@ -92,39 +104,113 @@ class Span(NamedTuple):
     stop: int
 
 
+class Records(NamedTuple):
+    """A file of documents of unknown number, or a packed text: read from its beginning to its end."""
+
+    file: TextFile
+    format: str
+    """text, jsonl or parquet."""
+    packing: str | None
+    """gz, xz, zst, or none."""
+    key: str
+    """The field or column that holds the text."""
+
+
+class Remote(NamedTuple):
+    """A split of a data set that the datasets library streams."""
+
+    path: str
+    subset: str | None
+    revision: str | None
+    split: str
+    key: str
+
+
+Entry = Span | Records | Remote
+
+
 @dataclass(frozen=True)
 class Source:
     """The documents of each split, in order, and what identifies them."""
 
     label: str
     """Short name for folders and reports."""
-    splits: dict[str, list[Span]]
+    splits: dict[str, list[Entry]]
     """train and val."""
     fingerprint: dict[str, Any] = field(repr=False)
     """Plain JSON that changes when the text may have changed."""
+    held_out: float | None = None
+    """Share of the training split's records that validate instead, evenly spaced; absent: none."""
+    skip_bad: bool = False
+    """Leave out what cannot be read as text."""
+    drop_duplicates: bool = False
+    """Leave out documents that came before."""
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the fingerprint."""
+        return hashlib.sha256(json.dumps(self.fingerprint, sort_keys=True).encode()).hexdigest()
 
 
 def pieces(span: Span) -> Iterator[str]:
     """The text of a document, in pieces of at most `PIECE` bytes; BadText names file and offset."""
     with span.file.open() as file:
         file.seek(span.start)
-        at, held = span.start, b""
-        while at + len(held) < span.stop:
-            more = file.read(min(PIECE - len(held), span.stop - at - len(held)))
-            held += more
-            if not more:  # it shrank, which `check` says better
-                break
-            cut = len(held) if at + len(held) == span.stop else _cut(held)
-            yield _text(held[:cut], span.file, at)
-            at, held = at + cut, held[cut:]
+        yield from cut_text(file, span.file, span.start, span.stop)
         span.file.check(file)
 
 
-def more_problems(spans: Sequence[Span], limit: int) -> list[str]:
-    """One line for each further document that is not plain UTF-8 text, up to `limit`."""
+def small(span: Span) -> str:
+    """The text of a plain file that is one piece, with fewer calls of the system than `pieces`."""
+    if span.stop - span.start > PIECE or not isinstance(span.file, TextFile):
+        return "".join(pieces(span))
+    handle = span.file.handle()
+    try:
+        data = os.pread(handle, span.stop - span.start, span.start)
+        span.file.compare(os.fstat(handle))
+    finally:
+        os.close(handle)
+    return text_of(data, span.file, span.start)
+
+
+def cut_text(file: BinaryIO, name: Member | TextFile, at: int, stop: int | None) -> Iterator[str]:
+    """What is left of a stream that stands at offset `at`, up to `stop` or its end, in pieces of text."""
+    held = b""
+    while True:
+        room = PIECE + 1 - len(held)
+        more = file.read(room if stop is None else min(room, stop - at - len(held)))
+        held += more
+        if more and len(held) <= PIECE:
+            continue
+        cut = len(held) if len(held) <= PIECE else find_cut(held[:PIECE])
+        if held:
+            yield text_of(held[:cut], name, at)
+        at, held = at + cut, held[cut:]
+        if not more and not held:
+            return
+
+
+def cut_span(span: Span, size: int) -> list[Span]:
+    """A span as spans of at most `size` bytes, cut where pieces may be."""
+    out = []
+    with span.file.open() as file:
+        while span.stop - span.start > size:
+            look = min(PIECE, size)
+            file.seek(span.start + size - look)
+            cut = span.start + size - look + find_cut(file.read(look))
+            out.append(span._replace(stop=cut))
+            span = span._replace(start=cut)
+    return [*out, span]
+
+
+def more_problems(spans: Sequence[Entry], limit: int, bytes_limit: int = 2**28) -> list[str]:
+    """One line for each further plain file that is not UTF-8 text, up to `limit`, soon found."""
     found: list[str] = []
     for span in spans:
-        if len(found) == limit:
+        if not isinstance(span, Span):
+            continue
+        bytes_limit -= span.stop - span.start
+        if len(found) == limit or bytes_limit < 0:
             break
         try:
             for _ in pieces(span):
@@ -134,7 +220,7 @@ def more_problems(spans: Sequence[Span], limit: int) -> list[str]:
     return found
 
 
-def _cut(held: bytes) -> int:
+def find_cut(held: bytes) -> int:
     """Where to end a piece: the last line's end, else space, else character of `held`."""
     for pattern in (LINE, SPACE):
         for tail in (2**14, len(held)):  # the last match is nearly always near the end
@@ -148,7 +234,7 @@ def _cut(held: bytes) -> int:
     return end or len(held)
 
 
-def _text(data: bytes, file: Member | TextFile, at: int) -> str:
+def text_of(data: bytes, file: Member | TextFile, at: int) -> str:
     """The bytes at offset `at` of a file as text; BadText says why they are none."""
     bad = [data.find(b"\0")] if b"\0" in data else []
     try:

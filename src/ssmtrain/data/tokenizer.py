@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -12,7 +12,7 @@ import numpy as np
 from ssmtrain.config.errors import UserError
 
 if TYPE_CHECKING:
-    from ssmtrain.config.data import AnyTokenizer
+    from ssmtrain.config.data import AnyData, AnyTokenizer
     from ssmtrain.config.schema import RunConfig
 
 END_OF_TEXT_NAMES = (
@@ -114,14 +114,39 @@ class FileTokenizer:
 
 def vocab_rows(config: RunConfig) -> int:
     """Rows of the embedding: the recipe's model.vocab_size, or the tokenizer's size."""
+    if config.tokenizer.kind == "bpe":
+        return config.model.vocab_size or config.tokenizer.vocab_size
     return config.model.vocab_size or load_tokenizer(config.tokenizer).vocab_size
 
 
-def load_tokenizer(config: AnyTokenizer) -> Tokenizer:
-    """The tokenizer that `config.tokenizer` names; UserError when its file is missing or wrong."""
+def load_tokenizer(config: AnyTokenizer, data: AnyData | None = None) -> Tokenizer:
+    """The tokenizer that `config.tokenizer` names, trained on `data` where it asks for that; UserError."""
     if config.kind == "bytes":
         return ByteTokenizer()
+    if config.kind == "bpe":
+        from ssmtrain.data.bpe import trained
+
+        assert data is not None, "a tokenizer that is trained needs the text"
+        return FileTokenizer(trained(config, data), END_OF_TEXT_NAMES[0])
     return FileTokenizer(config.path, config.end_of_text)
+
+
+def train(texts: Iterator[str], vocab_size: int) -> bytes:
+    """A byte-level BPE of at most `vocab_size` ids for some texts: a tokenizer.json, always the same."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT_NAMES[0]],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return str(backend.to_str()).encode()
 
 
 def _read(path: Path) -> bytes:

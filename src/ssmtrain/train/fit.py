@@ -94,7 +94,7 @@ def _fit(config: RunConfig, run: Run, signals: Signals, clock: Clock) -> int:
         backend.configure(config.trainer.kernels, "cuda" if accelerator == "gpu" else "cpu")
     except backend.BackendError as error:
         raise UserError(f"trainer.kernels: {error}") from None
-    tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer = load_tokenizer(config.tokenizer, config.data)
     vocab = config.model.vocab_size or tokenizer.vocab_size
     counts, lines = picture(config, vocab)
     if first:

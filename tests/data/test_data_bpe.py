@@ -1,0 +1,104 @@
+"""A tokenizer that is trained on the training text: the same each time, kept, and a part of its data."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ssmtrain.config.data import BpeTokenizer
+from ssmtrain.config.errors import UserError
+from ssmtrain.data import bpe, units
+from ssmtrain.data.prepare import prepare
+from ssmtrain.data.tokenizer import FileTokenizer, load_tokenizer, vocab_rows
+
+TEXT = "".join(f"the cat number {i} sat on the mat by door {i * i}, naïve as ever;\n" for i in range(400))
+
+
+@pytest.fixture
+def config(page, write):
+    """Ten files to train on, one to validate that says something else."""
+    for i in range(10):
+        folder = write(f"t/{i}.txt", f"file {i}\n{TEXT}").parent
+    val = str(write("v.txt", "zyzzyva zyzzyva zyzzyva\n" * 200))
+    return page(tokenizer=BpeTokenizer(vocab_size=400), train=str(folder), val=val)
+
+
+def test_trained_and_used(config, own_cache: Path) -> None:
+    made = prepare(config)
+    folders = {p.name.rsplit("-", 1)[0] for p in own_cache.iterdir() if p.name[0] != "."}
+    assert folders == {"t", "t-bpe-400"}
+    tokenizer = load_tokenizer(config.tokenizer, config.data)
+    assert (tokenizer.vocab_size, made.manifest.tokenizer, made.manifest.vocab_size) == (
+        400,
+        tokenizer.hash,
+        400,
+    )
+    stream = made.stream("train")
+    ids = np.empty(stream.tokens, np.int64)
+    stream.read(0, ids)
+    assert tokenizer.decode(ids) == "".join(f"file {i}\n{TEXT}\n" for i in range(10))
+    assert stream.entry.bytes / stream.tokens > 3
+    val = made.manifest.splits["val"]
+    assert val.bytes / val.tokens < 2  # its words were not seen
+
+
+def test_the_same_each_time(config, own_cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    first = bpe.trained(config.tokenizer, config.data)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "again"))
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    second = bpe.trained(config.tokenizer, config.data)
+    assert first != second and first.read_bytes() == second.read_bytes()
+    monkeypatch.setattr(bpe, "train", lambda *args: pytest.fail("it is there"))
+    assert bpe.trained(config.tokenizer, config.data) == second
+
+
+def test_a_damaged_one_is_trained_again(config) -> None:
+    path = bpe.trained(config.tokenizer, config.data)
+    before = path.read_bytes()
+    path.write_bytes(before.replace(b"Byte", b"byte", 1))
+    assert bpe.trained(config.tokenizer, config.data).read_bytes() == before
+
+
+def test_the_sample_is_spread_and_bounded(config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(units, "UNIT", 20_000)
+    monkeypatch.setattr(units, "DOCUMENTS", 1)
+    read: list[str] = []
+
+    def train(texts, size):
+        read.extend(texts)
+        return b"{}"
+
+    monkeypatch.setattr(bpe, "train", train)
+    total = sum(p.stat().st_size for p in Path(config.data.train).iterdir())
+    with pytest.raises(UserError, match="not a tokenizer"):
+        bpe.trained(config.tokenizer.model_copy(update={"sample_bytes": total // 2}), config.data)
+    assert [text.split("\n")[0] for text in read] == [f"file {i}" for i in (1, 3, 5, 7, 9)]
+    assert "zyzzyva" not in "".join(read)
+
+
+def test_too_little_text(page, write) -> None:
+    path = str(write("a.txt", "abc abc abc abc"))
+    with pytest.raises(
+        UserError, match=r"tokenizer\.vocab_size = 300: the text gives only 2\d\d tokens"
+    ) as error:
+        prepare(page(tokenizer=BpeTokenizer(vocab_size=300), train=path, val=path))
+    assert "set tokenizer.vocab_size=2" in error.value.lines[1]
+
+
+def test_the_vocabulary_is_known_before(config) -> None:
+    config = config.model_construct(**{**config.__dict__, "model": type("M", (), {"vocab_size": None})})
+    assert vocab_rows(config) == 400
+
+
+def test_special_tokens_in_the_text_are_text(config) -> None:
+    tokenizer = load_tokenizer(config.tokenizer, config.data)
+    assert isinstance(tokenizer, FileTokenizer)
+    ids = tokenizer.encode("<|endoftext|>")
+    assert tokenizer.eot not in ids and tokenizer.decode(ids) == "<|endoftext|>"
+
+
+def test_the_log_says_it(config, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        prepare(config)
+    assert "training a tokenizer of 400 ids on t" in caplog.text
