@@ -47,6 +47,9 @@ CASES = [
     ("ssmtrain help optim.l", ["optim.lr"]),
     ("ssmtrain completion ", ["bash", "zsh"]),
     ("ssmtrain config diff qui", ["quickstart"]),
+    ("ssmtrain runs ", ["ls", "show", "diff", "tail", "rm"]),
+    ("ssmtrain runs ls so", ["sort="]),
+    ("ssmtrain runs rm --y", ["--yes"]),
     ("ssmtrain nonsense ", []),
 ]
 

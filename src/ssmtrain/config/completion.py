@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +73,8 @@ def candidates(line: str) -> list[str]:
     if current.startswith("-"):
         return [f"--{flag}" for flag in (*verb.flags, "help") if f"--{flag}".startswith(current)]
     own = _own(verb, current)
+    if before[0] in ("runs", "report"):
+        return own + [name for name in _runs(before) if name.startswith(current) and name not in before]
     if verb.takes == "words":
         return own or ([] if verb.words else _topics(before[0], current))
     if "=" in current:
@@ -107,8 +110,10 @@ def _topics(verb: str, current: str) -> list[str]:
     return sorted({topic for topic in topics if topic.startswith(current)})
 
 
-def _runs() -> list[str]:
-    return sorted(str(page.parent.relative_to("runs")) for page in Path("runs").glob("**/config.yaml"))
+def _runs(before: Sequence[str] = ()) -> list[str]:
+    """The names of the runs, those in the folder that the line names by runs_dir=."""
+    base = next((word.partition("=")[2] for word in before if word.startswith("runs_dir=")), "runs")
+    return sorted(str(page.parent.relative_to(base)) for page in Path(base).glob("**/config.yaml"))
 
 
 def _page(before: list[str]) -> Any:
