@@ -13,6 +13,11 @@ ROOT = Path(__file__).parents[1] / "src" / "ssmtrain"
 
 BELOW_MODEL = {"config", "layers", "kernels"}
 BELOW_TRAIN = BELOW_MODEL | {"model", "data", "parallel", "checkpoint", "generate", "eval"}
+SEEN_FROM_OUTSIDE = {
+    *("checkpoint.lock", "checkpoint.names", "checkpoint.best", "checkpoint.records", "checkpoint.durable"),
+    *("train.attempts", "train.callbacks.words"),
+}
+"""What reads a run's folder without torch."""
 
 LAW: dict[str, set[str]] = {
     "config.base": set(),
@@ -31,14 +36,18 @@ LAW: dict[str, set[str]] = {
     "checkpoint": BELOW_MODEL | {"model"},
     "generate": BELOW_MODEL | {"model", "checkpoint", "data"},
     "eval": BELOW_MODEL | {"model", "checkpoint", "data"},
-    "train": BELOW_TRAIN,
+    "runs": {"config", *SEEN_FROM_OUTSIDE},
+    "report": {"config", "runs", "model", "data", *SEEN_FROM_OUTSIDE},
+    "report.plot": {"config.errors"},
+    "train": BELOW_TRAIN | {"report.plot"},
     "check": BELOW_TRAIN | {"train"},
     "explain": BELOW_TRAIN | {"train"},
     "sweep": {"config"},
     "launch": {"config"},
     "doctor": {"config", "kernels", "needs"},
     "needs": {"config", "model", "data", "checkpoint"},
-    "cli": BELOW_TRAIN | {"train", "check", "explain", "sweep", "launch", "doctor", "verbs"},
+    "cli": BELOW_TRAIN
+    | {"train", "check", "explain", "sweep", "launch", "doctor", "runs", "report", "verbs"},
     "__main__": {"cli"},
     "__init__": set(),
 }

@@ -23,6 +23,7 @@ class Verb:
 
 _JSON = {"json": "print JSON"}
 _EMA = {"weights": "=ema the moving average of the weights, where the run has one"}
+_RUNS_DIR = {"runs_dir": "=FOLDER where the runs are; absent: runs"}
 
 VERBS: dict[str, Verb] = {
     "fit": Verb(
@@ -152,6 +153,54 @@ VERBS: dict[str, Verb] = {
         },
         "ssmtrain launch slurm config=granite_9to1 launch.nodes=4 launch.gpus_per_node=8 launch.time=9:00:00",
     ),
+    "runs ls": Verb(
+        "a table of the runs: state, step, loss, speed, size",
+        "ssmtrain.runs.ls:command",
+        "words",
+        _JSON,
+        "ssmtrain runs ls sort=val",
+        {"sort": "=name|state|step|loss|val|speed|changed|size which comes first", **_RUNS_DIR},
+    ),
+    "runs show": Verb(
+        "one run: progress, how each start ended, checkpoints, what to type next",
+        "ssmtrain.runs.show:command",
+        "words",
+        _JSON,
+        "ssmtrain runs show quickstart-1a2b3c",
+        _RUNS_DIR,
+    ),
+    "runs diff": Verb(
+        "what sets runs apart, and what each came to",
+        "ssmtrain.runs.diff:command",
+        "words",
+        _JSON,
+        "ssmtrain runs diff first second",
+        _RUNS_DIR,
+    ),
+    "runs tail": Verb(
+        "watch a run from another terminal",
+        "ssmtrain.runs.tail:command",
+        "words",
+        {},
+        "ssmtrain runs tail quickstart-1a2b3c",
+        {"lines": "=N lines of the past to begin with", **_RUNS_DIR},
+    ),
+    "runs rm": Verb(
+        "delete runs, after a list and a question",
+        "ssmtrain.runs.rm:command",
+        "words",
+        {"yes": "do not ask"},
+        "ssmtrain runs rm quickstart-1a2b3c",
+        _RUNS_DIR,
+    ),
+    "report": Verb(
+        "curves, layers, time and config of runs as one HTML page",
+        "ssmtrain.report.command:command",
+        "words",
+        {"png": "write the pictures beside the page as PNG files too"},
+        "ssmtrain report first second out=both.html",
+        {"out": "=FILE.html where the page goes", **_RUNS_DIR},
+    ),
     "doctor": Verb(
         "versions, devices, kernels, disk, and what would be slow",
         "ssmtrain.doctor:command",
@@ -191,6 +240,15 @@ SYNONYMS = {
     "info": "show",
     "summary": "show",
     "list": "config list",
+    "ls": "runs ls",
+    "ps": "runs ls",
+    "status": "runs show",
+    "tail": "runs tail",
+    "watch": "runs tail",
+    "rm": "runs rm",
+    "delete": "runs rm",
+    "compare": "runs diff",
+    "plot": "report",
     "recipes": "config list",
     "diff": "config diff",
     "preprocess": "prepare",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from typing import Any
 import pytest
 
 from ssmtrain.checkpoint import faults
-from ssmtrain.train.attempts import Attempt, Attempts, account, line, read
+from ssmtrain.config.errors import NonFinite
+from ssmtrain.train.attempts import Attempt, Attempts, account, failure, line, read
 from ssmtrain.train.clock import Clock
 from train.conftest import ledger
 
@@ -76,6 +78,17 @@ def test_the_file_outlives_kills(tmp_path: Path) -> None:
     assert len((tmp_path / "attempts.jsonl").read_text().splitlines()) == 3
 
 
+def test_an_error_leaves_its_first_line(tmp_path: Path) -> None:
+    assert failure(NonFinite("layer 3", "more")) == "failed: NonFinite: layer 3"
+    assert failure(ValueError()) == "failed: ValueError"
+    assert failure(KeyboardInterrupt()) == "stopped: interrupted"
+    assert "hf_" not in failure(OSError("no such token hf_" + "a" * 20))
+    sink = Attempts(tmp_path, 0, Clock())
+    sink.end = failure(RuntimeError("a\nb"))
+    sink.close()
+    assert [start.end for start in read(tmp_path / "attempts.jsonl")] == ["failed: RuntimeError: a"]
+
+
 def test_the_clock_splits_all_of_its_time() -> None:
     clock = Clock()
     clock.start -= 10.0
@@ -96,18 +109,22 @@ def test_a_run_of_two_starts_says_where_its_time_went(
     assert code == 75
     assert "goodput: " in capsys.readouterr().out
     assert json.loads((folder / "goodput.json").read_text())["lost_steps"] == 0
+    assert read(folder / "attempts.jsonl")[0].end == "stopped: SIGTERM"
     faults.arm()
     # As after a power cut: the newest checkpoint is gone, and with it two steps.
     done = ledger(folder)[-1]["step"]
     shutil.rmtree(folder / "checkpoints" / f"step-{done:08d}")
     code, folder = train(trainer__log_every=1, trainer__sample_every=2)
     assert code == 0
+    first, second = read(folder / "attempts.jsonl")
+    assert (first.end, second.end) == ("stopped: SIGTERM", "finished")
+    assert first.since and second.since and 0 < second.since - first.since < time.time() - first.since
     found: dict[str, Any] = json.loads((folder / "goodput.json").read_text())
     assert (found["attempts"], found["lost_steps"]) == (2, done - 4)
-    time = found["time"]
-    assert min(time[part] for part in ("productive", "start", "data", "save", "val", "sample", "lost")) > 0
-    assert found["seconds"] == pytest.approx(sum(time.values()), abs=0.01)
-    assert found["goodput"] == pytest.approx(time["productive"] / found["seconds"], abs=1e-3)
+    spent = found["time"]
+    assert min(spent[part] for part in ("productive", "start", "data", "save", "val", "sample", "lost")) > 0
+    assert found["seconds"] == pytest.approx(sum(spent.values()), abs=0.01)
+    assert found["goodput"] == pytest.approx(spent["productive"] / found["seconds"], abs=1e-3)
     said = capsys.readouterr().out
     assert "in 2 starts; start-up " in said and f"{done - 4} steps done again" in said
     assert "- goodput: " in (folder / "report.md").read_text()

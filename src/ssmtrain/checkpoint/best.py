@@ -15,7 +15,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from ssmtrain.checkpoint import store
+from ssmtrain.checkpoint import names
 from ssmtrain.checkpoint.durable import sync_folder
 from ssmtrain.config.reference import BEST
 
@@ -70,7 +70,7 @@ class Best:
             if link.is_symlink():
                 link.unlink()
             return
-        target = os.path.join(self.checkpoints.name, store.step_name(step))
+        target = os.path.join(self.checkpoints.name, names.step_name(step))
         if link.is_symlink() and os.readlink(link) == target:
             return
         temporary = self.folder / f".{BEST}.{uuid.uuid4().hex}"
@@ -95,7 +95,7 @@ class Best:
         return True
 
     def _path(self, step: int) -> Path:
-        return self.checkpoints / store.step_name(step)
+        return self.checkpoints / names.step_name(step)
 
 
 def linked(folder: Path) -> Path | None:
@@ -108,4 +108,4 @@ def linked(folder: Path) -> Path | None:
     except OSError:
         return None
     path = folder / "checkpoints" / name
-    return path if store.is_name(name) and path.is_dir() else None
+    return path if names.is_name(name) and path.is_dir() else None

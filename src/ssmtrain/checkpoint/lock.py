@@ -61,6 +61,51 @@ def acquire(path: Path) -> Lock:
         os.close(folder)
 
 
+@dataclass(frozen=True)
+class Owner:
+    """Who holds a lock, or died while it did."""
+
+    lives: bool
+    text: str
+    """Process, host and since when."""
+
+
+def look(path: Path) -> Owner | None:
+    """The owner of the lock in the file `path`; None where it was given back or there is none.
+
+    Nothing is taken and nothing changed. On a file system without locks an owner on another host counts as
+    living.
+    """
+    with contextlib.ExitStack() as opened:
+        try:
+            folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            opened.callback(os.close, folder)
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            opened.callback(os.close, descriptor)
+            # A start holds the folder's lock while it takes its own: looking must not make it fail.
+            with contextlib.suppress(OSError):
+                _flock(folder, wait=True)
+            owner = _read(descriptor)
+            if owner and _is_dead(owner):
+                return Owner(False, _describe(owner))
+            free = _is_free(descriptor)
+        except OSError:
+            return None
+        lives = free is False or (free is None and bool(owner))
+        return Owner(lives, _describe(owner)) if owner or lives else None
+
+
+def _is_free(descriptor: int) -> bool | None:
+    """Whether nobody holds the lock; None: this file system does not say."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
 def _open(path: Path) -> tuple[int, dict[str, Any]]:
     """The lock's file, made where it is absent, and the record in it."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ssmtrain.checkpoint.durable import json_bytes, replace_file
 from ssmtrain.config.errors import UserError
 from ssmtrain.config.guard import check_tree
-from ssmtrain.config.identity import default_name
-from ssmtrain.config.schema import RunConfig
 from ssmtrain.config.yaml_reader import read_yaml
+
+if TYPE_CHECKING:
+    from ssmtrain.config.schema import RunConfig
 
 CONFIG = "config.yaml"
 STATUS = "status.json"
@@ -21,6 +22,7 @@ _LEFT_BEHIND = re.compile(r"\..+\.[0-9a-f]{32}")
 
 def write_config(folder: Path, config: RunConfig) -> None:
     """Write the resolved config, every value spelled out; it is itself a page for `config=`."""
+    from ssmtrain.config.identity import default_name
     from ssmtrain.config.load import to_yaml
 
     # How this start was asked to resume is not part of what the run is; nor is a name that follows from

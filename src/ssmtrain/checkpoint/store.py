@@ -27,6 +27,8 @@ from torch import Tensor
 
 from ssmtrain.checkpoint import faults
 from ssmtrain.checkpoint.durable import Written, json_bytes, make_folder, sync_folder, write_file
+from ssmtrain.checkpoint.names import checkpoints, step_name, step_of
+from ssmtrain.checkpoint.names import is_name as is_name
 from ssmtrain.checkpoint.parts import read_parts
 from ssmtrain.checkpoint.shard import read_shard, write_shard
 from ssmtrain.config.errors import UserError
@@ -35,7 +37,6 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
 
-_STEP = re.compile(r"step-([0-9]{8})")
 _TEMPORARY = re.compile(r"step-[0-9]{8}\.tmp-[0-9a-f]{32}")
 _STEM = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _FILE = re.compile(r"[a-z][a-z0-9_]{0,63}\.(safetensors|json)")
@@ -61,26 +62,6 @@ class Damaged(UserError):
         )
         self.path = path
         self.problems = problems
-
-
-def step_name(step: int) -> str:
-    """The folder name of a step: `step-00000100`; ValueError beyond eight digits."""
-    if not 0 <= step < 10**8:
-        raise ValueError(f"step {step} does not fit in eight digits")
-    return f"step-{step:08d}"
-
-
-def is_name(name: str) -> bool:
-    """Whether `name` is exactly a checkpoint's: step- and eight digits."""
-    return _STEP.fullmatch(name) is not None
-
-
-def step_of(path: Path) -> int:
-    """The step in a checkpoint's folder name; ValueError if the name is not exactly a checkpoint's."""
-    match = _STEP.fullmatch(path.name)
-    if match is None:
-        raise ValueError(f"{path.name} is not a checkpoint's name (step- and eight digits)")
-    return int(match[1])
 
 
 def save(
@@ -168,16 +149,6 @@ def extras(path: Path) -> list[str]:
     except (OSError, ValueError):
         known = {MANIFEST}
     return sorted(entry.name for entry in os.scandir(path) if entry.name not in known)
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The published checkpoints in `folder`, good or not, oldest first; real folders, exact names only."""
-    try:
-        entries = list(os.scandir(folder))
-    except FileNotFoundError:
-        return []
-    found = [e.name for e in entries if _STEP.fullmatch(e.name) and e.is_dir(follow_symlinks=False)]
-    return [folder / name for name in sorted(found)]
 
 
 def newest_good(folder: Path, report: Callable[[str], None]) -> Path | None:

@@ -59,6 +59,8 @@ def candidates(line: str) -> list[str]:
     if not verb.takes:
         return []
     own = _own(verb, current, before)
+    if before[0] in ("runs", "report"):
+        return own + [name for name in _runs("", before) if name.startswith(current) and name not in before]
     if verb.takes == "words":
         return own or ([] if verb.words else _topics(before[0], current))
     if "=" in current:

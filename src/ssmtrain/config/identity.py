@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ssmtrain.config.schema import RunConfig, dump
+if TYPE_CHECKING:
+    from ssmtrain.config.schema import RunConfig
 
 FIXED_TRAINER = ("global_batch", "precision")
 """The trainer's keys that decide what is learned; all its others may change between starts."""
@@ -50,6 +51,8 @@ def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def config_hash(config: RunConfig) -> str:
     """Hex sha256 of what decides the run: the config without limits, devices, logger and output settings."""
+    from ssmtrain.config.schema import dump
+
     decisive = {
         key: value
         for key, value in flat(dump(config))
@@ -65,6 +68,8 @@ def default_name(config: RunConfig) -> str:
 
 def differences(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
     """The keys whose values differ, as {"optim.lr": (old, new)}; None stands for an absent key."""
+    from ssmtrain.config.schema import dump
+
     before, after = dict(flat(dump(old))), dict(flat(dump(new)))
     keys = [*before, *(key for key in after if key not in before)]
     return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}

@@ -6,12 +6,15 @@ A start that is killed leaves its last line; what it did after that line is not 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ssmtrain.checkpoint.durable import json_bytes, replace_file
+from ssmtrain.config.errors import Stop
+from ssmtrain.config.redact import redact
 from ssmtrain.train.callbacks.words import duration
 from ssmtrain.train.clock import Clock
 from ssmtrain.train.journal import Record
@@ -41,6 +44,10 @@ class Attempt:
     """Finished steps when it was last heard of."""
     time: dict[str, float]
     """Seconds by purpose, as Clock.split gives them."""
+    since: float | None = None
+    """When it started, in seconds since 1970; absent in the files of older versions."""
+    end: str | None = None
+    """How it ended: "finished", "stopped: …" or "failed: …"; absent while it lives and when it was killed."""
     turned: bool = False
     """It goes on where the one before, in the same process, went back to a checkpoint."""
 
@@ -90,6 +97,9 @@ class Attempts:
 
     def __init__(self, folder: Path, begin: int, clock: Clock) -> None:
         self.folder, self.begin, self.step, self.clock = folder, begin, begin, clock
+        self.since = round(time.time() - clock.elapsed, 3)
+        self.end: str | None = None
+        """How this attempt ended, set before close."""
         self.past = read(folder / FILE)
         self.before: dict[str, float] = {}
         """What the clock had counted when the run went back to a checkpoint."""
@@ -115,13 +125,13 @@ class Attempts:
 
     def turn_back(self, step: int) -> None:
         """Begin anew at the step of a checkpoint that the run has gone back to."""
-        self.past.append(self._now())
+        self.past.append(replace(self._now(), end="went back to a checkpoint"))
         self.before, self.begin, self.step = self.clock.split(), step, step
         self._note()
 
     def _now(self) -> Attempt:
-        time = {what: seconds - self.before.get(what, 0.0) for what, seconds in self.clock.split().items()}
-        return Attempt(self.begin, self.step, time, turned=bool(self.before))
+        spent = {what: seconds - self.before.get(what, 0.0) for what, seconds in self.clock.split().items()}
+        return Attempt(self.begin, self.step, spent, self.since, self.end, turned=bool(self.before))
 
     def _note(self) -> None:
         self.file.write(_line(len(self.past) + 1, self._now()))
@@ -138,13 +148,29 @@ def read(path: Path) -> list[Attempt]:
     for text in lines:
         try:
             data = json.loads(text)
-            time = {str(purpose): float(seconds) for purpose, seconds in data["time"].items()}
-            turned = data.get("turned") is True
-            found[int(data["attempt"])] = Attempt(int(data["begin"]), int(data["step"]), time, turned)
+            spent = {str(purpose): float(seconds) for purpose, seconds in data["time"].items()}
+            since, end = data.get("since"), data.get("end")
+            found[int(data["attempt"])] = Attempt(
+                int(data["begin"]),
+                int(data["step"]),
+                spent,
+                float(since) if isinstance(since, (int, float)) else None,
+                end if isinstance(end, str) else None,
+                data.get("turned") is True,
+            )
         except (ValueError, KeyError, TypeError, AttributeError):
             continue
     return [found[number] for number in sorted(found)]
 
 
 def _line(number: int, attempt: Attempt) -> str:
-    return json.dumps({"attempt": number, **asdict(attempt)}) + "\n"
+    known = {key: value for key, value in asdict(attempt).items() if value is not None}
+    return json.dumps({"attempt": number, **known}) + "\n"
+
+
+def failure(error: BaseException) -> str:
+    """How an attempt ended that an error ended: its name and first line, without secrets."""
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped: interrupted"
+    said = (error.lines if isinstance(error, Stop) else str(error).splitlines()) or [""]
+    return redact(f"failed: {type(error).__name__}: {said[0][:300]}".removesuffix(": "))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ssmtrain.checkpoint.durable import replace_file
+from ssmtrain.report.plot import figure as empty
 
 log = logging.getLogger(__name__)
 
@@ -59,12 +60,7 @@ def draw(values: list[float], width: int = 64, height: int = 4) -> list[str]:
 def picture(path: Path, train: Points, val: Points, marks: dict[str, float]) -> bool:
     """Write the curve as a PNG with the yardsticks as lines; False, with a warning, when that fails."""
     try:
-        # The object interface: pyplot would pick a backend for a screen and keep the figure alive.
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(8, 4.5), layout="constrained")
-        FigureCanvasAgg(figure)
+        figure = empty(8, 4.5)
         axes = figure.add_subplot()
         if train:
             axes.plot(*zip(*train), lw=1, label="training")

@@ -160,6 +160,10 @@ def _train(trainer: Trainer, lit: LitLM, run: Run, ending: Ending) -> int:
     lit.signals.at_once = end_children
     try:
         trainer.fit(lit)
+        _note_end(lit)
+    except BaseException as error:
+        _note_end(lit, error)
+        raise
     finally:
         last_words = lit.journal.close()
         wait_for(children(trainer))
@@ -175,6 +179,19 @@ def _end_together(signals: Signals) -> None:
     """torchrun and srun end the other ranks once one has gone with a code: not before rank 0 is done."""
     ranks.agree(None)
     signals.ignore()
+
+
+def _note_end(lit: LitLM, error: BaseException | None = None) -> None:
+    """Leave word of how this attempt ended, for attempts.jsonl."""
+    if lit.attempts is None:
+        return
+    if error is not None:
+        lit.attempts.end = attempts.failure(error)
+    elif lit.stop == "finished":
+        lit.attempts.end = "finished"
+    else:
+        why = "out of time" if lit.stop == "seconds" else lit.signals.asked or "a signal"
+        lit.attempts.end = f"stopped: {why}"
 
 
 def _stopped(lit: LitLM, run: Run) -> str:
