@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import shutil
 import time
 import uuid
@@ -14,8 +15,8 @@ from typing import TYPE_CHECKING
 
 from ssmtrain.config.errors import UserError
 from ssmtrain.data import cache
-from ssmtrain.data.sources import open_source, texts
-from ssmtrain.data.spans import Records, Source, Span
+from ssmtrain.data.sources import open_source, size, texts
+from ssmtrain.data.spans import Source
 from ssmtrain.data.tokenizer import FileTokenizer, train
 
 if TYPE_CHECKING:
@@ -62,11 +63,11 @@ def _make(config: BpeTokenizer, source: Source, folder: Path) -> None:
     try:
         cache.write_file(temporary / "tokenizer.json", definition)
         cache.write_file(temporary / "sha256", hashlib.sha256(definition).hexdigest().encode())
-        size = FileTokenizer(temporary / "tokenizer.json").vocab_size
-        if size != config.vocab_size:
+        given = FileTokenizer(temporary / "tokenizer.json").vocab_size
+        if given != config.vocab_size:
             raise UserError(
-                f"tokenizer.vocab_size = {config.vocab_size}: the text gives only {size} tokens",
-                f"set tokenizer.vocab_size={size} or less, or give more text",
+                f"tokenizer.vocab_size = {config.vocab_size}: the text gives only {given} tokens",
+                f"set tokenizer.vocab_size={given} or less, or give more text",
             )
         cache.publish(temporary, folder, whole=_whole)
     finally:
@@ -75,18 +76,14 @@ def _make(config: BpeTokenizer, source: Source, folder: Path) -> None:
 
 
 def _sample(source: Source, limit: int) -> Iterator[str]:
-    """About `limit` bytes of the training text, evenly spaced over it; all of it where it is no longer."""
-    total = sum(_size(entry) for entry in source.splits["train"])
+    """About `limit` bytes of the training text, evenly spaced over it; all of it where it is no longer.
+
+    A stream, whose length is not known, is read from its beginning; packed files count as they are.
+    """
+    total = sum(size(entry) for entry in source.splits["train"])
     left = limit
-    for text in texts(source, "train", min(1.0, limit / total) if total else 1.0):
+    for text in texts(source, "train", 1.0 if math.isinf(total) else min(1.0, limit / max(total, 1))):
         left -= len(text) if text.isascii() else len(text.encode())
         yield text
         if left <= 0:
             return
-
-
-def _size(entry: object) -> int:
-    """Bytes of an entry, packed ones as they are; 0 for a stream, which is read from its beginning."""
-    if isinstance(entry, Span):
-        return entry.stop - entry.start
-    return entry.file.size if isinstance(entry, Records) else 0

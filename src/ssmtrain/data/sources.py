@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from importlib.resources import files
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ import numpy as np
 
 from ssmtrain.config.errors import UserError
 from ssmtrain.data.files import text_source
-from ssmtrain.data.spans import BadText, Entry, Member, Source, Span
+from ssmtrain.data.spans import BadText, Entry, Member, Remote, Source, Span
 from ssmtrain.data.units import Unit, units
 
 if TYPE_CHECKING:
@@ -76,6 +77,20 @@ def texts(source: Source, split: str, share: float = 1.0) -> Iterator[str]:
                 raise UserError(*document.lines)
             if chosen and val == (split == "val") and not isinstance(document, BadText):
                 yield from document
+
+
+def cost(source: Source, split: str) -> float:
+    """Bytes of files that must be read for the text of a split; infinite for a stream of the hub."""
+    beside = source.held_out is not None and split == "val"
+    entries = [*source.splits[split], *(source.splits["train"] if beside else ())]
+    return sum(size(entry) for entry in entries)
+
+
+def size(entry: Entry) -> float:
+    """Bytes of an entry, packed ones as they are; infinite for a stream of the hub."""
+    if isinstance(entry, Span):
+        return entry.stop - entry.start
+    return math.inf if isinstance(entry, Remote) else entry.file.size
 
 
 def split_text(data: AnyData, split: str, limit: int | None = None) -> bytes:

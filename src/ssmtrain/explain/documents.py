@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,10 +12,11 @@ import numpy as np
 
 from ssmtrain.config.schema import RunConfig
 from ssmtrain.data.module import Data
-from ssmtrain.data.sources import open_source
-from ssmtrain.data.spans import Member, Span
+from ssmtrain.data.prepare import LIST
 from ssmtrain.data.tokenizer import ByteTokenizer, Tokenizer
 
+PACKED = (".gz", ".xz", ".zst", ".jsonl", ".parquet")
+"""Endings of files in which a document does not lie byte by byte."""
 PREFIX = 2**18
 """Tokens of a document that are decoded to tell at which byte a later one stands."""
 
@@ -42,27 +44,44 @@ class Documents:
 
     def __init__(self, config: RunConfig, data: Data, tokenizer: Tokenizer) -> None:
         self.stream, self.seq_len, self.tokenizer = data.train.stream, config.data.seq_len, tokenizer
-        spans = [s for s in open_source(config.data).splits["train"] if s.stop > s.start]
-        # Where documents gave no tokens, which ones is not kept: then their numbers name no files.
-        self.spans: list[Span] | None = spans if len(spans) == len(self.stream.starts) else None
+        lines = (data.prepared.folder / LIST).read_text().splitlines()
+        entries = [entry for entry in map(json.loads, lines) if entry["split"] == "train"]
+        if sum(entry["documents"] for entry in entries) != len(self.stream.starts):
+            entries = []  # some gave no tokens, or validate: which ones is not kept, and numbers name no files
+        self.paths = [_shown(entry["path"]) for entry in entries if entry["documents"]]
+        """Files that gave documents, in the order of the stream."""
+        self.ends = np.cumsum([entry["documents"] for entry in entries if entry["documents"]])
+        """Documents up to the end of each."""
 
     def place(self, row: int, position: int) -> Place:
         """Where the token at a position of a row (by file order) comes from."""
         at = min(row * self.seq_len + position, self.stream.tokens - 1)
         number = int(np.searchsorted(self.stream.starts, at, side="right")) - 1
         start, stop = self.bounds(number)
-        byte, exact = None, isinstance(self.tokenizer, ByteTokenizer)
-        if self.spans is not None:
-            skipped = self._bytes(start, at, exact)
-            byte = None if skipped is None else self.spans[number].start + skipped
+        exact = isinstance(self.tokenizer, ByteTokenizer)
+        # Offsets are known where a file is one document from its first byte.
+        byte = self._bytes(start, at, exact) if self._is_file(number) else None
         return Place(number, at - start, stop - start, self.file(number), byte, exact)
 
     def file(self, number: int) -> str | None:
         """The path of a document's file; of an embedded text its name, as offsets are those of the text."""
-        if self.spans is None:
-            return None
-        file = self.spans[number].file
-        return file.path.name.removesuffix(".xz") if isinstance(file, Member) else str(file.path)
+        return self.paths[self._entry(number)] if number < self.documents else None
+
+    @property
+    def documents(self) -> int:
+        """How many the list of sources accounts for."""
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def _entry(self, number: int) -> int:
+        return int(np.searchsorted(self.ends, number, side="right"))
+
+    def _is_file(self, number: int) -> bool:
+        """Whether a document is all of a plain text file."""
+        if number >= self.documents:
+            return False
+        at = self._entry(number)
+        alone = self.ends[at] - (self.ends[at - 1] if at else 0) == 1
+        return bool(alone) and not self.paths[at].endswith(PACKED)
 
     def bounds(self, number: int) -> tuple[int, int]:
         """A document's tokens [start, stop) in the stream."""
@@ -81,7 +100,7 @@ class Documents:
         """The documents whose file has this name, or this end of its path, or is this file."""
         whole = str(Path(text).expanduser().absolute())
         found = []
-        for number in range(len(self.spans or [])):
+        for number in range(self.documents):
             path = str(self.file(number))
             if path in (text, whole) or path.endswith(f"/{text}"):
                 found.append(number)
@@ -110,3 +129,8 @@ class Documents:
         if at - start > PREFIX:
             return None
         return len(self.tokenizer.decode(self.tokens(start, at)).encode())
+
+
+def _shown(path: str) -> str:
+    """A path, of an embedded text its name."""
+    return Path(path).name.removesuffix(".xz") if "/corpora/" in path else path

@@ -15,7 +15,7 @@ from ssmtrain.checkpoint.runs import Run
 from ssmtrain.config.origin import describe
 from ssmtrain.config.redact import redact, redacted
 from ssmtrain.config.schema import RunConfig
-from ssmtrain.data.sources import split_text
+from ssmtrain.data.sources import cost, open_source, split_text
 from ssmtrain.data.yardsticks import yardsticks
 from ssmtrain.train.attempts import line
 from ssmtrain.train.callbacks.words import duration, si
@@ -28,7 +28,7 @@ YARDSTICK_LIMIT = 64 * 2**20
 
 def measure(config: RunConfig, n_bytes: int) -> dict[str, float]:
     """Bits per byte of the validation text under gzip, xz and bz2, computed now; empty for large texts."""
-    if n_bytes > YARDSTICK_LIMIT:
+    if n_bytes > YARDSTICK_LIMIT or cost(open_source(config.data), "val") > 16 * YARDSTICK_LIMIT:
         return {}
     return yardsticks(split_text(config.data, "val"))
 
