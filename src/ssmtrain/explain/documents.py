@@ -47,7 +47,7 @@ class Documents:
         lines = (data.prepared.folder / LIST).read_text().splitlines()
         entries = [entry for entry in map(json.loads, lines) if entry["split"] == "train"]
         if sum(entry["documents"] for entry in entries) != len(self.stream.starts):
-            entries = []  # some gave no tokens, or validate: which ones is not kept, and numbers name no files
+            entries = []  # some gave no tokens, or validate: which is not kept
         self.paths = [_shown(entry["path"]) for entry in entries if entry["documents"]]
         """Files that gave documents, in the order of the stream."""
         self.ends = np.cumsum([entry["documents"] for entry in entries if entry["documents"]])
