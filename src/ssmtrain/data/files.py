@@ -27,6 +27,7 @@ def text_source(data: TextData) -> Source:
     if data.val is None:
         splits["train"], splits["val"] = hold_out(splits["train"], data.val_fraction)
     else:
+        assert not isinstance(data.val, dict), "open_source asks for the sets one by one"
         val = find(data.val, data.include, "data.val")
         splits["val"] = [Span(f, 0, f.size) for f in val]
         both = sorted({f.path for f in train} & {f.path for f in val})

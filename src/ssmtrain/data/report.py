@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ssmtrain.config.errors import FINISHED, UserError
 from ssmtrain.data.pack import count_rows
 from ssmtrain.data.prepare import Prepared, prepare
+from ssmtrain.data.sources import pages
 
 if TYPE_CHECKING:
     from ssmtrain.config.request import Request
@@ -25,13 +26,18 @@ def command(request: Request) -> int:
     if config is None:
         raise UserError("prepare: say which data with config=<recipe or page>", "ssmtrain config list")
     began = time.perf_counter()
-    prepared = prepare(config)
+    alone = {name: config.model_copy(update={"data": page}) for name, page in pages(config.data).items()}
+    found = {name: prepare(one) for name, one in alone.items()}
     seconds = time.perf_counter() - began
     if request.as_json:
-        print(json.dumps(summary(prepared, config) | {"seconds": round(seconds, 3)}, indent=2))
+        told = {name: summary(prepared, config) for name, prepared in found.items()}
+        report = told.get("", {"sources": told})
+        print(json.dumps(report | {"seconds": round(seconds, 3)}, indent=2))
     else:
-        print(describe(prepared, config))
-        print(f"{'prepared' if prepared.made else 'found ready'} in {seconds:.1f} s")
+        for name, prepared in found.items():
+            print("\n".join([*([f"source     {name}"] if name else []), describe(prepared, config)]))
+        made = any(prepared.made for prepared in found.values())
+        print(f"{'prepared' if made else 'found ready'} in {seconds:.1f} s")
     return FINISHED
 
 
