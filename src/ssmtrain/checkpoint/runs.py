@@ -268,10 +268,11 @@ def _compare(run: Run) -> None:
 
 def _still_to_come(run: Run, before: RunConfig) -> bool:
     """Whether two mixtures are the same for every row that the run's newest checkpoint has seen."""
-    named = Path(run.config.resume)
-    path = named if named.is_dir() else store.newest_good(run.checkpoints, lambda line: None)
-    if path is None:
-        return True
+    path: Path | None = Path(run.config.resume)
+    if run.config.resume in ("auto", "never"):
+        path = store.newest_good(run.checkpoints, lambda line: None)
+    if path is None or not path.is_dir():
+        return True  # said by those who look for it
     rows = (store.load_state(path).get("run") or {}).get("rows")
     if type(rows) is not int:
         raise store.Damaged(path, [f"state.json: its rows are {str(rows)[:40]!r}"])

@@ -37,8 +37,9 @@ def as_namespace(tree: dict[str, Any]) -> SimpleNamespace:
             return [convert(one, "") for one in value]
         if not isinstance(value, dict):
             return value
-        inner = {name: convert(one, name) for name, one in value.items()}
-        return inner if key in MAPPINGS else SimpleNamespace(**inner)
+        if key in MAPPINGS:
+            return {name: convert(one, "") for name, one in value.items()}
+        return SimpleNamespace(**{name: convert(one, name) for name, one in value.items()})
 
     return SimpleNamespace(**{key: convert(value, key) for key, value in tree.items()})
 

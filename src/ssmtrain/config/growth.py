@@ -63,11 +63,13 @@ def problems(config: Any) -> Iterator[str]:
     yield from _ascending("trainer.global_batch_warmup", "global_batch", grown)
     micro, devices = trainer.micro_batch, trainer.devices or 1
     for number, (_, batch) in enumerate(grown.stages):
-        if batch % (row * devices) or (micro and batch // row // devices > micro and batch // row % micro):
-            share = row * devices * (micro or 1)
+        mine, rest = divmod(batch, row * devices)
+        if rest or (micro and mine > micro and mine % micro):
+            share = row * devices * min(micro or 1, max(1, mine))
             yield (
-                f"trainer.global_batch_warmup[{number}].global_batch = {batch}: tokens of a step, expected a "
-                f"multiple of data.seq_len = {row} for each device, as {max(1, batch // share) * share} is"
+                f"trainer.global_batch_warmup[{number}].global_batch = {batch}: tokens of a step, expected "
+                f"whole micro-batches of rows (data.seq_len = {row}) for each device, as "
+                f"{max(1, batch // share) * share} has"
             )
     if grown.stages and config.parallel.kind.startswith("deepspeed"):
         yield (
