@@ -166,8 +166,8 @@ def test_open_a_mixture(write: Write) -> None:
     assert data.bytes_per_token(0) == pytest.approx(0.75 * ratios[0] + 0.25 * ratios[1])
     # A source's order hangs on its own name and the seed alone.
     alone = open_data(config.model_copy(update={"data": config.data.model_copy(update={
-        "sources": {"prose": config.data.sources["prose"]}})}))  # fmt: skip
-    assert np.array_equal(alone.sources["prose"].samples(range(50)), data.sources["prose"].samples(range(50)))
+        "sources": {"code": config.data.sources["code"]}})}))  # fmt: skip
+    assert np.array_equal(alone.sources["code"].samples(range(50)), data.sources["code"].samples(range(50)))
 
 
 def test_several_validation_sets_of_one_text(write: Write, page: Callable[..., RunConfig]) -> None:
