@@ -91,8 +91,8 @@ def test_pages_without_the_new_keys_keep_their_hash() -> None:
 
 def test_a_mixture_on_the_line_and_written_out(tmp_path: Path) -> None:
     words = ["data=mix", "data.sources.own.train=x.txt", "data.sources.own.weight=0.5"]
-    words += ["data.phases=[{from_step:5,weights:{austen:1,own:2}}]", "data.seq_len_warmup=[]"]
-    words[-1] = "data.seq_len_warmup=[{until_tokens:4096,seq_len:128}]"
+    words.append("data.phases=[{from_step:5,weights:{austen:1,own:2}}]")
+    words.append("data.seq_len_warmup=[{until_tokens:4096,seq_len:128}]")
     config = load(["config=quickstart", *words])
     assert phases(config) == [(0, {"austen": 1.0, "own": 0.5}), (20, {"austen": 1.0, "own": 2.0})]
     (tmp_path / "written.yaml").write_text(to_yaml(config))

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from faults.harness import write_page
 from faults.ranks import Pair
-from ssmtrain.check.compare import compare
 from ssmtrain.data.module import open_data
 
 STEPS = 8
@@ -22,7 +21,7 @@ data:
     code: {{kind: text, train: {folder}/code.txt, val: {{a: {folder}/text.txt, b: {folder}/code.txt}}}}
   phases:
   - {{from_step: 0, weights: {{prose: 3, code: 1}}}}
-  - {{from_step: 5, weights: {{prose: 1, code: 2}}}}
+  - {{from_step: 4, weights: {{prose: 1, code: 2}}}}
 """
 
 
@@ -30,23 +29,24 @@ def write_mixture(folder: Path) -> None:
     """The recipe of the other stories with two sources; 64 tokens a step, then 128, in micro-batches."""
     write_page(folder, STEPS, every=3)
     (folder / "code.txt").write_text("".join(f"x{i} = y + {i * i % 97}\n" for i in range(400)))
-    page, growth = folder / "tiny.yaml", "global_batch_warmup: [{until_tokens: 300, global_batch: 64}]"
+    page, growth = folder / "tiny.yaml", "global_batch_warmup: [{until_tokens: 200, global_batch: 64}]"
     kept = [line for line in page.read_text().splitlines() if not line.startswith("data:")]
     text = "\n".join(kept).replace("  threads: 1", f"  threads: 1\n  micro_batch: 1\n  {growth}")
     page.write_text(text + MIX.format(folder=folder))
 
 
-def test_two_ranks_killed_at_a_change_read_what_one_reads(tmp_path: Path) -> None:
+def test_two_ranks_killed_after_every_change_read_what_one_reads(tmp_path: Path) -> None:
     write_mixture(tmp_path)
-    oracle, killed = Pair(tmp_path, "oracle"), Pair(tmp_path, "killed")
-    assert oracle.run().code == 0, oracle.starts[-1].output
+    story = Pair(tmp_path, "killed")
     # A save is due after step 3: the steps from there on, over all changes, are done again.
-    assert killed.run({1: "after_optimizer:6"}).code == -signal.SIGKILL
-    assert killed.starts[-1].saved == 3
-    assert killed.run().code == 0, killed.starts[-1].output
-    assert compare(oracle.open(), killed.open(), STEPS)[1] == []
-    lines = oracle.ledger()
-    assert [line["tokens"] for line in lines] == [64, 128, 192, 256, 320, 448, 576, 704]
-    mixture = open_data(oracle.open().config).train
+    assert story.run({1: "after_optimizer:6"}).code == -signal.SIGKILL
+    assert story.starts[-1].saved == 3
+    first = story.ledger()
+    assert len(first) == 5
+    assert story.run().code == 0, story.starts[-1].output
+    lines = story.ledger()
+    assert lines[:5] == first, "losses, norms, rows and weights, to the bit"
+    assert [line["tokens"] for line in lines] == [64, 128, 192, 256, 384, 512, 640, 768]
+    mixture = open_data(story.open().config).train
     rows = [row for line in lines for row in line["samples"]]
-    assert rows == mixture.names(mixture.samples(range(704 // 32)).tolist()), "as one rank reads them"
+    assert rows == mixture.names(mixture.samples(range(768 // 32)).tolist()), "as one rank reads them"
