@@ -46,7 +46,9 @@ def test_every_group_page_stands_alone(folder: Path) -> None:
     tokenizer.write_text('{"model": {"vocab": {"a": 0}}}')
     for page in sorted(shipped().glob("*/*.yaml")):
         words = [f"{page.parent.name}={page.stem}"]
-        words += {"text": ["data.train=x.txt"], "file": [f"tokenizer.path={tokenizer}"]}.get(page.stem, [])
+        left = {"text": "data.train=x.txt", "mix": "data.sources.own.train=x.txt", "hub": "data.path=x"}
+        left["file"] = f"tokenizer.path={tokenizer}"
+        words += [left[page.stem]] if page.stem in left else []
         config = load(["config=base.yaml", *words])
         if hasattr(getattr(config, page.parent.name, None), "kind"):
             assert getattr(config, page.parent.name).kind in (page.stem, "embedded")

@@ -17,6 +17,7 @@ from ssmtrain.check.compare import compare
 from ssmtrain.check.starts import Start, refuse, start, tell, write_page
 from ssmtrain.checkpoint.runs import Run, open_run
 from ssmtrain.config.errors import BUG, FINISHED, UNFINISHED, UserError
+from ssmtrain.config.growth import batches
 from ssmtrain.config.request import Request
 from ssmtrain.config.schema import RunConfig
 
@@ -67,7 +68,7 @@ def lengths(config: RunConfig, overrides: list[str]) -> tuple[int, int]:
     limit = config.trainer.max_steps
     tokens = config.trainer.max_tokens
     if tokens is not None:
-        by_tokens = -(-tokens // config.trainer.global_batch)
+        by_tokens = batches(config.trainer).steps_to(tokens)
         limit = by_tokens if limit is None else min(limit, by_tokens)
     assert limit is not None, "the command line refuses a config without an end"
     steps = limit if "trainer.max_steps" in given else min(STEPS, limit)

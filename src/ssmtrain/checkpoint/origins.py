@@ -12,6 +12,7 @@ from ssmtrain.checkpoint.exported import is_export, open_export
 from ssmtrain.checkpoint.records import CONFIG
 from ssmtrain.config.errors import UserError
 from ssmtrain.config.expect import show_value
+from ssmtrain.config.growth import batches
 from ssmtrain.config.identity import differences
 from ssmtrain.config.load import typed
 from ssmtrain.config.origin import Origin
@@ -130,7 +131,14 @@ def refuse_changes(source: RunConfig, config: RunConfig) -> None:
 def _refuse_batch(source: RunConfig, config: RunConfig) -> None:
     """Another global batch is fine where the run is counted in steps: tokens so far are no multiple of it."""
     trainer, counted = config.trainer, config.schedule.unit == "steps"
-    if trainer.global_batch == source.trainer.global_batch or (trainer.max_steps is not None and counted):
+    if batches(trainer) == batches(source.trainer):
+        return
+    if any(phase.from_step for phase in getattr(config.data, "phases", None) or ()):
+        raise UserError(
+            "data.phases: a fork that changes trainer.global_batch counts them in tokens",
+            "set from_tokens in place of from_step",
+        )
+    if trainer.max_steps is not None and counted:
         return
     raise UserError(
         f"trainer.global_batch: {source.trainer.global_batch} there, {trainer.global_batch} here: a fork "

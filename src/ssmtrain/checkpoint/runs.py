@@ -32,6 +32,7 @@ from ssmtrain.checkpoint.records import (
 from ssmtrain.config import launched
 from ssmtrain.config.errors import UserError
 from ssmtrain.config.identity import default_name, differences, may_change
+from ssmtrain.config.mixing import past, phases
 from ssmtrain.config.reference import BEST, parse
 from ssmtrain.config.schema import RunConfig
 
@@ -49,6 +50,9 @@ ROUNDING = (
     "parallel.",
 )
 """Free keys that keep every token in its place but may change the last bits of the sums."""
+
+PHASES = "data.phases"
+"""A key that may change for rows that the run has not come to."""
 
 LOGS = ("metrics.jsonl", "ledger.jsonl")
 
@@ -237,8 +241,12 @@ def _tokens(checkpoint: Path) -> int:
 
 def _compare(run: Run) -> None:
     """Refuse a config that would make it another run; say which free keys changed."""
-    changed = differences(read_config(run.folder), run.config)
+    before = read_config(run.folder)
+    changed = differences(before, run.config)
     wrong = {key: pair for key, pair in changed.items() if not may_change(key)}
+    if wrong.keys() == {PHASES} and _still_to_come(run, before):
+        wrong = {}
+        run.notices.append("data.phases still to come have changed")
     if wrong and store.checkpoints(run.checkpoints):
         shown = [f"  {key}: {old!r} in the run, {new!r} now" for key, (old, new) in list(wrong.items())[:2]]
         more = f" (and {len(wrong) - 2} more)" if len(wrong) > 2 else ""
@@ -246,7 +254,7 @@ def _compare(run: Run) -> None:
             f"run {run.name} was started with another config; it differs in{more}:",
             *shown,
             "may change: trainer (not global_batch, precision), parallel, launch, logger, show, generate, "
-            "runs_dir",
+            f"runs_dir, {PHASES} still to come",
             f"start another run with name=…, or continue this one with config={run.folder / CONFIG}",
         )
     if wrong:
@@ -256,6 +264,19 @@ def _compare(run: Run) -> None:
     run.notices.extend(f"{key} changes from {changed[key][0]} to {changed[key][1]}" for key in told)
     if any(key.startswith(ROUNDING) for key in told):
         run.notices.append("the same tokens follow in the same order; the last bits of the loss may differ")
+
+
+def _still_to_come(run: Run, before: RunConfig) -> bool:
+    """Whether two mixtures are the same for every row that the run's newest checkpoint has seen."""
+    path: Path | None = Path(run.config.resume)
+    if run.config.resume in ("auto", "never"):
+        path = store.newest_good(run.checkpoints, lambda line: None)
+    if path is None or not path.is_dir():
+        return True  # said by those who look for it
+    rows = (store.load_state(path).get("run") or {}).get("rows")
+    if type(rows) is not int:
+        raise store.Damaged(path, [f"state.json: its rows are {str(rows)[:40]!r}"])
+    return past(phases(before), rows) == past(phases(run.config), rows)
 
 
 def _is_finished(run: Run) -> bool:

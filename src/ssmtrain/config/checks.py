@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from ssmtrain.config import schema_file
+from ssmtrain.config import growth, mixing, schema_file
 from ssmtrain.config.expect import show_value
 from ssmtrain.config.layout import MAX_LAYERS, LayoutError, check_name, expand
 
@@ -25,16 +25,21 @@ if TYPE_CHECKING:
 _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 BYTES_VOCABULARY = 257
+MAPPINGS = ("blocks", "sources", "val", "weights")
+"""Keys whose value has names of the user's own."""
 
 
 def as_namespace(tree: dict[str, Any]) -> SimpleNamespace:
     """A filled tree under the attributes of a RunConfig."""
 
     def convert(value: Any, key: str) -> Any:
+        if isinstance(value, list):
+            return [convert(one, "") for one in value]
         if not isinstance(value, dict):
             return value
-        inner = {name: convert(one, name) for name, one in value.items()}
-        return inner if key == "blocks" else SimpleNamespace(**inner)
+        if key in MAPPINGS:
+            return {name: convert(one, "") for name, one in value.items()}
+        return SimpleNamespace(**{name: convert(one, name) for name, one in value.items()})
 
     return SimpleNamespace(**{key: convert(value, key) for key, value in tree.items()})
 
@@ -51,6 +56,8 @@ def problems(config: Any, training: bool = False) -> list[str]:
         *_model(config.model),
         *_vocabulary(config),
         *_batch(config),
+        *growth.problems(config),
+        *mixing.problems(config),
         *_schedule(config),
         *_parallel(config),
         *_ignored(config),
@@ -212,16 +219,16 @@ def _batch(config: Any) -> Iterator[str]:
 
 
 def _schedule(config: Any) -> Iterator[str]:
-    trainer, schedule = config.trainer, config.schedule
+    trainer, schedule, grown = config.trainer, config.schedule, growth.batches(config.trainer)
     if trainer.max_steps is not None:
         steps = trainer.max_steps
     elif trainer.max_tokens is not None:
-        steps = -(-trainer.max_tokens // trainer.global_batch)
+        steps = grown.steps_to(trainer.max_tokens)
     else:
         return
     if config.ema is not None and config.ema.start >= steps:
         yield f"ema.start = {config.ema.start}: the run ends at step {steps}, so there would be no average"
-    total = steps * (trainer.global_batch if schedule.unit == "tokens" else 1)
+    total = grown.tokens_after(steps) if schedule.unit == "tokens" else steps
     warmup = _units(schedule.warmup, total)
     if warmup > total:
         yield (
@@ -250,6 +257,10 @@ def uneven(config: Any, world: int) -> Iterator[tuple[str, ...]]:
     if rows % (world * (_given(trainer) or 1)):
         many = f" x trainer.micro_batch={_given(trainer)}" if _given(trainer) else ""
         yield (f"trainer.global_batch: its {rows} rows do not divide by {world} devices{many}",)
+    for number, (_, batch) in enumerate(growth.batches(trainer).stages):
+        if batch // config.data.seq_len % world:
+            key = f"trainer.global_batch_warmup[{number}].global_batch"
+            yield (f"{key}: its {batch // config.data.seq_len} rows do not divide by {world} devices",)
     if spread.kind == "fsdp" and world % spread.replicas:
         yield (
             f"parallel.replicas = {spread.replicas}: {world} devices do not divide into as many groups",
@@ -298,10 +309,19 @@ def _ignored(config: Any) -> Iterator[str]:
     """Settings that another setting switches off."""
     data, generate = config.data, config.generate
     fraction = schema_file.piece(("data", "val_fraction"), {"data": {"kind": "text"}}) or {}
-    if data.kind == "text" and data.format == "text" and data.text_key != "text":
-        yield f"data.text_key = {show_value(data.text_key)}: no effect with data.format=text; leave one out"
-    if data.kind in ("text", "hub") and data.val is not None and data.val_fraction != fraction.get("default"):
-        yield f"data.val_fraction = {data.val_fraction}: no effect beside data.val; leave one out"
+    texts = {f"data.sources.{name}": source for name, source in getattr(data, "sources", {}).items()}
+    for key, text in (texts or {"data": data}).items():
+        if getattr(text, "format", "auto") == "text" and text.text_key != "text":
+            shown = show_value(text.text_key)
+            yield f"{key}.text_key = {shown}: no effect with {key}.format=text; leave one out"
+        held = getattr(text, "val_fraction", None)
+        if held != fraction.get("default") and getattr(text, "val", None) is not None:
+            yield f"{key}.val_fraction = {held}: no effect beside {key}.val; leave one out"
+    if data.kind == "mix" and config.tokenizer.kind == "bpe":
+        yield (
+            "tokenizer.kind = bpe: each source of a mixture would train one of its own; make one with "
+            "ssmtrain prepare on one source's page, and take tokenizer=file tokenizer.path=<what it printed>"
+        )
     if generate.temperature == 0 and (generate.top_k or generate.top_p < 1):
         which = "top_k" if generate.top_k else "top_p"
         yield (

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
-from pydantic import Field
+from pydantic import Field, create_model
 
-from ssmtrain.config.base import Config
+from ssmtrain.config.base import Config, Count, Positive
+
+
+class LengthStage(Config):
+    """Rows of a length until so many tokens have been seen."""
+
+    until_tokens: Positive
+    """The first step that begins after at least so many tokens has the next stage's rows."""
+    seq_len: Annotated[int, Field(ge=2)]
+    """Tokens in a row; divides data.seq_len."""
 
 
 class _Data(Config):
     seq_len: Annotated[int, Field(ge=2)] = 512
     """Tokens in a row."""
+    seq_len_warmup: list[LengthStage] | None = None
+    """Shorter rows at the beginning, ascending: each row of seq_len tokens is cut into several, each of them
+    without what came before it; absent: none."""
     cache_dir: str | None = None
     """Where prepared shards are kept; absent: the user's cache folder."""
 
@@ -41,8 +53,9 @@ class TextData(_Documents):
     kind: Literal["text"] = "text"
     train: str | list[str]
     """Files, globs or directories (searched for `include`) to train on; .gz, .xz and .zst are unpacked."""
-    val: str | list[str] | None = None
-    """Files, globs or directories to validate on; absent: `val_fraction` of `train`."""
+    val: str | list[str] | dict[str, str | list[str]] | None = None
+    """Files, globs or directories to validate on, or several sets of them by name, each with figures of its
+    own; absent: `val_fraction` of `train`."""
     format: Literal["auto", "text", "jsonl", "parquet"] = "auto"
     """What the files hold; auto goes by the name: .jsonl and .ndjson, .parquet, all others text."""
     include: list[str] = [
@@ -68,7 +81,65 @@ class HubData(_Documents):
     """The split to validate on; absent: evenly spaced documents of `train`, `val_fraction` of them."""
 
 
-AnyData = Annotated[EmbeddedData | TextData | HubData, Field(discriminator="kind")]
+class _Share(Config):
+    weight: Annotated[float, Field(ge=0.0)] = 1.0
+    """Share of the tokens, relative to the other sources' weights; 0: none until a phase gives it some."""
+    max_epochs: Positive | None = None
+    """How often its text may be read through; a run that would read it more often is refused."""
+
+
+PAGES: dict[str, type[_Data]] = {"embedded": EmbeddedData, "text": TextData, "hub": HubData}
+"""The kinds that can be a source of a mixture."""
+
+
+def _as_source(page: type[_Data]) -> Any:
+    """The page's own settings as a source of a mixture: what all rows share stands on the mixture's page."""
+    own = {name: field for name, field in page.model_fields.items() if name not in _Data.model_fields}
+    fields: dict[str, Any] = {name: (field.annotation, field) for name, field in own.items()}
+    name = page.__name__.replace("Data", "Source")
+    return create_model(name, __base__=_Share, __doc__=page.__doc__, __module__=__name__, **fields)
+
+
+if TYPE_CHECKING:
+
+    class AnySource(_Share):
+        """A source of any kind."""
+
+        kind: str
+else:
+    AnySource = Annotated[Union[tuple(map(_as_source, PAGES.values()))], Field(discriminator="kind")]  # noqa: UP007
+
+
+class Phase(Config):
+    """The mixture from a step, or from so many tokens, on."""
+
+    from_step: Count | None = None
+    """Finished steps after which it begins."""
+    from_tokens: Count | None = None
+    """Tokens after which it begins, in place of from_step."""
+    weights: dict[str, Annotated[float, Field(ge=0.0)]]
+    """Weight of every source; 0 leaves it out."""
+
+
+class MixData(_Data):
+    """Several sources, each with a share of the tokens, an order, epochs and validation of its own."""
+
+    kind: Literal["mix"] = "mix"
+    sources: dict[str, AnySource]
+    """The sources by name."""
+    phases: list[Phase] | None = None
+    """Other weights later on, ascending; each source goes on where it was. Those still to come may change
+    when a run is continued. Absent: the sources' weights throughout."""
+
+
+def source_page(mix: MixData, source: AnySource) -> EmbeddedData | TextData | HubData:
+    """A source of a mixture as the page of its own that it would be without the others."""
+    page: Any = PAGES[source.kind]
+    own = {name: getattr(source, name) for name in page.model_fields if name in type(source).model_fields}
+    return page(**own, seq_len=mix.seq_len, cache_dir=mix.cache_dir)
+
+
+AnyData = Annotated[EmbeddedData | TextData | HubData | MixData, Field(discriminator="kind")]
 
 
 class BytesTokenizer(Config):

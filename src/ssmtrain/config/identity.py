@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ssmtrain.config.schema import RunConfig
 
-FIXED_TRAINER = ("global_batch", "precision")
+FIXED_TRAINER = ("global_batch", "global_batch_warmup", "precision")
 """The trainer's keys that decide what is learned; all its others may change between starts."""
 
 FREE = (
@@ -29,7 +29,7 @@ FREE = (
 )
 """Keys, and whole groups, that may change between starts, FIXED_TRAINER excepted."""
 
-LATER = ("origin", "ema")
+LATER = ("origin", "ema", "data.seq_len_warmup", "trainer.global_batch_warmup")
 """Keys that count only where they are set: runs named before there were such keys keep their names."""
 
 

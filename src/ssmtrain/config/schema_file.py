@@ -19,6 +19,11 @@ Schema = dict[str, Any]
 _FIELDS = re.compile(r"^class .*?(?=^    def |^    @|^\S|\Z)|^[A-Z]\w* = .*?$", re.MULTILINE | re.DOTALL)
 
 FILE = Path(__file__).with_name("schema.json")
+PAGES = (
+    *("schema", "data", "ema", "launch", "logger"),
+    *("model", "optim", "origin", "parallel", "schedule", "trainer"),
+)
+"""Files of this folder that have fields in them."""
 
 
 @cache
@@ -37,7 +42,7 @@ def digest() -> str:
     files = [
         *sorted((package / "layers").glob("*.py")),
         FILE.with_name("base.py"),
-        *(FILE.with_name(f"{name}.py") for name in ("schema", "origin", "ema", "launch")),
+        *(FILE.with_name(f"{name}.py") for name in PAGES),
     ]
     summed = hashlib.sha256()
     for file in files:
@@ -155,6 +160,9 @@ def resolve(schema: Schema, at: Schema) -> Schema:
 def filled(tree: Any, at: Schema | None = None) -> Any:
     """A tree of the right shape with every default written out, as the typed config would be dumped."""
     schema = load()
+    if isinstance(tree, list):
+        lists = [one["items"] for one in options(schema, at or schema) if one.get("items")]
+        return [filled(item, lists[0]) for item in tree] if lists else tree
     if not isinstance(tree, dict):
         return tree
     shapes = [one for one in options(schema, at or schema, tree) if one.get("type") == "object"]

@@ -23,6 +23,15 @@ class SpikeConfig(Config):
     """Times that a run goes back to one checkpoint; then it stops (exit 3)."""
 
 
+class BatchStage(Config):
+    """Steps of a size until so many tokens have been seen."""
+
+    until_tokens: Positive
+    """The first step that begins after at least so many tokens has the next stage's size."""
+    global_batch: Positive
+    """Tokens in an optimiser step."""
+
+
 class TrainerConfig(Config):
     """How long, how much at once, in which precision, and what is saved and printed when."""
 
@@ -34,9 +43,12 @@ class TrainerConfig(Config):
     """Save and stop (exit 75) after this many seconds of this process; never shortens the schedule."""
     global_batch: Positive = 8192
     """Tokens in an optimiser step, over all devices and micro-batches."""
+    global_batch_warmup: list[BatchStage] | None = None
+    """Smaller steps at the beginning, ascending, by the tokens seen; absent: none."""
     micro_batch: Positive | Literal["auto"] | None = None
-    """Rows that one device computes at a time; absent: the global batch divided by the devices; auto: half of
-    that, again and again, until a pass before the first step finds memory, and so for the rest of the run."""
+    """Rows (of data.seq_len tokens, also where they are cut into shorter ones) that one device computes at a
+    time; absent: the global batch divided by the devices; auto: half of that, again and again, until a pass
+    before the first step finds memory, and so for the rest of the run."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """fp32 throughout, or bf16 autocast over fp32 parameters."""
     kernels: Literal["auto", "reference", "triton"] = "auto"
@@ -67,7 +79,8 @@ class TrainerConfig(Config):
     val_every: Count = 200
     """Steps between validations; 0: only at the end."""
     val_tokens: Positive | None = None
-    """Tokens of a validation during training; absent: the whole split, as it always is at the end."""
+    """Tokens of a validation during training, of each set where there are several; absent: the whole split,
+    as it always is at the end."""
     sample_every: Count = 0
     """Steps between printed samples; 0: only at the end."""
     save_every: Positive = 200

@@ -38,9 +38,12 @@ def text_source(data: TextData) -> Source:
         splits = {"train": [*kept, *records], "val": [*val]}
         held_out = data.val_fraction if records else None
     else:
-        given = find(data.val, data.include, "data.val")
-        splits["val"] = [_entry(f, data) for f in given]
-        both = sorted({f.path for f in train} & {f.path for f in given})
+        sets, held = data.val if isinstance(data.val, dict) else {"": data.val}, set[Path]()
+        for name, files in sets.items():
+            given = find(files, data.include, f"data.val.{name}" if name else "data.val")
+            splits[f"val.{name}" if name else "val"] = [_entry(f, data) for f in given]
+            held |= {f.path for f in given}
+        both = sorted({f.path for f in train} & held)
         if both:
             log.warning("data.val: %d files are also in data.train, such as %s", len(both), both[0])
     _check_formats([e for split in splits.values() for e in split], data)

@@ -57,7 +57,7 @@ class Maker:
 
     def __init__(self, source: Source, how: How, eot: int, folder: Path, shard_tokens: int) -> None:
         self.source, self.how, self.folder = source, how, folder
-        self.entries: list[Entry] = [*source.splits["train"], *source.splits["val"]]
+        self.entries, self.split_of = source.entries, source.entry_splits
         self.seen = Seen() if how.digests else None
         note = _read_note(folder)
         try:
@@ -78,7 +78,7 @@ class Maker:
             self.counts = counts
         self.writers = {
             split: SplitWriter(self.folder, split, self.how.dtype, eot, cap, at.writers.get(split))
-            for split in ("train", "val")
+            for split in self.source.splits
         }
         if self.seen is not None:
             self.digests = (self.folder / DIGESTS).open("r+b" if note else "w+b")
@@ -114,7 +114,10 @@ class Maker:
         bad[[i for i, _ in encoded.bad]] = True
         to_val = validates(self.source, unit, self.records, len(bad))
         self.records += len(bad) if unit.closes and divided(self.source, unit) else 0
-        writers = ((self.writers["train"], ~to_val), (self.writers["val"], to_val))
+        held = self.split_of[unit.entry]
+        beside = "val" if held == "train" else held
+        writers = [(self.writers["train"], ~to_val)] if not to_val.all() else []
+        writers += [(self.writers[beside], to_val)] if to_val.any() else []
         again = self._again(unit, encoded, bad)
         entry = unit.entry + np.arange(len(bad)) if unit.one_each else np.full(len(bad), unit.entry)
         keep = ~(bad | again)
@@ -206,10 +209,9 @@ class Maker:
 
 def source_list(maker: Maker) -> Iterator[dict[str, Any]]:
     """What every entry of the source gave, a mapping each: the manifest's list of sources."""
-    train = len(maker.source.splits["train"])
     for i, (entry, (documents, size)) in enumerate(zip(maker.entries, maker.counts.tolist(), strict=True)):
         on_disk = None if isinstance(entry, Remote) else entry.file.size
-        split = "train" if i < train else "val"
+        split = maker.split_of[i]
         yield {"path": _name(entry), "split": split, "size": on_disk, "documents": documents, "bytes": size}
 
 

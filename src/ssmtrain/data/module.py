@@ -2,43 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 
 from ssmtrain.config.errors import UserError
-from ssmtrain.data.order import permute
+from ssmtrain.config.mixing import phases
+from ssmtrain.data.batch import Batch, Samples
+from ssmtrain.data.mixture import Joined, Mixture
+from ssmtrain.data.order import key_of, permute
 from ssmtrain.data.pack import IGNORE, count_rows, document_starts, number_documents
 from ssmtrain.data.prepare import Prepared, prepare
-from ssmtrain.data.tokenizer import Tokenizer
+from ssmtrain.data.sources import VAL, pages, set_name
+from ssmtrain.data.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
+    from ssmtrain.config.data import AnyData
     from ssmtrain.config.schema import RunConfig
 
-
-@dataclass(frozen=True)
-class Batch:
-    """Some rows of tokens, what follows each token, and which document each belongs to."""
-
-    inputs: torch.Tensor
-    """(B, L) int64."""
-    labels: torch.Tensor
-    """(B, L) int64: the next token, or -100 where there is none to predict."""
-    doc_ids: torch.Tensor | None
-    """(B, L) int32, 0 … n_docs-1 row-major; None when every row is one document."""
-    n_docs: int
-    """Documents (or parts of them) in the batch."""
-    sample_ids: list[int]
-    """The row in the file order that each row of the batch is."""
-
-    def to(self, device: torch.device | str) -> Batch:
-        """The batch on a device, copied without waiting where the memory is pinned."""
-        doc_ids = None if self.doc_ids is None else self.doc_ids.to(device, non_blocking=True)
-        inputs = self.inputs.to(device, non_blocking=True)
-        return replace(self, inputs=inputs, labels=self.labels.to(device, non_blocking=True), doc_ids=doc_ids)
+__all__ = ["Batch", "Data", "MemoryStream", "Rows", "Stream", "open_data", "text_rows"]
 
 
 class Stream(Protocol):
@@ -101,9 +87,17 @@ class Rows:
             rows[here] = permute(position[here], self.per_epoch, self.seed, int(e))
         return rows
 
+    def names(self, ids: Sequence[int]) -> list[Any]:
+        """Sample ids are row numbers."""
+        return list(ids)
+
     def batch(self, numbers: Sequence[int]) -> Batch:
         """The rows of some sample numbers; a row is the same tokens in any batch."""
         return self.batch_rows(self.samples(numbers))
+
+    def in_order(self) -> Rows:
+        """The same rows in file order."""
+        return Rows(self.stream, self.seq_len, None, self.pad)
 
     def batch_rows(self, numbers: Sequence[int] | np.ndarray) -> Batch:
         """Some rows by their place in file order, 0 … per_epoch - 1."""
@@ -131,25 +125,56 @@ class Rows:
 class Data:
     """The run's text as rows."""
 
-    train: Rows
+    train: Samples
     """In a keyed order that differs by epoch."""
-    val: Rows
-    """In file order."""
+    val: Rows | Joined
+    """In file order; of several sets, all of them, one after the other."""
     meta: dict[str, dict[str, Any]]
-    """By split: tokens, bytes, documents, rows, sha256."""
+    """By split: tokens, bytes, documents, rows, sha256; also by `train/<source>` and `val/<set>`."""
     prepared: Prepared
+    """Of several sources, the first one's."""
+    sources: dict[str, Rows] = field(default_factory=dict)
+    """The training text of each source of a mixture."""
+    sets: dict[str, Rows] = field(default_factory=dict)
+    """The validation sets by name, where there are several or the data is a mixture."""
+
+    @property
+    def plan(self) -> list[Any]:
+        """The phases of a mixture as plain lists: [first sample number, weight by source]; else empty."""
+        phases = self.train.phases if isinstance(self.train, Mixture) else []
+        return [[begin, weights] for begin, weights in phases]
+
+    def bytes_per_token(self, number: int) -> float:
+        """Of the text that training reads where a sample number falls."""
+        parts = {"train": 1.0}
+        if isinstance(self.train, Mixture):
+            parts = {f"train/{name}": share for name, share in self.train.shares(number).items()}
+        return sum(share * self.meta[key]["bytes"] / self.meta[key]["tokens"] for key, share in parts.items())
 
 
 def open_data(config: RunConfig, tokenizer: Tokenizer | None = None) -> Data:
     """Prepare the run's data if need be and open it; UserError when it does not fill one row."""
-    prepared = prepare(config, tokenizer)
-    L, pad = config.data.seq_len, prepared.manifest.eot
-    streams = {split: prepared.stream(split) for split in ("train", "val")}
-    train = Rows(streams["train"], L, config.seed, pad)
-    val = Rows(streams["val"], L, None, pad)
-    if train.stream.tokens <= L:
+    if config.data.kind == "mix":
+        return _open_mix(config, tokenizer or load_tokenizer(config.tokenizer))
+    prepared, rows, meta = _open(config, config.data, config.seed, tokenizer)
+    train, sets = rows.pop("train"), {set_name(split): part for split, part in rows.items()}
+    if "val" in rows:
+        return Data(train, rows["val"], meta, prepared)
+    meta = {"train": meta["train"], "val": _summed(meta, list(rows)), **meta}
+    return Data(train, Joined(list(sets.values())), _slashed(meta), prepared, sets=sets)
+
+
+def _open(
+    config: RunConfig, page: AnyData, seed: int, tokenizer: Tokenizer | None
+) -> tuple[Prepared, dict[str, Rows], dict[str, dict[str, Any]]]:
+    """One source: its folder, its rows and its figures by split."""
+    prepared = prepare(config.model_copy(update={"data": page}), tokenizer)
+    L, pad = page.seq_len, prepared.manifest.eot
+    streams = {split: prepared.stream(split) for split in prepared.manifest.splits}
+    rows = {name: Rows(s, L, seed if name == "train" else None, pad) for name, s in streams.items()}
+    if streams["train"].tokens <= L:
         raise UserError(
-            f"data.train: {train.stream.tokens} tokens do not fill one row of data.seq_len={L}",
+            f"data.train: {streams['train'].tokens} tokens do not fill one row of data.seq_len={L}",
             "give more text, or set a smaller data.seq_len",
         )
     meta = {
@@ -162,7 +187,41 @@ def open_data(config: RunConfig, tokenizer: Tokenizer | None = None) -> Data:
         }
         for name, stream in streams.items()
     }
-    return Data(train, val, meta, prepared)
+    return prepared, rows, meta
+
+
+def _open_mix(config: RunConfig, tokenizer: Tokenizer) -> Data:
+    """All sources of a mixture, each in an order of its own; UserError names the source."""
+    folders, sources, sets = [], {}, {}
+    meta: dict[str, dict[str, Any]] = {}
+    for name, page in pages(config.data).items():
+        seed = key_of("ssmtrain source", config.seed, name)
+        try:
+            prepared, rows, found = _open(config, page, seed, tokenizer)
+        except UserError as error:
+            raise UserError(f"data.sources.{name}: {error.lines[0]}", *error.lines[1:]) from None
+        folders.append(prepared)
+        sources[name] = rows.pop("train")
+        meta[f"train/{name}"] = found.pop("train")
+        for split, part in rows.items():
+            own = set_name(split)
+            inner = f"{name}/{own}" if own else name
+            sets[inner], meta[f"val/{inner}"] = part, found[split]
+    meta["train"] = _summed(meta, [f"train/{name}" for name in sources])
+    meta["val"] = _summed(meta, [f"val/{name}" for name in sets])
+    train = Mixture(sources, phases(config), config.seed)
+    return Data(train, Joined(list(sets.values())), meta, folders[0], sources, sets)
+
+
+def _summed(meta: dict[str, dict[str, Any]], keys: Sequence[str]) -> dict[str, Any]:
+    """Figures of several texts together; the digest is of their names and digests."""
+    digest = hashlib.sha256("".join(f"{key} {meta[key]['sha256']}\n" for key in keys).encode())
+    counts = {name: sum(meta[key][name] for key in keys) for name in ("tokens", "bytes", "documents", "rows")}
+    return {**counts, "sha256": digest.hexdigest()}
+
+
+def _slashed(meta: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {key.replace(VAL, "val/", 1): found for key, found in meta.items()}
 
 
 def text_rows(texts: Sequence[str], tokenizer: Tokenizer, seq_len: int) -> Rows:

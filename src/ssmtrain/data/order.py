@@ -30,6 +30,18 @@ def permute(position: np.ndarray | int, n: int, seed: int, epoch: int) -> np.nda
     return out.astype(np.int64).reshape(np.shape(position))
 
 
+def key_of(*words: str | int) -> int:
+    """A number below 2**63 that follows from some words, as a seed of their own."""
+    digest = hashlib.blake2b("\0".join(map(str, words)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def random_bits(n: int, key: int) -> np.ndarray:
+    """n numbers that follow from a key, uint64 (n,): splitmix64 from that state."""
+    steps = np.arange(1, n + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    return _mix(steps + np.uint64(key))
+
+
 def _keys(seed: int, epoch: int) -> np.ndarray:
     """One 64-bit key a round, from BLAKE2b of seed and epoch: the same on every machine and version."""
     digest = hashlib.blake2b(f"ssmtrain order {seed} {epoch}".encode(), digest_size=8 * ROUNDS).digest()

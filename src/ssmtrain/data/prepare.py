@@ -20,7 +20,7 @@ from ssmtrain.config.errors import UserError
 from ssmtrain.data import cache, making
 from ssmtrain.data.encode import How, Interrupted
 from ssmtrain.data.shards import SHARD_TOKENS, SplitEntry, TokenStream, sizes_match, verify
-from ssmtrain.data.sources import open_source
+from ssmtrain.data.sources import VAL, open_source
 from ssmtrain.data.spans import Source, Span
 from ssmtrain.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
@@ -125,16 +125,23 @@ def load(folder: Path) -> Prepared | None:
         manifest = Manifest.model_validate_json((folder / "manifest.json").read_bytes())
     except (OSError, ValidationError):
         return None
-    whole = manifest.splits.keys() == {"train", "val"} and all(
+    whole = _are_splits(list(manifest.splits)) and all(
         sizes_match(folder, s, manifest.dtype, manifest.shard_tokens) for s in manifest.splits.values()
     )
     return Prepared(folder, manifest, made=False) if whole and manifest.format == FORMAT else None
 
 
+def _are_splits(names: list[str]) -> bool:
+    """train and val, or train and validation sets."""
+    sets = [name for name in names if name.startswith(VAL)]
+    return sorted(names) == ["train", "val"] or (bool(sets) and sorted(names) == sorted(["train", *sets]))
+
+
 def _checked(prepared: Prepared, tokenizer: Tokenizer, source: Source) -> Prepared:
     """Verify a folder that some other process made, unless it has not changed since it last passed."""
     manifest = prepared.manifest
-    if (manifest.tokenizer, manifest.source) != (tokenizer.hash, source.digest):
+    splits = manifest.splits.keys() == source.splits.keys()
+    if not splits or (manifest.tokenizer, manifest.source) != (tokenizer.hash, source.digest):
         what = "tokenizer" if manifest.tokenizer != tokenizer.hash else "source"
         raise UserError(
             f"prepared data in {prepared.folder} is of another {what} than its name says",

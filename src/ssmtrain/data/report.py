@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ssmtrain.config.errors import FINISHED, UserError
 from ssmtrain.data.pack import count_rows
 from ssmtrain.data.prepare import LIST, Prepared, prepare
+from ssmtrain.data.sources import pages
 
 if TYPE_CHECKING:
     from ssmtrain.config.request import Request
@@ -30,15 +31,21 @@ def command(request: Request) -> int:
         raise UserError(f"workers={workers}: expected a whole number of processes from 1 to 1024")
     _show_log()
     began = time.perf_counter()
-    prepared = prepare(config, workers=None if workers is None else int(workers))
+    processes = None if workers is None else int(workers)
+    alone = {name: config.model_copy(update={"data": page}) for name, page in pages(config.data).items()}
+    found = {name: prepare(one, workers=processes) for name, one in alone.items()}
     seconds = time.perf_counter() - began
     if request.as_json:
-        print(json.dumps(summary(prepared, config) | {"seconds": round(seconds, 3)}, indent=2))
+        told = {name: summary(prepared, config) for name, prepared in found.items()}
+        report = told.get("", {"sources": told})
+        print(json.dumps(report | {"seconds": round(seconds, 3)}, indent=2))
     else:
-        print(describe(prepared, config))
-        size = sum(split.bytes for split in prepared.manifest.splits.values())
-        speed = f", {size / seconds / 1e6:,.0f} MB of text a second" if prepared.made and seconds > 1 else ""
-        print(f"{'prepared' if prepared.made else 'found ready'} in {seconds:.1f} s{speed}")
+        for name, prepared in found.items():
+            print("\n".join([*([f"source     {name}"] if name else []), describe(prepared, config)]))
+        made = any(prepared.made for prepared in found.values())
+        size = sum(split.bytes for prepared in found.values() for split in prepared.manifest.splits.values())
+        speed = f", {size / seconds / 1e6:,.0f} MB of text a second" if made and seconds > 1 else ""
+        print(f"{'prepared' if made else 'found ready'} in {seconds:.1f} s{speed}")
     return FINISHED
 
 

@@ -21,7 +21,7 @@ SHARD_TOKENS = 2**27
 class ShardEntry(Config):
     """One file of the manifest."""
 
-    file: Annotated[str, Field(pattern=r"^[a-z]+-([0-9]+|documents)\.bin$")]
+    file: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*-([0-9]+|documents)\.bin$")]
     """Name inside the folder."""
     items: Annotated[int, Field(gt=0)]
     """Tokens in it (or document starts)."""

@@ -10,17 +10,36 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ssmtrain.config.data import source_page
 from ssmtrain.config.errors import UserError
 from ssmtrain.data.files import text_source
 from ssmtrain.data.spans import BadText, Entry, Member, Remote, Source, Span
 from ssmtrain.data.units import Unit, units
 
 if TYPE_CHECKING:
-    from ssmtrain.config.data import AnyData
+    from ssmtrain.config.data import AnyData, EmbeddedData, HubData, TextData
+
+
+VAL = "val."
+"""Splits whose names begin so are validation sets of a source that has several."""
+
+
+def pages(data: AnyData) -> dict[str, EmbeddedData | TextData | HubData]:
+    """The page of each source by name; a page that is no mixture is its only one, under no name."""
+    if data.kind != "mix":
+        return {"": data}
+    return {name: source_page(data, source) for name, source in data.sources.items()}
+
+
+def set_name(split: str) -> str:
+    """The validation set that a split is; empty where the source has one alone."""
+    return split.removeprefix(VAL) if split.startswith(VAL) else ""
 
 
 def open_source(data: AnyData) -> Source:
     """The source that `config.data` names, its files found but not read; UserError names the key."""
+    if data.kind == "mix":
+        raise ValueError("a mixture is several sources: see pages()")
     if data.kind == "embedded":
         return embedded(data.name)
     if data.kind == "hub":
@@ -64,7 +83,12 @@ def divided(source: Source, unit: Unit) -> bool:
 
 def texts(source: Source, split: str, share: float = 1.0) -> Iterator[str]:
     """The text of a split in pieces, documents end to end, of about `share` of the units, evenly spaced."""
-    before = 0
+    before, split_of = 0, source.entry_splits
+
+    def taken(val: bool, unit: Unit) -> bool:
+        held = split_of[unit.entry]
+        return split == ("val" if val and held == "train" else held)
+
     for i, unit in enumerate(units(source)):
         chosen = int((i + 1) * share) > int(i * share)
         if not chosen and not divided(source, unit):
@@ -75,7 +99,7 @@ def texts(source: Source, split: str, share: float = 1.0) -> Iterator[str]:
         for document, val in zip(documents, to_val.tolist(), strict=True):
             if isinstance(document, BadText) and not source.skip_bad:
                 raise UserError(*document.lines)
-            if chosen and val == (split == "val") and not isinstance(document, BadText):
+            if chosen and taken(val, unit) and not isinstance(document, BadText):
                 yield from document
 
 
@@ -96,8 +120,12 @@ def size(entry: Entry) -> float:
 def split_text(data: AnyData, split: str, limit: int | None = None) -> bytes:
     """The UTF-8 text of a split (its first `limit` bytes), documents end to end."""
     out = bytearray()
-    for piece in texts(open_source(data), split):
-        out += piece.encode()
-        if limit is not None and len(out) >= limit:
-            return bytes(out[:limit])
+    for page in pages(data).values():
+        source = open_source(page)
+        for name in source.splits:
+            if name == split or name.startswith(f"{split}."):
+                for piece in texts(source, name):
+                    out += piece.encode()
+                    if limit is not None and len(out) >= limit:
+                        return bytes(out[:limit])
     return bytes(out)

@@ -136,7 +136,7 @@ class Source:
     label: str
     """Short name for folders and reports."""
     splits: dict[str, list[Entry]]
-    """train and val."""
+    """train first, and val, or val.<name> for each validation set."""
     fingerprint: dict[str, Any] = field(repr=False)
     """Plain JSON that changes when the text may have changed."""
     held_out: float | None = None
@@ -145,6 +145,16 @@ class Source:
     """Leave out what cannot be read as text."""
     drop_duplicates: bool = False
     """Leave out documents that came before."""
+
+    @cached_property
+    def entries(self) -> list[Entry]:
+        """Those of all splits, one after the other."""
+        return [entry for part in self.splits.values() for entry in part]
+
+    @cached_property
+    def entry_splits(self) -> list[str]:
+        """The split of each entry."""
+        return [split for split, part in self.splits.items() for _ in part]
 
     @cached_property
     def digest(self) -> str:

@@ -142,12 +142,12 @@ def _whole(text: str | bytes | None) -> str:
 
 def units(source: Source) -> Iterator[Unit]:
     """All units of a source, train's entries and then val's; UserError where an entry cannot be opened."""
-    entries = [*source.splits["train"], *source.splits["val"]]
+    entries, split_of = source.entries, source.entry_splits
     group: list[Span] = []
     held = 0
     for i, entry in enumerate(entries):
         small_one = isinstance(entry, Span) and entry.stop - entry.start <= LONG
-        border = i == len(source.splits["train"])
+        border = i > 0 and split_of[i] != split_of[i - 1]
         if group and (not small_one or border or held >= UNIT or len(group) >= DOCUMENTS):
             yield Files(i - len(group), spans=tuple(group))
             group, held = [], 0

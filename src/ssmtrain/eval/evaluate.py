@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from ssmtrain.data.module import Rows
+from ssmtrain.data.mixture import Ordered
 from ssmtrain.layers.base import Context
 
 
@@ -21,6 +21,13 @@ class Score:
     """Cross-entropy in nats, summed."""
     labels: int
     """Number of labels."""
+    sets: dict[str, Score] = field(default_factory=dict)
+    """Of the texts that were scored one by one, by name; empty for one text."""
+
+    @classmethod
+    def of(cls, sets: dict[str, Score]) -> Score:
+        """The score of several texts together."""
+        return cls(sum(one.loss_sum for one in sets.values()), sum(one.labels for one in sets.values()), sets)
 
     @property
     def loss(self) -> float:
@@ -40,7 +47,7 @@ class Score:
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    rows: Rows,
+    rows: Ordered,
     device: torch.device,
     batch_rows: int = 8,
     bf16: bool = False,

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ssmtrain.config.schema import RunConfig
-from ssmtrain.data.module import Data
+from ssmtrain.data.module import Data, Rows
 from ssmtrain.data.prepare import LIST
 from ssmtrain.data.tokenizer import ByteTokenizer, Tokenizer
 
@@ -43,6 +43,7 @@ class Documents:
     """The documents of the training split, in the order of its stream."""
 
     def __init__(self, config: RunConfig, data: Data, tokenizer: Tokenizer) -> None:
+        assert isinstance(data.train, Rows), "a mixture is refused before"
         self.stream, self.seq_len, self.tokenizer = data.train.stream, config.data.seq_len, tokenizer
         lines = (data.prepared.folder / LIST).read_text().splitlines()
         entries = [entry for entry in map(json.loads, lines) if entry["split"] == "train"]

@@ -16,6 +16,8 @@ from ssmtrain.config.reference import parse
 from ssmtrain.config.request import Request
 from ssmtrain.config.schema import RunConfig
 
+METRICS = "metrics.jsonl"
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -27,6 +29,8 @@ class Subject:
     """Steps that the run has taken."""
     begin: tuple[int, int] = (0, 0)
     """A step and the rows consumed before the one that follows it: where a fork began."""
+    left_out: tuple[tuple[int, int], ...] = ()
+    """The first step after the run went back to a checkpoint, and how many rows it left out."""
 
     @property
     def name(self) -> str:
@@ -60,6 +64,7 @@ class Subject:
                 f"step={step}: {self.name} ends at step {self.last:,}", "give a step=… up to that"
             )
         first = rows + (step - 1 - since) * self.rows_per_step
+        first += sum(number for at, number in self.left_out if at <= step)
         return range(first, first + self.rows_per_step)
 
 
@@ -69,17 +74,36 @@ def open_subject(request: Request) -> Subject:
     A run needs no checkpoint to be read.
     """
     if request.config is not None:
+        _refuse(request.config)
         if request.config.origin is not None and request.config.origin.kind == "fork":
             raise UserError("this page is a fork's: give its run, as in run=runs/<name>")
         return Subject(request.config, None)
     config = load_run_config(request.run or "", request.overrides)
+    _refuse(config)
     folder = _folder(request)
     changed = [key for key in differences(load_run_config(folder / CONFIG), config) if not may_change(key)]
     if changed:
         raise UserError(
             f"{', '.join(changed[:3])}: with another value it would be another run", "leave it as it is"
         )
-    return Subject(config, folder, int(read_status(folder)["step"]), _begin(config, folder))
+    turns = [(int(r["step"]), int(r["rows_left_out"])) for r in records(folder / METRICS, "rollback")]
+    begin = _begin(config, folder, turns)
+    return Subject(config, folder, int(read_status(folder)["step"]), begin, tuple(turns))
+
+
+def _refuse(config: RunConfig) -> None:
+    """UserError where a step's rows are not the next of one source."""
+    given = {
+        "data.kind=mix": config.data.kind == "mix",
+        "data.seq_len_warmup": config.data.seq_len_warmup is not None,
+        "trainer.global_batch_warmup": config.trainer.global_batch_warmup is not None,
+    }
+    for key, there in given.items():
+        if there:
+            raise UserError(
+                f"{key}: the rows of a step cannot be shown yet",
+                "with SSMTRAIN_LEDGER=1 the run's ledger.jsonl names the rows of every step",
+            )
 
 
 def _folder(request: Request) -> Path:
@@ -89,7 +113,7 @@ def _folder(request: Request) -> Path:
     return next(p for p in (where, Path(words[0] if words else "runs") / where) if (p / CONFIG).is_file())
 
 
-def _begin(config: RunConfig, folder: Path) -> tuple[int, int]:
+def _begin(config: RunConfig, folder: Path, turns: list[tuple[int, int]]) -> tuple[int, int]:
     origin = config.origin
     if origin is None or origin.kind != "fork":
         return 0, 0
@@ -98,7 +122,8 @@ def _begin(config: RunConfig, folder: Path) -> tuple[int, int]:
         raise UserError(f"{folder} is a fork that has saved nothing yet: where its rows begin is not known")
     run = store.load_state(found[-1])["run"]
     per_step = config.trainer.global_batch // config.data.seq_len
-    return origin.step, int(run["rows"]) - (int(run["step"]) - origin.step) * per_step
+    left_out = sum(number for at, number in turns if at <= int(run["step"]))
+    return origin.step, int(run["rows"]) - left_out - (int(run["step"]) - origin.step) * per_step
 
 
 def step_of(request: Request) -> int:

@@ -33,6 +33,23 @@ def read(path: Path) -> tuple[Points, Points]:
     return found["train"], found["val"]
 
 
+def read_sets(path: Path) -> dict[str, Points]:
+    """The validation curve of each set of a metrics.jsonl that has several, in bits per byte."""
+    found: dict[str, Points] = {}
+    for record in _records(path):
+        for name, one in sets_of(record).items():
+            found.setdefault(name, []).append((record["step"], float(one["bpb"])))
+    return found
+
+
+def sets_of(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The figures of each set in a validation record, those that are finite."""
+    if record.get("kind") != "val":
+        return {}
+    sets = {name: one for name, one in record.items() if isinstance(one, dict)}
+    return {name: one for name, one in sets.items() if isinstance(one.get("bpb"), (int, float))}
+
+
 def last_loss(path: Path) -> float | None:
     """The latest training loss in a metrics.jsonl, nats per token."""
     losses = [record.get("loss") for record in _records(path) if record.get("kind") == "train"]
@@ -57,7 +74,9 @@ def draw(values: list[float], width: int = 64, height: int = 4) -> list[str]:
     return rows
 
 
-def picture(path: Path, train: Points, val: Points, marks: dict[str, float]) -> bool:
+def picture(
+    path: Path, train: Points, val: Points, marks: dict[str, float], sets: dict[str, Points] | None = None
+) -> bool:
     """Write the curve as a PNG with the yardsticks as lines; False, with a warning, when that fails."""
     try:
         figure = empty(8, 4.5)
@@ -66,6 +85,8 @@ def picture(path: Path, train: Points, val: Points, marks: dict[str, float]) -> 
             axes.plot(*zip(*train), lw=1, label="training")
         if val:
             axes.plot(*zip(*val), "o-", ms=4, label="validation")
+        for name, points in (sets or {}).items():
+            axes.plot(*zip(*points), ".--", lw=0.8, ms=3, label=name)
         for name, bits in marks.items():
             axes.axhline(bits, lw=0.8, ls="--", color="grey")
             axes.annotate(

@@ -21,7 +21,7 @@ from ssmtrain.config.schema import RunConfig
 from ssmtrain.data.module import open_data
 from ssmtrain.data.tokenizer import load_tokenizer
 from ssmtrain.kernels import backend
-from ssmtrain.model.count import Counts
+from ssmtrain.model.count import Counts, count_flops
 from ssmtrain.model.show import report as picture
 from ssmtrain.parallel import ranks
 from ssmtrain.parallel.agreement import check_launch, started_here
@@ -266,7 +266,10 @@ def _callbacks(lit: LitLM, run: Run, tokenizer: Tokenizer, counts: Counts) -> li
         found.append(Averaging())
     if wanted():
         found.append(Ledger(run.ledger))
-    found += [Metrics(page.log_every, counts.flops.total), Paces(page.log_every)]
+    flops = {lit.config.data.seq_len: counts.flops.total}
+    for _, length in lit.lengths.stages:
+        flops[length] = count_flops(lit.config.model, lit.vocab_size, length).total
+    found += [Metrics(page.log_every, flops.__getitem__), Paces(page.log_every)]
     if page.health_every:
         found.append(Health(page.health_every))
     if page.val_every:

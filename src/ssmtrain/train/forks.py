@@ -15,13 +15,14 @@ from ssmtrain.checkpoint.records import CONFIG
 from ssmtrain.checkpoint.runs import open_run
 from ssmtrain.config import launched
 from ssmtrain.config.errors import UserError
+from ssmtrain.config.growth import batches
 from ssmtrain.config.identity import default_name
 from ssmtrain.config.load import load, load_run_config, typed
 from ssmtrain.config.origin import Origin
 from ssmtrain.config.reference import Reference, parse
 from ssmtrain.config.schema import RunConfig, dump
 from ssmtrain.config.yaml_reader import read_yaml
-from ssmtrain.train.schedule import factor, horizon
+from ssmtrain.train.schedule import factor_at, horizon
 
 DECISION = "SSMTRAIN_ORIGIN"
 """Environment variable by which rank 0 hands the origin it chose to the ranks that it starts."""
@@ -123,15 +124,13 @@ def _fill_decay(
     if schedule.kind != "decay":
         return
     asked = named or bool(said & {"schedule", "schedule.kind"})
-    unit = 1 if schedule.unit == "steps" else config.trainer.global_batch
     if "schedule.start" not in said and (asked or schedule.start is None):
-        tree["schedule"]["start"] = origin.step * unit
+        tokens = batches(config.trainer).tokens_after(origin.step)
+        tree["schedule"]["start"] = origin.step if schedule.unit == "steps" else tokens
     if "schedule.share" in said or not (asked or schedule.share is None):
         return
     source = config_of(page)
-    per = 1 if source.schedule.unit == "steps" else source.trainer.global_batch
-    at = origin.step * per
-    share = factor(source.schedule, at, at + per, horizon(source.trainer).steps * per)
+    share = factor_at(source.schedule, origin.step, horizon(source.trainer))
     if share <= schedule.floor:
         raise UserError(
             f"schedule=decay: at step {origin.step:,} the rate of {origin.run} is down to {share:.3g} of its "

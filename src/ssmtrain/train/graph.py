@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmtrain.config.errors import UserError
-from ssmtrain.data.module import Batch
+from ssmtrain.data.batch import Batch
 
 Pass = tuple[Tensor, dict[int, Tensor]]
 """Sums (2,) of loss and router losses, and tokens per expert by block."""

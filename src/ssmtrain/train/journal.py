@@ -15,7 +15,7 @@ from ssmtrain.config.redact import redacted
 log = logging.getLogger(__name__)
 
 Record = dict[str, Any]
-"""Flat figures with `kind` (train, val, health, sample, skip, save) and `step`."""
+"""Flat figures with `kind` (train, val, health, sample, skip, save, …) and `step`."""
 
 
 class Sink(Protocol):

@@ -19,9 +19,11 @@ from torch.optim import Optimizer
 from ssmtrain.checkpoint import faults
 from ssmtrain.checkpoint.weights import load_weights
 from ssmtrain.config.errors import NonFinite
+from ssmtrain.config.growth import lengths
 from ssmtrain.config.parallel import Fsdp, Zero1, Zero3
 from ssmtrain.config.schema import RunConfig
-from ssmtrain.data.module import Batch, Data
+from ssmtrain.data.batch import Batch, cut
+from ssmtrain.data.module import Data
 from ssmtrain.layers.base import Context
 from ssmtrain.model.hybrid import HybridModel, Output
 from ssmtrain.model.init import init_weights
@@ -34,6 +36,7 @@ from ssmtrain.train.attempts import Attempts
 from ssmtrain.train.clock import Clock
 from ssmtrain.train.ema import Ema
 from ssmtrain.train.engine import Engine, TorchEngine
+from ssmtrain.train.epochs import refuse_rereading
 from ssmtrain.train.graph import Graphs, Pass
 from ssmtrain.train.journal import Journal
 from ssmtrain.train.pace import Pace
@@ -55,7 +58,11 @@ class Step:
     lr: float
     skipped: bool
     samples: list[int]
-    """Rows in file order that this rank trained on."""
+    """Ids of the rows that this rank trained on."""
+    tokens: int
+    """Of the global batch."""
+    length: int
+    """Tokens of a row."""
 
 
 class LitLM(LightningModule):
@@ -75,7 +82,7 @@ class LitLM(LightningModule):
         self.automatic_optimization = False
         self.config, self.vocab_size, self.text, self.signals = config, vocab_size, data, signals
         self.checkpoint, self.origin = checkpoint, origin
-        self.horizon = horizon(config.trainer)
+        self.horizon, self.lengths = horizon(config.trainer), lengths(config.data)
         self.state = RunState()
         self.journal = Journal()
         self.clock = clock
@@ -163,6 +170,7 @@ class LitLM(LightningModule):
             self.state = snapshot.begin(self, self.origin)
         else:
             seed_generators(self.config.seed, ranks.rank(), 0)
+        refuse_rereading(self)
         if self.ema is not None:
             self.ema.begin(self.state.step)
         self.clock.before = self.state.seconds
@@ -190,7 +198,7 @@ class LitLM(LightningModule):
     def shares(self) -> list[range]:
         """The rows of this rank's micro-batches, a contiguous slice, counted from the step's first."""
         trainer, world = self.config.trainer, ranks.world()
-        total = trainer.global_batch // self.config.data.seq_len
+        total = self.horizon.batches.at(self.state.tokens) // self.config.data.seq_len
         mine = total // world
         first = ranks.rank() * mine
         size = trainer.micro_rows or self.state.micro_batch or mine
@@ -198,8 +206,9 @@ class LitLM(LightningModule):
 
     def rows(self) -> list[Batch]:
         """This rank's micro-batches of the next step."""
-        done = self.state.rows
-        return [self.text.train.batch(range(done + r.start, done + r.stop)) for r in self.shares()]
+        done, length = self.state.rows, self.lengths.at(self.state.tokens)
+        whole = [self.text.train.batch(range(done + r.start, done + r.stop)) for r in self.shares()]
+        return [cut(batch, length) for batch in whole]
 
     def run_model(self, batch: Batch) -> Output:
         """The model's sums for one batch, in the run's precision."""
@@ -265,14 +274,15 @@ class LitLM(LightningModule):
         if back:
             return False
         self.engine.clear()
-        state.step += 1
-        state.rows += config.trainer.global_batch // config.data.seq_len
-        state.tokens += config.trainer.global_batch
-        self.tokens_here += config.trainer.global_batch
-        state.seconds = self.clock.total
+        tokens, length = self.horizon.batches.at(state.tokens), self.lengths.at(state.tokens)
         samples = [i for b in micro for i in b.sample_ids]
         skipped = not finite or why is not None
-        self.last = Step(loss, aux, grad_norm, lr, skipped, samples)
+        self.last = Step(loss, aux, grad_norm, lr, skipped, samples, tokens, length)
+        state.step += 1
+        state.rows += tokens // config.data.seq_len
+        state.tokens += tokens
+        self.tokens_here += tokens
+        state.seconds = self.clock.total
         if self.horizon.reached(state.step, state.tokens):
             self.stop = "finished"
         elif asked or late:

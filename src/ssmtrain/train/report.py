@@ -19,7 +19,7 @@ from ssmtrain.data.sources import cost, open_source, split_text
 from ssmtrain.data.yardsticks import yardsticks
 from ssmtrain.train.attempts import line
 from ssmtrain.train.callbacks.words import duration, si
-from ssmtrain.train.curve import draw, picture, read
+from ssmtrain.train.curve import draw, picture, read, read_sets
 from ssmtrain.train.journal import finite
 
 YARDSTICK_LIMIT = 64 * 2**20
@@ -37,7 +37,9 @@ def write(run: Run, figures: dict[str, Any], sample: str) -> str:
     """Write report.json, report.md and loss.png into the run's folder; returns the text for the console."""
     figures, sample = redacted(figures), redact(sample)
     train, val = read(run.metrics)
-    drawn = picture(run.folder / "loss.png", train, val, figures.get("yardsticks", {}))
+    drawn = picture(
+        run.folder / "loss.png", train, val, figures.get("yardsticks", {}), read_sets(run.metrics)
+    )
     replace_file(run.folder / "report.json", (json.dumps(finite(figures), indent=2) + "\n").encode())
     curve = draw([bpb for _, bpb in train])
     scores = score_lines(figures)
@@ -103,6 +105,10 @@ def score_lines(figures: dict[str, Any]) -> list[str]:
         f"validation: {figures['val_bpb']:.3f} bits per byte (loss {figures['val_loss']:.4f}, "
         f"perplexity {figures['val_perplexity']:.4g}) on all of {figures['val_bytes']:,} bytes"
     ]
+    sets = figures.get("val_sets") or {}
+    if sets:
+        each = [f"{name} {one['bpb']:.3f} (loss {one['loss']:.4f})" for name, one in sets.items()]
+        lines.append(f"bits per byte of {', '.join(each)}")
     found = figures.get("yardsticks") or {}
     if found:
         lines.append(

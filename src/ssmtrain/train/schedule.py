@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ssmtrain.config.growth import Staged, batches
 from ssmtrain.config.schedule import AnySchedule, DecaySchedule, PowerSchedule, WsdSchedule
 from ssmtrain.config.trainer import TrainerConfig
 
@@ -21,6 +22,13 @@ class Horizon:
     step_tokens: int
     max_tokens: int | None = None
     """A limit in tokens that may stop the run before the horizon."""
+    warmup: tuple[tuple[int, int], ...] = ()
+    """(until how many tokens, tokens of a step) of the smaller steps before."""
+
+    @property
+    def batches(self) -> Staged:
+        """Tokens of a step over the run."""
+        return Staged(self.step_tokens, self.warmup)
 
     def reached(self, step: int, tokens: int) -> bool:
         """Whether a run that has done this much is finished."""
@@ -31,18 +39,26 @@ class Horizon:
         """The step after which `reached` turns true."""
         if self.max_tokens is None:
             return self.steps
-        return min(self.steps, math.ceil(self.max_tokens / self.step_tokens))
+        return min(self.steps, self.batches.steps_to(self.max_tokens))
+
+    def position(self, step: int, unit: str) -> int:
+        """How far a run is after so many steps, in steps or in tokens."""
+        return step if unit == "steps" else self.batches.tokens_after(step)
+
+    def left(self, step: int) -> tuple[int, int]:
+        """Tokens that a run which has done so many steps has yet to see, and those that it has seen."""
+        done, whole = (self.batches.tokens_after(steps) for steps in (step, self.last_step))
+        return max(0, whole - done), done
 
 
 def horizon(trainer: TrainerConfig) -> Horizon:
     """The horizon of a run: max_steps, or max_tokens where max_steps is absent; ValueError without either."""
-    if trainer.max_steps is not None:
-        return Horizon(trainer.max_steps, trainer.global_batch, trainer.max_tokens)
-    if trainer.max_tokens is None:
-        raise ValueError("trainer.max_steps or trainer.max_tokens must be set: the schedule ends there")
-    return Horizon(
-        math.ceil(trainer.max_tokens / trainer.global_batch), trainer.global_batch, trainer.max_tokens
-    )
+    grown, steps = batches(trainer), trainer.max_steps
+    if steps is None:
+        if trainer.max_tokens is None:
+            raise ValueError("trainer.max_steps or trainer.max_tokens must be set: the schedule ends there")
+        steps = grown.steps_to(trainer.max_tokens)
+    return Horizon(steps, grown.final, trainer.max_tokens, grown.stages)
 
 
 def span(length: int | float, total: int) -> float:
@@ -52,8 +68,13 @@ def span(length: int | float, total: int) -> float:
 
 def lr_at(schedule: AnySchedule, peak: float, step: int, run: Horizon) -> float:
     """Learning rate of the step that begins after `step` finished steps."""
-    unit = 1 if schedule.unit == "steps" else run.step_tokens
-    return peak * factor(schedule, step * unit, (step + 1) * unit, run.steps * unit)
+    return peak * factor_at(schedule, step, run)
+
+
+def factor_at(schedule: AnySchedule, step: int, run: Horizon) -> float:
+    """Share of the peak of the step that begins after `step` finished steps."""
+    begin, end, total = (run.position(steps, schedule.unit) for steps in (step, step + 1, run.steps))
+    return factor(schedule, begin, end, total)
 
 
 def factor(schedule: AnySchedule, begin: int, end: int, total: int) -> float:

@@ -14,6 +14,7 @@ from ssmtrain.checkpoint import store
 from ssmtrain.checkpoint.parts import Part
 from ssmtrain.checkpoint.weights import refuse_nonfinite
 from ssmtrain.config.errors import UserError
+from ssmtrain.config.mixing import past
 from ssmtrain.parallel import ranks
 from ssmtrain.parallel.shard import Scattered, mine, rows_of, tensors_of, to_write
 from ssmtrain.train.environment import changes, environment
@@ -46,6 +47,7 @@ def take(lit: LitLM) -> tuple[Shares, dict[str, Any]]:
         "tokens": lit.state.tokens,
         "run": lit.state.as_dict(),
         "text": fingerprint(lit),
+        "mixture": lit.text.plan,
         "ema": bool(averages),
         "seq_len": lit.config.data.seq_len,
         "tokenizer": lit.text.prepared.manifest.tokenizer,
@@ -75,6 +77,7 @@ def restore(lit: LitLM, checkpoint: Path) -> RunState:
             "start one from it with from=<folder>, or with init=<folder> at step 0",
         )
     run = _counters(checkpoint, state)
+    _follow_mixture(lit, checkpoint, state, run)
     _load_optimizers(lit, checkpoint, run)
     _load_averages(lit, checkpoint, state)
     _load_generators(lit, checkpoint, run.step)
@@ -104,6 +107,18 @@ def _refuse_other_data(lit: LitLM, checkpoint: Path, state: dict[str, Any]) -> N
         )
 
 
+def _follow_mixture(lit: LitLM, checkpoint: Path, state: dict[str, Any], run: RunState) -> None:
+    """Note phases that have changed since; UserError when one has changed that has begun."""
+    was, now = state.get("mixture") or [], lit.text.plan
+    if past(was, run.rows) != past(now, run.rows):
+        raise UserError(
+            f"data: the mixture has changed for rows before row {run.rows:,}, which {checkpoint} has seen",
+            "only phases that have not begun may change",
+        )
+    if was != now:
+        lit.journal.write("mixture", run.step, was=was, now=now)
+
+
 def begin(lit: LitLM, checkpoint: Path) -> RunState:
     """What a fork keeps of another run's checkpoint: optimiser, generators, step and place in the data.
 
@@ -117,6 +132,7 @@ def begin(lit: LitLM, checkpoint: Path) -> RunState:
     if state.get("tokenizer", tokenizer) != tokenizer:
         raise UserError("tokenizer: its content has changed since the run forked from was trained")
     same = state.get("text") == fingerprint(lit) and state.get("seq_len") == lit.config.data.seq_len
+    same = same and past(state.get("mixture") or [], run.rows) == past(lit.text.plan, run.rows)
     if not same:
         log.info("the data is not that of the run forked from: it is read from its beginning")
         run.rows = 0

@@ -83,7 +83,8 @@ def go_back(lit: LitLM, why: str) -> bool:
     checkpoint = lit.newest_checkpoint()
     if checkpoint is None:
         return False
-    at, rows = state.step + 1, state.rows + lit.config.trainer.global_batch // lit.config.data.seq_len
+    tokens = lit.horizon.batches.at(state.tokens)
+    at, rows = state.step + 1, state.rows + tokens // lit.config.data.seq_len
     again = state.rollbacks_row + 1
     if again > config.rollbacks:
         raise NonFinite(

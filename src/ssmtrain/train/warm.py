@@ -23,9 +23,12 @@ from torch import Tensor, nn
 
 import ssmtrain
 from ssmtrain.config.errors import UserError
+from ssmtrain.config.growth import lengths
 from ssmtrain.config.model import ModelConfig
 from ssmtrain.config.schema import RunConfig, dump
-from ssmtrain.data.module import Batch, Data
+from ssmtrain.data.batch import Batch, cut
+from ssmtrain.data.mixture import Mixture
+from ssmtrain.data.module import Data, Rows
 from ssmtrain.kernels import cache
 from ssmtrain.layers.base import Context
 from ssmtrain.layers.norm import Stream
@@ -78,7 +81,8 @@ def warm_up(config: RunConfig, vocab: int, data: Data, device: torch.device, row
         say(f"another process compiles kernels into {folder}: waiting for it")
 
     try:
-        found += batches(data, rows)
+        shapes = dict.fromkeys((config.data.seq_len, *(length for _, length in lengths(config.data).stages)))
+        found += [cut(batch, length) for batch in batches(data, rows) for length in shapes]
         record = folder / "ssmtrain" / f"{_key(config, vocab, found, device)}.json"
         once(record, work, waiting, lead=(device.index or 0) == 0)
     except Exception as error:
@@ -91,22 +95,24 @@ def batches(data: Data, rows: int) -> list[Batch]:
     """Batches of each kind that the run may meet: Triton looks at whether rows hold several documents, and at
     whether their number is a multiple of 16."""
     text, length = data.train, data.train.seq_len
+    sources = text.sources.values() if isinstance(text, Mixture) else [text]
+    parts = [part for part in sources if isinstance(part, Rows)]
     kinds: dict[Any, Batch] = {}
     for at in range(64):
         batch = text.batch(range(at * rows, (at + 1) * rows))
         kinds.setdefault(_kind(batch), batch)
         if at == 0 and batch.doc_ids is None:
-            inside = [s for s in text.stream.starts[:10_000].tolist() if s % length]
+            inside = [(part, s) for part in parts for s in part.stream.starts[:10_000].tolist() if s % length]
             if not inside:
                 break
-            packed = text.batch_rows([inside[0] // length] * rows)
+            part, start = inside[0]
+            packed = part.batch_rows([start // length] * rows)
             kinds.setdefault(_kind(packed), packed)
         if {True, False} <= kinds.keys():
             break
     first = next(iter(kinds.values()))
-    if text.stream.tokens > length * len(
-        text.stream.starts
-    ):  # documents longer than a row: some rows are one
+    # Documents longer than a row: some rows are one.
+    if any(part.stream.tokens > length * len(part.stream.starts) for part in parts):
         kinds.setdefault(None, replace(first, doc_ids=None, n_docs=rows))
     return list(kinds.values())
 

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback
 
 from ssmtrain.parallel import ranks
 from ssmtrain.train.callbacks.words import duration, si
+from ssmtrain.train.curve import sets_of
 from ssmtrain.train.journal import Record
 from ssmtrain.train.module import LitLM
 
@@ -64,10 +65,10 @@ class Console(Callback):
     def left(self, lit: LitLM) -> str:
         """The time that is left, by the pace of this process, validations and saves included."""
         begin, since = self.steps
-        done = lit.state.step - begin
-        if not done:
+        if lit.state.step == begin:
             return ""
-        seconds = (lit.horizon.last_step - lit.state.step) * (lit.clock.elapsed - since) / done
+        left, seen = lit.horizon.left(lit.state.step)
+        seconds = left * (lit.clock.elapsed - since) / (seen - lit.horizon.left(begin)[1])
         limit = lit.config.trainer.max_seconds
         if limit is not None:
             seconds = min(seconds, max(0.0, limit - lit.clock.elapsed))
@@ -85,6 +86,9 @@ class Console(Callback):
                 f"step {record['step']:>6,}  validation loss {record['loss']:.4f}, "
                 f"perplexity {record['perplexity']:.4g}, {record['bpb']:.4f} bits per byte"
             )
+            found = [f"{name} {one['bpb']:.4f}" for name, one in sets_of(record).items()]
+            if found:
+                self.say(f"{'':13}bits per byte of {', '.join(found)}")
         elif kind == "sample":
             self.say(f"step {record['step']:>6,}  sample: {record['text']}")
         elif kind == "skip":

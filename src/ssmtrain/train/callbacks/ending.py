@@ -50,7 +50,7 @@ class Ending(Callback):
             score = validate(lit, first_rows(lit))
             lit.journal.write("best", lit.state.step, loss=score.loss, labels=score.labels)
 
-    def figures(self, lit: LitLM, val: dict[str, float]) -> dict[str, Any]:
+    def figures(self, lit: LitLM, val: dict[str, Any]) -> dict[str, Any]:
         """What report.json says."""
         state, spent = lit.state, lit.clock.spent
         train, _ = read(self.run.metrics)
@@ -61,6 +61,7 @@ class Ending(Callback):
             "val_bpb": val["bpb"],
             "val_perplexity": val["perplexity"],
             "val_bytes": lit.text.meta["val"]["bytes"],
+            "val_sets": {name: val[name] for name in lit.text.sets},
             "best_val_loss": state.best_val,
             "best_val_step": state.best_step,
             "train_loss": last_loss(self.run.metrics),

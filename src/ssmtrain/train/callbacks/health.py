@@ -83,7 +83,7 @@ def gradient_norms(gradients: Iterable[tuple[str, Tensor]], kinds: dict[str, str
 @torch.no_grad()
 def probe(lit: LitLM, model: HybridModel) -> dict[str, Figures]:
     """By mixer kind: largest |state|, range of dt, share of dt at a clamp, range of -A, on one row."""
-    batch = lit.text.val.batch([0]).to(lit.device)
+    batch = lit.text.val.batch_rows([0]).to(lit.device)
     ctx = Context(doc_ids=batch.doc_ids, n_docs=batch.n_docs, states=[None] * len(model.blocks))
     found: dict[str, Figures] = {}
     with _inputs(model) as inputs, lit.autocast():

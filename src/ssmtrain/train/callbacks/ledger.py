@@ -27,7 +27,8 @@ def wanted() -> bool:
 class Ledger(Callback):
     """Writes step, loss_hex, grad_norm_hex, samples, tokens, params after each step.
 
-    Samples are the rows of all ranks, in order; params has a hash of each rank's weights, replicas' the same.
+    Samples are the rows of all ranks, in order, of a mixture as "source:row"; params has a hash of each
+    rank's weights, replicas' the same.
     """
 
     def __init__(self, path: Path) -> None:
@@ -47,7 +48,7 @@ class Ledger(Callback):
         lit: LitLM = pl_module
         assert lit.last is not None
         rows = torch.tensor(lit.last.samples, dtype=torch.int64, device=lit.device)
-        samples = torch.cat(ranks.gather(rows)).tolist()
+        samples = lit.text.train.names(torch.cat(ranks.gather(rows)).tolist())
         params = ranks.texts(digest({**lit.model.state_dict(), **dict(lit.model.named_parameters())}))
         if ranks.rank():
             return

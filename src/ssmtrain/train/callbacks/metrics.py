@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,8 +18,11 @@ from ssmtrain.train.peaks import peak_flops
 class Metrics(Callback):
     """Sends a train record at the first step, every `every` steps and at the last."""
 
-    def __init__(self, every: int, flops_per_token: int) -> None:
+    def __init__(self, every: int, flops_per_token: Callable[[int], int]) -> None:
+        """`flops_per_token` of rows of a length."""
         self.every, self.flops = every, flops_per_token
+        self.work = 0
+        """FLOPs since the previous record."""
         self.mark = 0.0
         """Seconds of stepping (data included) and tokens at the previous record."""
         self.tokens = 0
@@ -28,7 +32,6 @@ class Metrics(Callback):
         lit: LitLM = pl_module
         self._begin(lit)
         lit.on_back.append(lambda step: self._begin(lit))
-        self.bytes_per_token = lit.text.meta["train"]["bytes"] / lit.text.meta["train"]["tokens"]
         self.peak = peak_flops(lit.device)
 
     def _begin(self, lit: LitLM) -> None:
@@ -44,6 +47,7 @@ class Metrics(Callback):
         lit: LitLM = pl_module
         assert lit.last is not None
         state = lit.state
+        self.work += lit.last.tokens * self.flops(lit.last.length)
         if not lit.last.skipped:
             # In the state, so that a resumed run writes the record that the unbroken one would have written.
             state.window_loss += lit.last.loss
@@ -58,25 +62,31 @@ class Metrics(Callback):
         """The record: the loss is the mean of the steps since the previous one."""
         assert lit.last is not None
         now = time.perf_counter() - self._elsewhere(lit)
-        speed = (lit.state.tokens - self.tokens) / max(now - self.mark, 1e-9)
+        seconds = max(now - self.mark, 1e-9)
+        speed, pace = (lit.state.tokens - self.tokens) / seconds, self.work / seconds
+        self.work = 0
         self.mark, self.tokens = now, lit.state.tokens
         loss = lit.state.window_loss / lit.state.window_steps if lit.state.window_steps else math.nan
         found: dict[str, Any] = {
             "tokens": lit.state.tokens,
             "loss": loss,
-            "bpb": loss / math.log(2.0) / self.bytes_per_token,
+            "bpb": loss / math.log(2.0) / lit.text.bytes_per_token(max(0, lit.state.rows - 1)),
             "lr": lit.last.lr,
             "grad_norm": lit.last.grad_norm,
             "tokens_per_s": speed,
             "seconds": lit.clock.total,
             "time": lit.clock.split(),
         }
+        if lit.lengths.stages:
+            found["seq_len"] = lit.last.length
+        if lit.horizon.warmup:
+            found["global_batch"] = lit.last.tokens
         if lit.last.aux:
             found["aux"] = lit.last.aux
         if lit.state.nonfinite:
             found["nonfinite"] = lit.state.nonfinite
         if self.peak is not None:
-            found["mfu"] = self.flops * speed / (self.peak * ranks.world())
+            found["mfu"] = pace / (self.peak * ranks.world())
         if lit.device.type == "cuda":
             found["memory_gb"] = torch.cuda.max_memory_allocated(lit.device) / 1e9
         return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import Callback
@@ -18,28 +19,30 @@ MIN_TOKENS = 8192
 
 
 def validate(lit: LitLM, max_rows: int | None = None) -> Score:
-    """Score the validation split, or its first max_rows rows, on all ranks together."""
+    """Score the validation split, or its first max_rows rows, on all ranks together; of several sets each."""
     trainer, seq_len = lit.config.trainer, lit.config.data.seq_len
     rows = trainer.micro_rows or lit.state.micro_batch or trainer.global_batch // seq_len // ranks.world()
     # Short rows are scored many at a time: without gradients they need little memory.
     rows = max(rows, math.ceil(MIN_TOKENS / seq_len))
     cut = is_cut(lit.model)
+    score = partial(
+        evaluate,
+        lit.model,
+        device=lit.device,
+        batch_rows=rows,
+        bf16=trainer.precision == "bf16",
+        max_rows=max_rows,
+        rank=ranks.rank(),
+        world=ranks.world(),
+        reduce=ranks.sum_,
+        together=cut,
+    )
     with lit.clock("val"), forked_rng(lit.device):
-        score = evaluate(
-            lit.model,
-            lit.text.val,
-            lit.device,
-            batch_rows=rows,
-            bf16=trainer.precision == "bf16",
-            max_rows=max_rows,
-            rank=ranks.rank(),
-            world=ranks.world(),
-            reduce=ranks.sum_,
-            together=cut,
-        )
+        found = {name: score(text) for name, text in lit.text.sets.items()}
+        whole = Score.of(found) if found else score(lit.text.val)
         if cut:
             cut_again(lit.model)
-        return score
+        return whole
 
 
 def first_rows(lit: LitLM) -> int | None:
@@ -48,14 +51,15 @@ def first_rows(lit: LitLM) -> int | None:
     return tokens and math.ceil(tokens / lit.config.data.seq_len)
 
 
-def figures(lit: LitLM, score: Score) -> dict[str, float]:
-    """Loss, perplexity and bits per byte of a score on the validation split."""
-    meta = lit.text.meta["val"]
+def figures(lit: LitLM, score: Score, text: str = "val") -> dict[str, Any]:
+    """Loss, perplexity and bits per byte of a score on the validation split, and of each of its sets."""
+    meta = lit.text.meta[text]
     return {
         "loss": score.loss,
         "perplexity": score.perplexity,
         "bpb": score.bits_per_byte(meta["tokens"], meta["bytes"]),
         "labels": score.labels,
+        **{name: figures(lit, one, f"val/{name}") for name, one in score.sets.items()},
     }
 
 
@@ -73,7 +77,7 @@ class Validation(Callback):
         note(lit, validate(lit, first_rows(lit)))
 
 
-def note(lit: LitLM, score: Score) -> dict[str, float]:
+def note(lit: LitLM, score: Score) -> dict[str, Any]:
     """Record a score and remember the best."""
     state, found = lit.state, figures(lit, score)
     if math.isfinite(score.loss) and (state.best_val is None or score.loss < state.best_val):
