@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -27,6 +28,9 @@ def test_a_run_is_in_one_of_six_states(make_run: MakeRun, dead_owner: str) -> No
     (killed / "lock").write_text(dead_owner)
     state, why = state_of(killed)
     assert state == "killed" and "is gone" in why and str(json.loads(dead_owner)["pid"]) in why
+    with (killed / "lock").open() as left:  # a process that the dead one started still has its file
+        fcntl.flock(left, fcntl.LOCK_EX)
+        assert state_of(killed) == (state, why)
     (killed / "attempts.jsonl").unlink()
     assert state_of(killed)[0] == "new"
     running = make_run("running", end=None)
@@ -216,6 +220,9 @@ def test_a_follower_reads_each_line_once(tmp_path: Path) -> None:
         file.write('{"step": 4, "again": 1}\n')
     assert [one["step"] for one in follower.read()] == [4]
     assert [one["step"] for one in Follower(path).read(last=2)] == [3, 4]
+    again.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "again": 1}\n{"step": 4, "again": 2}\n')
+    os.replace(again, path)
+    assert [one["again"] for one in follower.read()] == [2]
 
 
 def test_figures_are_written_short() -> None:

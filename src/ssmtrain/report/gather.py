@@ -83,7 +83,8 @@ def leaves(record: Record, path: str = "") -> Iterator[tuple[str, float]]:
     for key, value in record.items():
         if not path and key in APART:
             continue
-        where = f"{path}.{key}" if path else key
+        shown = plain(key)  # it becomes part of a chart
+        where = f"{path}.{shown}" if path else shown
         if isinstance(value, dict) and where.count(".") < 4:
             yield from leaves(value, where)
         elif (number := figure(value)) is not None:
