@@ -74,6 +74,10 @@ def test_runs_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "config.yaml").touch()
     assert candidates("ssmtrain eval run=") == ["run=one", "run=sweep/arm"]
+    assert candidates("ssmtrain runs show o") == ["one"]
+    assert candidates("ssmtrain runs diff one ") == ["runs_dir=", "sweep/arm"]
+    assert candidates("ssmtrain report runs_dir=runs s") == ["sweep/arm"]
+    assert candidates("ssmtrain runs rm runs_dir=elsewhere s") == []
 
 
 def bash(line: str, answer: str) -> list[str]:
