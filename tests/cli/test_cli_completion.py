@@ -104,6 +104,10 @@ def test_runs_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert candidates("ssmtrain fit from=one@") == ["from=one@step-100", "from=one@step-50"]
     (tmp_path / "runs" / "one" / "best").symlink_to("checkpoints/step-00000100")
     assert candidates("ssmtrain replay run=one@b") == ["run=one@best"]
+    assert candidates("ssmtrain runs show o") == ["one"]
+    assert candidates("ssmtrain runs diff one ") == ["runs_dir=", "sweep/arm"]
+    assert candidates("ssmtrain report runs_dir=runs s") == ["sweep/arm"]
+    assert candidates("ssmtrain runs rm runs_dir=elsewhere s") == []
     (tmp_path / "runs").rename(tmp_path / "elsewhere")
     assert candidates("ssmtrain eval runs_dir=elsewhere run=o") == ["run=one"]
 

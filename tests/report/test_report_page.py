@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs.conftest import MakeRun, train_record, val_record
 
+from runs.conftest import MakeRun, train_record, val_record
 from ssmtrain.cli import main
 
 VOID = {"meta", "br", "img", "hr", "link", "input"}
@@ -136,17 +136,17 @@ def test_no_run_puts_code_in_the_page(make_run: MakeRun, monkeypatch: pytest.Mon
         train_record(1, mixture={EVIL: 1.0, "w" + EVIL: 2.0}),
         {"kind": "sample", "step": 1, "text": f"{EVIL} token={secret} s3cret-of-the-environment \x1b]0;\x07"},
         {**val_record(1, 2.0), EVIL: {"bpb": 2.0, EVIL: 3.0}},
-        {"kind": "health", "step": 1, "layers": {EVIL: {EVIL: 1.0}}, EVIL: 1.0},
+        {"kind": "health", "step": 1, "layers": {EVIL: {EVIL: 1.0}}, EVIL: 1.0, "figures": {secret: 1.0}},
     ]
     folder = make_run("mine", records=records, end=f"failed: {EVIL}")
-    (folder / "report.json").write_text('{"yardsticks": {"<script>x</script>": 1.0}}')
+    (folder / "report.json").write_text('{"yardsticks": {"$x^2$<script>": 1.0}}')
     text = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(f"'{EVIL.replace(chr(39), '')}': 1\npassword: hunter2hunter2\n{text}")
-    odd = folder.with_name("<b>odd$x$")
+    odd = folder.with_name(f"<b>odd$x${secret}")
     folder.rename(odd)
     assert main(["report", str(odd), "out=page.html"]) == 0
     page = read(Path("page.html"))
-    assert EVIL in page.text and "<b>odd$x$" in page.text
+    assert EVIL in page.text and "<b>odd$x$[redacted]" in page.text and "$x^2$<script>" in page.text
     source = Path("page.html").read_text()
     for hidden in (
         secret,
@@ -161,6 +161,7 @@ def test_no_run_puts_code_in_the_page(make_run: MakeRun, monkeypatch: pytest.Mon
     make_run("fine")
     assert main(["report", str(odd), "fine", "out=both.html"]) == 0
     read(Path("both.html"))
+    assert secret not in Path("both.html").read_text()
 
 
 def test_damaged_and_young_runs_have_a_page(make_run: MakeRun, dead_owner: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +64,14 @@ def gather(
         if kind == "skip":
             told.skipped += 1
         elif kind == "sample":
-            (early if len(early) < MOST_SAMPLES else late).append((step, _text(record.get("text"))))
+            text = str(record.get("text", ""))[:LONGEST_SAMPLE]
+            (early if len(early) < MOST_SAMPLES else late).append((step, text))
             late = late[-MOST_SAMPLES:]
         elif kind in CURVED:
             _curves(told.curves, str(kind), record, (float(step), clock["tokens"], clock["seconds"]), buckets)
-    told.samples = early + late
-    final = _final_sample(folder / "report.md")
-    if final:
-        told.samples.append((told.run.step, _text(final)))
+    final = _final_sample(folder / "report.md")[:LONGEST_SAMPLE]
+    found = [*early, *late, *([(told.run.step, final)] if final else [])]
+    told.samples = [(step, "\n".join(map(plain, text.splitlines()))) for step, text in found]
     told.seconds = (told.goodput or {}).get("seconds") or clock["seconds"] or None
     counted = count(folder)
     if counted is not None:
@@ -83,11 +84,18 @@ def leaves(record: Record, path: str = "") -> Iterator[tuple[str, float]]:
     for key, value in record.items():
         if not path and key in APART:
             continue
-        where = f"{path}.{key}" if path else key
+        shown = _clean(key)
+        where = f"{path}.{shown}" if path else shown
         if isinstance(value, dict) and where.count(".") < 4:
             yield from leaves(value, where)
         elif (number := figure(value)) is not None:
             yield where, number
+
+
+@lru_cache(4096)
+def _clean(key: str) -> str:
+    """A key as part of a chart's text; the same few come in every record."""
+    return plain(key)
 
 
 def _curves(
@@ -101,12 +109,6 @@ def _curves(
                 continue
             curve = curves[name] = Thinned(buckets)
         curve.add((*at, value))
-
-
-def _text(value: Any) -> str:
-    text = value if isinstance(value, str) else ""
-    lines = [plain(line) for line in text[:LONGEST_SAMPLE].splitlines()]
-    return "\n".join(lines)
 
 
 def _final_sample(path: Path) -> str:
