@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssmtrain.checkpoint import store
@@ -140,7 +141,8 @@ def start_of(subject: Subject, request: Request, step: int) -> Run:
     folder, config = subject.folder, subject.config
     assert folder is not None
     run = Run(folder.name, folder, config)
-    named = parse(request.run or "").step
+    given = Path(request.run or "")
+    named = store.step_of(given) if store.is_name(given.name) else parse(request.run or "").step
     found = [path for path in store.checkpoints(folder / "checkpoints") if store.step_of(path) < step]
     if named is not None:
         found = [path for path in found if store.step_of(path) == named]

@@ -72,8 +72,9 @@ def open_subject(request: Request) -> Subject:
         if request.config.origin is not None and request.config.origin.kind == "fork":
             raise UserError("this page is a fork's: give its run, as in run=runs/<name>")
         return Subject(request.config, None)
-    config = load_run_config(request.run or "", request.overrides)
-    folder = _folder(request)
+    where = _where(request.run or "")
+    config = load_run_config(where, request.overrides)
+    folder = _folder(where, request.overrides)
     changed = [key for key in differences(load_run_config(folder / CONFIG), config) if not may_change(key)]
     if changed:
         raise UserError(
@@ -82,11 +83,19 @@ def open_subject(request: Request) -> Subject:
     return Subject(config, folder, int(read_status(folder)["step"]), _begin(config, folder))
 
 
-def _folder(request: Request) -> Path:
-    words = [w.partition("=")[2] for w in request.overrides if w.startswith("runs_dir=")]
-    where = Path(parse(request.run or "").where).expanduser()
+def _where(run: str) -> Path:
+    """The run that run= names, be it by one of its checkpoints."""
+    where = Path(parse(run).where).expanduser()
+    return where.parent.parent if store.is_name(where.name) and where.is_dir() else where
+
+
+def _folder(where: Path, overrides: list[str]) -> Path:
+    words = [word.partition("=")[2] for word in overrides if word.startswith("runs_dir=")]
     where = where.parent if where.name == CONFIG else where
-    return next(p for p in (where, Path(words[0] if words else "runs") / where) if (p / CONFIG).is_file())
+    for folder in (where, Path(words[0] if words else "runs") / where):
+        if (folder / CONFIG).is_file() and (folder / "checkpoints").is_dir():
+            return folder
+    raise UserError(f"run={where}: this is no run's folder", "give its page as config=… instead")
 
 
 def _begin(config: RunConfig, folder: Path) -> tuple[int, int]:
