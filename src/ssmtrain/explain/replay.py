@@ -109,7 +109,7 @@ def command(request: Request) -> int:
     others = {len(ledger[one.step]["params"]) for one in replay.taken if one.step in ledger}
     exact = kind in ("auto", "ddp") and {world} | others == {1}
     verdict = compared(replay, train, ledger, exact, config)
-    rows = rows_of(data, Documents(config, data, tokenizer), tokenizer, subject.numbers(step))
+    rows = rows_of(data, Documents(config, data, tokenizer), tokenizer, insight.numbers)
     worst = [rows[one.index] for one in insight.worst(WORST)]
     if request.as_json:
         print(json.dumps(finite(plain(subject, step, replay, insight, verdict, worst)), indent=2))
@@ -132,6 +132,7 @@ def plain(
         "verdict": asdict(verdict),
         "nonfinite": replay.nonfinite,
         **asdict(insight),
+        "numbers": [insight.numbers.start, insight.numbers.stop],
         "worst": [row.plain(full=False) for row in worst],
     }
 

@@ -59,6 +59,11 @@ class Subject:
             raise UserError(
                 f"step={step}: {self.name} ends at step {self.last:,}", "give a step=… up to that"
             )
+        saved = store.checkpoints(self.folder / "checkpoints") if self.folder else []
+        if saved:
+            # The next checkpoint knows what was read up to it, rows that the run left out not counted.
+            path = next((path for path in saved if store.step_of(path) >= step), saved[-1])
+            since, rows = store.step_of(path), int(store.load_state(path)["run"]["rows"])
         first = rows + (step - 1 - since) * self.rows_per_step
         return range(first, first + self.rows_per_step)
 
