@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 JOBS   ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-gpu test-faults check format schema check-kernels mutate clean
+.PHONY: help install quickstart docs test test-gpu test-faults check format schema check-kernels mutate clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ test-gpu: install ## The tests that need one GPU, or two
 test-faults: install ## Sixty and fifty kills of training runs, at random moments and inside saves; N=1000 of each
 	$(if $(N),SSMTRAIN_FAULT_KILLS=$(N) )$(BIN)/python -m pytest -m faults $(ARGS)
 
+docs: install ## Build the documentation into site/, every link checked
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 check-kernels: install ## Compile every Triton kernel for five GPU architectures, without a GPU
 	$(BIN)/python scripts/check_kernels.py $(ARGS)
 
@@ -49,4 +52,4 @@ schema: install ## Regenerate the schema that --help, completion and editors rea
 	$(BIN)/python scripts/make_schema.py
 
 clean: ## Remove the environment and caches; runs stay
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist site

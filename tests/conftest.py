@@ -1,7 +1,10 @@
 """Shared pytest settings."""
 
 import os
+import sys
+from collections.abc import Iterator
 
+import pytest
 import torch
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -15,3 +18,12 @@ os.environ.setdefault("WANDB_MODE", "offline")
 # With a GPU the kernels are compiled; TRITON_INTERPRET=1 in the environment interprets them there too.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True)
+def no_fault_is_left() -> Iterator[None]:
+    """A fault that a test planned in this process does not await the next test."""
+    yield
+    faults = sys.modules.get("ssmtrain.checkpoint.faults")
+    if faults is not None:
+        faults.arm()

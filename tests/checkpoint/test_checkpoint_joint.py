@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -117,7 +116,7 @@ def test_killed_at_a_named_point(rank: int, name: str, tmp_path: Path) -> None:
 
     def child(mine: int) -> None:
         if mine == rank:
-            os.environ[faults.VARIABLE] = f"{name}:1"
+            faults.arm(f"{name}:1")
         if mine:
             joint.follow(tmp_path, 4, token, 1, shares(1, 2))
         else:

@@ -37,7 +37,7 @@ def _check(folder: Path, at_least: int) -> int:
 
 
 def _save_then_prune(folder: Path, step: int, fault: str) -> None:
-    os.environ[faults.VARIABLE] = fault
+    faults.arm(fault)
     store.save(folder, step, _tensors(step), {"step": step})
     store.prune(folder, 2)
 
@@ -125,7 +125,7 @@ def test_points_count_and_name_their_signal(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(os, "kill", lambda pid, number: sent.append(number))
     monkeypatch.setattr(faults, "_passed", faults.Counter())
     faults.point("step_end")
-    monkeypatch.setenv(faults.VARIABLE, "step_end:2:TERM")
+    faults.arm("step_end:2:TERM")
     for name in ("step_end", "other", "other", "step_end", "step_end"):
         faults.point(name)
     assert sent == [signal.SIGTERM]

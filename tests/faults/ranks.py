@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from multiprocessing import connection, forkserver
 from pathlib import Path
 
@@ -35,6 +36,7 @@ WARM = (
     "ssmtrain.checkpoint.convert",
     "ssmtrain.config.load",
     "ssmtrain.parallel.processes",
+    *(["deepspeed"] if find_spec("deepspeed") else []),
     "ssmtrain.train.fit",
     *(f"ssmtrain.train.callbacks.{name}" for name in ("ending", "health", "ledger", "saving", "sinks")),
 )
@@ -110,6 +112,24 @@ class Ranks:
         return self.log.read_text(errors="replace")
 
 
+def together(function: Callable[..., None], world: int, folder: Path, *args: object) -> str:
+    """Call an importable function on so many new ranks; what they print, AssertionError when one fails."""
+    _serve()
+    log = folder / "ranks.log"
+    log.write_text("")
+    told = {key: value for key, value in os.environ.items() if key not in INHERITED}
+    told |= {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+    told |= {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "2000"}
+    processes: list[multiprocessing.process.BaseProcess] = []
+    for rank in map(str, range(world)):
+        own = {**told, "RANK": rank, "LOCAL_RANK": rank}
+        processes.append(SERVER.Process(target=_call, args=(own, log, function, args), daemon=True))
+        processes[-1].start()
+    codes = Ranks(processes, log).wait(grace=5)
+    assert codes == [0] * world, f"{codes}\n{log.read_text(errors='replace')}"
+    return log.read_text(errors="replace")
+
+
 @dataclass
 class Pair(Story):
     """A story whose starts are of two ranks, or of `world`."""
@@ -141,6 +161,18 @@ class Pair(Story):
         """One start to its end, which may be a planned fault."""
         return self.done(self.go(plans, *words))
 
+    def start(self, fault: str = "", *words: str) -> Killed:
+        """One start to its end, which may be a planned fault of rank 0."""
+        return self.run({0: fault}, *words)
+
+    def start_and_signal(self, number: signal.Signals, when: Callable[[], bool], *words: str) -> Killed:
+        """One start whose rank 0 gets a signal as soon as `when()` is true."""
+        ranks = self.go(None, *words)
+        while ranks.processes[0].is_alive() and not when():
+            time.sleep(0.005)
+        ranks.signal(0, number)
+        return self.done(ranks, grace=self.limit)
+
     def kill(self, draw: random.Random, how: str, victim: int, count: int) -> Killed:
         """One start whose rank `victim` is killed at a point's passing `count`, or at a random moment."""
         if how == "while starting":
@@ -162,13 +194,8 @@ def _rank(
     words: list[str], environment: dict[str, str], log: Path, before: Callable[[], None] | None
 ) -> None:
     """What a forked process does: become that command line."""
-    file = os.open(log, os.O_WRONLY | os.O_APPEND)
-    for stream in (1, 2):
-        os.dup2(file, stream)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    os.environ.clear()
-    os.environ.update(environment)
+    _become(environment, log)
+    faults.arm(environment[faults.VARIABLE])
     sys.argv = ["ssmtrain", *words]
     if before is not None:
         before()
@@ -177,12 +204,30 @@ def _rank(
     sys.exit(main(words))
 
 
+def _call(
+    environment: dict[str, str], log: Path, function: Callable[..., None], args: tuple[object, ...]
+) -> None:
+    """What a forked process does to be a rank of a test's own."""
+    _become(environment, log)
+    function(*args)
+
+
+def _become(environment: dict[str, str], log: Path) -> None:
+    file = os.open(log, os.O_WRONLY | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    os.environ.clear()
+    os.environ.update(environment)
+
+
 def _serve() -> None:
     """Start the process that ranks are forked from, with this program first on its path."""
     SERVER.set_forkserver_preload(list(WARM))
     source = str(Path(ssmtrain.__file__).parents[1])
-    before = {name: os.environ.get(name) for name in ("PYTHONPATH", "OMP_NUM_THREADS")}
-    os.environ |= {"PYTHONPATH": source, "OMP_NUM_THREADS": "1"}
+    before = {name: os.environ.get(name) for name in ("PYTHONPATH", "OMP_NUM_THREADS", "DS_ACCELERATOR")}
+    os.environ |= {"PYTHONPATH": source, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     try:
         forkserver.ensure_running()
     finally:

@@ -29,6 +29,19 @@ def loss_of_nan(step: int) -> None:
     LitLM.run_model = run_model  # type: ignore[method-assign]
 
 
+def steep_rows(rows: list[int], factor: float) -> None:
+    """The loss of a micro-batch that has one of these rows is so many times what it is."""
+    real = LitLM.run_model
+
+    def run_model(self: LitLM, batch: Any) -> Any:
+        out = real(self, batch)
+        if self.model.training and set(rows) & set(batch.sample_ids) and out.loss_sum is not None:
+            return dataclasses.replace(out, loss_sum=out.loss_sum * factor)
+        return out
+
+    LitLM.run_model = run_model  # type: ignore[method-assign]
+
+
 def hang_reading(step: int) -> None:
     """The rows of the step after so many never come."""
     real = LitLM.rows

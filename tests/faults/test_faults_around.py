@@ -88,10 +88,9 @@ def test_a_tokenizer_of_the_same_size_is_refused(
 
     write(names)
     changes = {"tokenizer": {"kind": "file", "path": str(file)}, "data__seq_len": 32}
-    monkeypatch.setenv(faults.VARIABLE, "step_end:1:TERM")
-    faults._passed.clear()
+    faults.arm("step_end:1:TERM")
     assert train(**changes)[0] == 75
-    monkeypatch.delenv(faults.VARIABLE)
+    faults.arm()
     write([*names[:2], *reversed(names[2:])])
     with pytest.raises(UserError) as caught:
         train(**changes)
@@ -118,11 +117,10 @@ def test_other_versions_are_told_in_a_line(
     train: Train, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "ssmtrain")
-    monkeypatch.setenv(faults.VARIABLE, "step_start:3:TERM")
-    faults._passed.clear()
+    faults.arm("step_start:3:TERM")
     code, folder = train()
     assert code == 75
-    monkeypatch.delenv(faults.VARIABLE)
+    faults.arm()
     (newest,) = store.checkpoints(folder / "checkpoints")
     known = json.loads((newest / store.STATE).read_text())["versions"]
     assert {"ssmtrain", "torch", "triton", "python", "device", "cuda", "driver"} == known.keys()
@@ -160,11 +158,10 @@ def test_a_clock_that_jumps_changes_nothing(train: Train, monkeypatch: pytest.Mo
     _, whole = train(name="whole")
     jumps = iter(range(10**9))
     monkeypatch.setattr(time, "time", lambda: 1e9 - 86400.0 * next(jumps))
-    monkeypatch.setenv(faults.VARIABLE, "step_end:6:TERM")
-    faults._passed.clear()
+    faults.arm("step_end:6:TERM")
     code, folder = train(name="jumped", trainer__max_seconds=600, trainer__save_every=2)
     assert code == 75
-    monkeypatch.delenv(faults.VARIABLE)
+    faults.arm()
     older, newest = store.checkpoints(folder / "checkpoints")
     os.utime(newest, (0, 0))
     os.utime(older, (4e9, 4e9))

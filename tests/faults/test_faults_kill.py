@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from faults.harness import Story, write_page
+from faults.ranks import Pair
 from ssmtrain.check.compare import compare
 from ssmtrain.checkpoint import faults, store
 
@@ -44,7 +45,7 @@ def _is_the_same(story: Story, reference: Story, steps: int) -> None:
 def test_six_kills_two_signals_and_a_damaged_checkpoint(tmp_path: Path) -> None:
     steps = 40
     reference = _undisturbed(tmp_path, steps, every=3)
-    story = Story(tmp_path, "disturbed")
+    story = Pair(tmp_path, "disturbed", world=1)
     # A point inside the save of a step; the newest good checkpoint afterwards.
     for fault, saved in [
         ("mid_file:2", 0),  # the optimiser's shard of the very first save

@@ -95,3 +95,24 @@ def test_a_full_disk_of_one_rank_is_survived_by_both(tmp_path: Path) -> None:
     assert (
         "checkpoint not saved: " in done.output and "the last good one: none; free space under" in done.output
     )
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_leap_of_one_rank_turns_both_back(kind: str, tmp_path: Path) -> None:
+    """To the checkpoint's weights, without the rows since; the same bits when one is killed then."""
+    write_page(tmp_path, steps=16, every=4)
+    spikes = "trainer.spikes={action: rollback, window: 8}"
+    calm = Pair(tmp_path, "calm", kind=kind)
+    assert calm.run(None, spikes).code == 0, calm.starts[-1].output
+    samples = [line["samples"] for line in calm.ledger()]
+    hooks = dict.fromkeys((0, 1), partial(spoil.steep_rows, [samples[10][-1]], 1000.0))  # a row of rank 1
+    steep, killed = Pair(tmp_path, "steep", kind=kind), Pair(tmp_path, "killed", kind=kind)
+    done = steep.done(steep.go(None, spikes, before=hooks))
+    assert done.code == 0, done.output
+    assert done.output.count("after step 11 the run went back to step-00000008, 12 rows are left out") == 1
+    lines = steep.ledger()
+    assert lines[:8] == calm.ledger()[:8] and [line["step"] for line in lines] == list(range(1, 17))
+    assert [line["samples"] for line in lines[8:13]] == samples[11:16]
+    assert killed.done(killed.go({1: "step_end:10"}, spikes, before=hooks)).code == -9
+    assert killed.done(killed.go(None, spikes, before=hooks)).code == 0, killed.starts[-1].output
+    assert killed.ledger() == lines

@@ -91,13 +91,12 @@ def test_the_clock_splits_all_of_its_time() -> None:
 def test_a_run_of_two_starts_says_where_its_time_went(
     train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv(faults.VARIABLE, "step_end:6:TERM")
-    faults._passed.clear()
+    faults.arm("step_end:6:TERM")
     code, folder = train(trainer__log_every=1, trainer__sample_every=2)
     assert code == 75
     assert "goodput: " in capsys.readouterr().out
     assert json.loads((folder / "goodput.json").read_text())["lost_steps"] == 0
-    monkeypatch.delenv(faults.VARIABLE)
+    faults.arm()
     # As after a power cut: the newest checkpoint is gone, and with it two steps.
     done = ledger(folder)[-1]["step"]
     shutil.rmtree(folder / "checkpoints" / f"step-{done:08d}")

@@ -49,10 +49,9 @@ def test_it_changes_no_bit_of_the_training(train: Train) -> None:
 def test_it_resumes_to_the_same_bits(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     changes = {"ema": {"decay": 0.5, "start": 2}, "trainer__save_every": 100}
     _, whole = train(name="whole", **changes)
-    monkeypatch.setenv(faults.VARIABLE, "step_end:5:TERM")
-    faults._passed.clear()
+    faults.arm("step_end:5:TERM")
     assert train(name="parts", **changes)[0] == 75
-    monkeypatch.delenv(faults.VARIABLE)
+    faults.arm()
     code, folder = train(name="parts", **changes)
     assert code == 0 and same(weights(folder, 8, "ema"), weights(whole, 8, "ema"))
     # A fork goes on with the average; one of a run without begins with a copy of the weights.

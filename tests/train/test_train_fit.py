@@ -20,8 +20,7 @@ Train = Callable[..., tuple[int, Path]]
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, plan: str) -> None:
     """Send this process a signal at a named point."""
-    monkeypatch.setenv(faults.VARIABLE, plan)
-    faults._passed.clear()
+    faults.arm(plan)
 
 
 def test_a_run_leaves_its_files_and_figures(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,7 +59,7 @@ def test_resume_is_exact_and_the_schedule_is_the_same(train: Train, monkeypatch:
     stop_at(monkeypatch, "after_optimizer:2:INT")
     code, _ = train(name="parts", trainer__save_every=100)
     assert code == 75
-    monkeypatch.delenv(faults.VARIABLE)
+    faults.arm()
     code, _ = train(name="parts", trainer__save_every=100)
     assert code == 0
     assert ledger(folder) == ledger(whole)
@@ -270,7 +269,7 @@ def test_failed_saves_are_survived_three_in_a_row_are_not(
 def test_another_text_is_refused(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stop_at(monkeypatch, "step_end:1:TERM")
     assert train()[0] == 75
-    monkeypatch.delenv(faults.VARIABLE)
+    faults.arm()
     text = tmp_path / "text.txt"
     text.write_text(text.read_text().replace("truth", "trout"))
     with pytest.raises(UserError, match="text or the tokenizer has changed"):

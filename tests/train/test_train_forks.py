@@ -72,11 +72,10 @@ def test_an_interrupted_fork_resumes_to_the_same_bits_without_its_parent(
 ) -> None:
     words = ("schedule=decay", "trainer.max_steps=10", "trainer.save_every=100")
     _, whole = fork(f"from={parent}@step-4", "name=whole", *words)
-    monkeypatch.setenv(faults.VARIABLE, "step_end:3:TERM")
-    faults._passed.clear()
+    faults.arm("step_end:3:TERM")
     code, folder = fork(f"from={parent}@step-4", *words)
     assert code == 75
-    monkeypatch.delenv(faults.VARIABLE)
+    faults.arm()
     name = folder.name
     shutil.rmtree(parent / "checkpoints" / "step-00000004")
     code, folder = fork(f"from={parent}@step-4", *words)

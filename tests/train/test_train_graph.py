@@ -245,10 +245,10 @@ def test_a_run_and_its_continuation(train: Train, gpu: torch.device, monkeypatch
     code, whole = train(name="whole", **changes)
     assert code == 0
     monkeypatch.setattr(faults, "_passed", Counter())
-    monkeypatch.setenv(faults.VARIABLE, "step_end:7:TERM")
+    faults.arm("step_end:7:TERM")
     code, folder = train(name="parts", **changes)
     assert code == 75
-    monkeypatch.delenv(faults.VARIABLE)
+    faults.arm()
     code, folder = train(name="parts", **changes)
     assert code == 0 and ledger(folder) == ledger(whole)
     for stem in ("model", "optim"):

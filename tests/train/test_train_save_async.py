@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from ssmtrain.checkpoint import store
+from ssmtrain.checkpoint import faults, store
 from ssmtrain.checkpoint.parts import Part
 from ssmtrain.config.errors import UserError
 from ssmtrain.train.hold import Hold
@@ -66,10 +66,10 @@ def test_steps_go_on_while_a_disk_is_slow(train: Train, monkeypatch: pytest.Monk
 
 def test_a_killed_run_continues_to_the_same_bits(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     _, whole = train(name="whole", **ASYNC)
-    monkeypatch.setenv("SSMTRAIN_FAULT", "step_start:6:TERM")
+    faults.arm("step_start:6:TERM")
     code, folder = train(name="broken", **ASYNC)
     assert code == 75
-    monkeypatch.delenv("SSMTRAIN_FAULT")
+    faults.arm()
     assert train(name="broken", **ASYNC)[0] == 0
     assert losses(folder) == losses(whole) and len(ledger(folder)) == 8
     one, other = weights(whole, 8), weights(folder, 8)

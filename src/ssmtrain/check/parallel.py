@@ -84,7 +84,7 @@ def compare(config: RunConfig, folder: Path, steps: int) -> Comparison:
 def alone(config: RunConfig) -> RunConfig:
     """The same for one process, which takes in turn what each device takes at once."""
     trainer = config.trainer
-    rows = trainer.micro_batch or trainer.global_batch // config.data.seq_len // (trainer.devices or 1)
+    rows = trainer.micro_rows or trainer.global_batch // config.data.seq_len // (trainer.devices or 1)
     changes = {"devices": 1, "micro_batch": rows}
     return config.model_copy(
         update={"trainer": trainer.model_copy(update=changes), "parallel": AutoParallel()}

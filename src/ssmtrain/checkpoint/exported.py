@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ssmtrain.checkpoint import faults
 from ssmtrain.checkpoint.durable import json_bytes, make_folder, replace_file, sync_folder
-from ssmtrain.checkpoint.faults import point
 from ssmtrain.checkpoint.shard import read_shard, write_shard
 from ssmtrain.config.errors import UserError
 
@@ -67,7 +67,7 @@ def write_export(out: Path, tensors: Mapping[str, Tensor], page: str, note: Mapp
     make_folder(found.file.parent)
     written = write_shard(found.file, tensors)
     replace_file(found.page, page.encode())
-    point("before_note")
+    faults.point("before_note")
     record = {"format": FORMAT, "sha256": written.sha256, "size": written.size, **note}
     replace_file(found.note, json_bytes(record))
     sync_folder(found.file.parent)

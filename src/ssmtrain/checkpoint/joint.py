@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ssmtrain.checkpoint import faults
 from ssmtrain.checkpoint.durable import Written, json_bytes, write_file
-from ssmtrain.checkpoint.faults import point
 from ssmtrain.checkpoint.parts import Part, write_parts
 from ssmtrain.checkpoint.store import STATE, SaveFailed, publishing, step_name, temporary_of, write_manifest
 
@@ -66,11 +66,11 @@ def lead(
     """
     with publishing(folder, step, token) as temporary:
         state_text = json_bytes(dict(state))
-        point("before_tensors")
+        faults.point("before_tensors")
         written = _write_shares(temporary, 0, shares)
         for rank in range(1, world):
             written |= _wait_for(temporary, rank, patience)
-        point("after_tensors")
+        faults.point("after_tensors")
         written[STATE] = write_file(temporary / STATE, [state_text])
         write_manifest(temporary, step, written)
     return folder / step_name(step)

@@ -11,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ssmtrain.checkpoint import faults
 from ssmtrain.checkpoint.durable import Written, write_file
-from ssmtrain.checkpoint.faults import point
 
 _DTYPES = {
     torch.float64: "F64",
@@ -47,7 +47,7 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], extra: Mapping[str, s
         nonlocal crossed
         if not crossed and written >= half:
             crossed = True
-            point("mid_file")
+            faults.point("mid_file")
 
     return write_file(path, _pieces(header, tensors, names), progress)
 

@@ -25,8 +25,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ssmtrain.checkpoint import faults
 from ssmtrain.checkpoint.durable import Written, json_bytes, make_folder, sync_folder, write_file
-from ssmtrain.checkpoint.faults import point
 from ssmtrain.checkpoint.parts import read_parts
 from ssmtrain.checkpoint.shard import read_shard, write_shard
 from ssmtrain.config.errors import UserError
@@ -137,9 +137,9 @@ def publishing(folder: Path, step: int, token: str) -> Iterator[Path]:
         with writing(temporary) as descriptor:
             yield temporary
             os.fsync(descriptor)
-            point("before_rename")
+            faults.point("before_rename")
             _publish(temporary, final)
-        point("after_rename")
+        faults.point("after_rename")
         sync_folder(folder)
     except OSError as error:
         raise SaveFailed(final, error) from error
@@ -230,7 +230,7 @@ def prune(folder: Path, keep: int, spare: Callable[[int], bool] = lambda step: F
     found = checkpoints(folder)
     if len(found) <= keep:
         return []
-    point("before_prune")
+    faults.point("before_prune")
     last_good = next((path for path in reversed(found) if not verify(path)), None)
     if last_good is None:
         return []
@@ -256,21 +256,21 @@ def _write(
     temporary: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state_text: bytes
 ) -> None:
     """Shards, state, manifest, each durable before the next."""
-    point("before_tensors")
+    faults.point("before_tensors")
     written: dict[str, Written] = {}
     for stem, named in tensors.items():
         written[f"{stem}.safetensors"] = write_shard(temporary / f"{stem}.safetensors", named)
-    point("after_tensors")
+    faults.point("after_tensors")
     written[STATE] = write_file(temporary / STATE, [state_text])
     write_manifest(temporary, step, written)
 
 
 def write_manifest(temporary: Path, step: int, written: Mapping[str, Written]) -> None:
     """Write the manifest, the last file of a checkpoint."""
-    point("before_manifest")
+    faults.point("before_manifest")
     files = {name: {"size": done.size, "sha256": done.sha256} for name, done in written.items()}
     write_file(temporary / MANIFEST, [json_bytes({"format": FORMAT, "step": step, "files": files})])
-    point("after_manifest")
+    faults.point("after_manifest")
 
 
 def _discard(temporary: Path) -> None:
@@ -301,7 +301,7 @@ def _delete(path: Path) -> bool:
         sync_folder(path.parent)
         for name in sorted(os.listdir(aside)):
             os.unlink(aside / name)
-            point("mid_prune")
+            faults.point("mid_prune")
         os.rmdir(aside)
     except OSError:
         shutil.rmtree(aside, ignore_errors=True)

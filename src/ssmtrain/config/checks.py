@@ -187,16 +187,21 @@ def _file_vocabulary(path: Path) -> int | None:
         return None
 
 
+def _given(trainer: Any) -> int | None:
+    """trainer.micro_batch where the page has a number."""
+    return None if trainer.micro_batch == "auto" else trainer.micro_batch
+
+
 def _batch(config: Any) -> Iterator[str]:
     trainer, row = config.trainer, config.data.seq_len
     devices = trainer.devices or 1
-    share = row * devices * (trainer.micro_batch or 1)
+    share = row * devices * (_given(trainer) or 1)
     if trainer.global_batch % share:
         below = trainer.global_batch // share * share
         near = " or ".join(str(n) for n in (below, below + share) if n)
         factors = [f"data.seq_len = {row}"]
         factors += [f"trainer.devices = {devices}"] if devices > 1 else []
-        factors += [f"trainer.micro_batch = {trainer.micro_batch}"] if trainer.micro_batch else []
+        factors += [f"trainer.micro_batch = {_given(trainer)}"] if _given(trainer) else []
         yield (
             f"trainer.global_batch = {trainer.global_batch}: tokens of a step, expected a multiple of "
             f"{' x '.join(factors)}; the nearest are {near}"
@@ -239,8 +244,8 @@ def uneven(config: Any, world: int) -> Iterator[tuple[str, ...]]:
     """What does not divide among `world` devices over all nodes, with what to do where that is plain."""
     trainer, spread = config.trainer, config.parallel
     rows = trainer.global_batch // config.data.seq_len
-    if rows % (world * (trainer.micro_batch or 1)):
-        many = f" x trainer.micro_batch={trainer.micro_batch}" if trainer.micro_batch else ""
+    if rows % (world * (_given(trainer) or 1)):
+        many = f" x trainer.micro_batch={_given(trainer)}" if _given(trainer) else ""
         yield (f"trainer.global_batch: its {rows} rows do not divide by {world} devices{many}",)
     if spread.kind == "fsdp" and world % spread.replicas:
         yield (
@@ -263,6 +268,16 @@ def _parallel(config: Any) -> Iterator[str]:
         yield (
             "parallel.gather = bf16: the run computes in fp32 (trainer.precision), so matrices must be "
             "gathered as fp32; leave it out or take trainer.precision=bf16"
+        )
+    if config.trainer.micro_batch == "auto":
+        yield (
+            f"trainer.micro_batch = auto: under {spread.kind} a rank cannot try a pass without the others; "
+            "give a number, or take parallel=ddp"
+        )
+    if config.trainer.spikes is not None and spread.kind != "fsdp":
+        yield (
+            f"trainer.spikes: the engine of {spread.kind} has stepped before the run knows the loss; take "
+            "parallel=fsdp or parallel=ddp, or leave it out"
         )
     if config.optim.kind == "muon":
         yield (
@@ -293,6 +308,11 @@ def _ignored(config: Any) -> Iterator[str]:
         yield (
             f"trainer.keep_every = {trainer.keep_every}: expected a multiple of trainer.save_every = "
             f"{trainer.save_every}, because only what is saved can be kept"
+        )
+    if trainer.micro_batch == "auto" and trainer.cuda_graphs:
+        yield (
+            "trainer.micro_batch = auto: not with trainer.cuda_graphs, whose memory is another's than that "
+            "of the pass that is tried; give a number"
         )
     if trainer.kernel_cache is not None and trainer.accelerator == "cpu":
         yield (

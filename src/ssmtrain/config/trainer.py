@@ -9,6 +9,20 @@ from pydantic import Field
 from ssmtrain.config.base import Config, Count, Positive, PositiveFloat
 
 
+class SpikeConfig(Config):
+    """What happens at a step whose loss or gradient leaps far above those of the steps before it."""
+
+    action: Literal["skip", "rollback"] = "skip"
+    """skip: leave the step out; rollback: put the last checkpoint back and leave out all rows read since,
+    also after max_nonfinite steps in a row that were not finite."""
+    sigma: PositiveFloat = 6.0
+    """Standard deviations above the mean that are a leap."""
+    window: Annotated[int, Field(ge=4)] = 128
+    """Steps that say what is usual; no step is a leap before half as many were taken."""
+    rollbacks: Positive = 3
+    """Times that a run goes back to one checkpoint; then it stops (exit 3)."""
+
+
 class TrainerConfig(Config):
     """How long, how much at once, in which precision, and what is saved and printed when."""
 
@@ -20,8 +34,9 @@ class TrainerConfig(Config):
     """Save and stop (exit 75) after this many seconds of this process; never shortens the schedule."""
     global_batch: Positive = 8192
     """Tokens in an optimiser step, over all devices and micro-batches."""
-    micro_batch: Positive | None = None
-    """Rows that one device computes at a time; absent: the global batch divided by the devices."""
+    micro_batch: Positive | Literal["auto"] | None = None
+    """Rows that one device computes at a time; absent: the global batch divided by the devices; auto: half of
+    that, again and again, until a pass before the first step finds memory, and so for the rest of the run."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """fp32 throughout, or bf16 autocast over fp32 parameters."""
     kernels: Literal["auto", "reference", "triton"] = "auto"
@@ -66,8 +81,15 @@ class TrainerConfig(Config):
     """Steps between checkpoints that are kept for good, beside the last and the best; absent: none."""
     max_nonfinite: Positive = 3
     """Stop (exit 3) after this many non-finite steps in a row; each one is skipped and counted."""
+    spikes: SpikeConfig | None = None
+    """What happens at a step whose loss or gradient leaps; absent: it is trained on like any other."""
     stall_seconds: PositiveFloat | None = 600.0
     """With several devices: end the run (exit 4), the rank and its place named, when no rank takes a forward
     pass for so long; absent: wait as long as the engine's messages do, half an hour."""
     load_nonfinite: bool = False
     """Load a checkpoint that holds NaN or infinity as it is; else it is refused and its tensors are named."""
+
+    @property
+    def micro_rows(self) -> int | None:
+        """micro_batch where the page has a number."""
+        return None if self.micro_batch == "auto" else self.micro_batch

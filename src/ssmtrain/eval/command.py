@@ -32,7 +32,7 @@ def command(request: Request) -> int:
     vocab = config.model.vocab_size or tokenizer.vocab_size
     model = load_model(opened.checkpoint, config, vocab, opened.device, opened.ema)
     bf16 = config.trainer.precision == "bf16"
-    batch_rows = config.trainer.micro_batch or max(1, 16384 // config.data.seq_len)
+    batch_rows = config.trainer.micro_rows or max(1, 16384 // config.data.seq_len)
     score = evaluate(model, rows, opened.device, batch_rows, bf16)
     report = {
         "run": str(opened.run.folder),

@@ -171,7 +171,7 @@ def count_training(config: RunConfig, built: HybridModel, vocab_size: int) -> Tr
     # AdamW keeps two fp32 moments; Muon keeps one, for hidden matrices; a moving average is one more.
     moments = 2 * total - (hidden if config.optim.kind == "muon" else 0)
     moments += total if config.ema is not None else 0
-    rows = config.trainer.micro_batch or max(
+    rows = config.trainer.micro_rows or max(
         1, config.trainer.global_batch // (config.data.seq_len * (config.trainer.devices or 1))
     )
     tokens, unit = rows * config.data.seq_len, BF16 if config.trainer.precision == "bf16" else FP32

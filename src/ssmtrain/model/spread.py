@@ -45,7 +45,7 @@ def world(config: RunConfig) -> int:
 def passes(config: RunConfig) -> int:
     """Micro-batches of a device and step."""
     rows = config.trainer.global_batch // (config.data.seq_len * world(config))
-    return max(1, -(-rows // (config.trainer.micro_batch or max(rows, 1))))
+    return max(1, -(-rows // (config.trainer.micro_rows or max(rows, 1))))
 
 
 def count_sent(config: RunConfig, total: int) -> Sent:

@@ -41,6 +41,8 @@ class Attempt:
     """Finished steps when it was last heard of."""
     time: dict[str, float]
     """Seconds by purpose, as Clock.split gives them."""
+    turned: bool = False
+    """It goes on where the one before, in the same process, went back to a checkpoint."""
 
 
 def account(attempts: Sequence[Attempt]) -> dict[str, Any]:
@@ -66,7 +68,7 @@ def account(attempts: Sequence[Attempt]) -> dict[str, Any]:
     total = sum(spent.values())
     return {
         "goodput": spent["productive"] / total if total else 0.0,
-        "attempts": len(attempts),
+        "attempts": sum(not attempt.turned for attempt in attempts),
         "lost_steps": lost_steps,
         "seconds": round(total, 3),
         "time": {purpose: round(seconds, 3) for purpose, seconds in spent.items()},
@@ -89,6 +91,8 @@ class Attempts:
     def __init__(self, folder: Path, begin: int, clock: Clock) -> None:
         self.folder, self.begin, self.step, self.clock = folder, begin, begin, clock
         self.past = read(folder / FILE)
+        self.before: dict[str, float] = {}
+        """What the clock had counted when the run went back to a checkpoint."""
         lines = [_line(number, attempt) for number, attempt in enumerate(self.past, 1)]
         replace_file(folder / FILE, "".join(lines).encode())
         self.file = (folder / FILE).open("a", encoding="utf-8")
@@ -109,8 +113,15 @@ class Attempts:
         """The account of all attempts so far."""
         return account([*self.past, self._now()])
 
+    def turn_back(self, step: int) -> None:
+        """Begin anew at the step of a checkpoint that the run has gone back to."""
+        self.past.append(self._now())
+        self.before, self.begin, self.step = self.clock.split(), step, step
+        self._note()
+
     def _now(self) -> Attempt:
-        return Attempt(self.begin, self.step, self.clock.split())
+        time = {what: seconds - self.before.get(what, 0.0) for what, seconds in self.clock.split().items()}
+        return Attempt(self.begin, self.step, time, turned=bool(self.before))
 
     def _note(self) -> None:
         self.file.write(_line(len(self.past) + 1, self._now()))
@@ -128,7 +139,8 @@ def read(path: Path) -> list[Attempt]:
         try:
             data = json.loads(text)
             time = {str(purpose): float(seconds) for purpose, seconds in data["time"].items()}
-            found[int(data["attempt"])] = Attempt(int(data["begin"]), int(data["step"]), time)
+            turned = data.get("turned") is True
+            found[int(data["attempt"])] = Attempt(int(data["begin"]), int(data["step"]), time, turned)
         except (ValueError, KeyError, TypeError, AttributeError):
             continue
     return [found[number] for number in sorted(found)]

@@ -27,6 +27,7 @@ from ssmtrain.parallel import ranks
 from ssmtrain.parallel.agreement import check_launch, started_here
 from ssmtrain.train import attempts, report
 from ssmtrain.train.clock import Clock
+from ssmtrain.train.room import is_out_of_memory
 from ssmtrain.train.signals import Signals
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def fit(config: RunConfig, run: Run, began: float | None = None) -> int:
             raise
         return NON_FINITE  # agreed by all ranks: rank 0 says it once
     except (MemoryError, RuntimeError) as error:
-        if _is_out_of_memory(error):
+        if is_out_of_memory(error):
             raise _out_of_memory(config) from error
         if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
             port = os.environ.get("MASTER_PORT", "")
@@ -133,7 +134,7 @@ def _kernels(config: RunConfig, vocab: int, data: Data, devices: int) -> None:
             if launched.rank() == 0:
                 print(text, flush=True)
 
-        warm.warm_up(config, vocab, data, device, config.trainer.micro_batch or rows, say)
+        warm.warm_up(config, vocab, data, device, config.trainer.micro_rows or rows, say)
 
 
 def _import_lightning() -> None:
@@ -305,17 +306,11 @@ def _set_up_logging(first: bool) -> None:
         ours.setLevel(logging.INFO if first else logging.ERROR)
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return "can't allocate memory" in str(error) or "CUDA out of memory" in str(error)
-
-
 def _out_of_memory(config: RunConfig) -> OutOfMemory:
     trainer = config.trainer
     advice = []
-    if trainer.micro_batch != 1:
-        rows = trainer.micro_batch or trainer.global_batch // config.data.seq_len // (trainer.devices or 1)
+    if trainer.micro_rows != 1:
+        rows = trainer.micro_rows or trainer.global_batch // config.data.seq_len // (trainer.devices or 1)
         half = next((m for m in range(rows // 2, 0, -1) if rows % m == 0), 1)
         advice.append(f"trainer.micro_batch={half}")
     if trainer.recompute != "block":

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ssmtrain.checkpoint.durable import append_file
+from ssmtrain.checkpoint.records import cut_jsonl
 from ssmtrain.config.redact import redacted
 
 log = logging.getLogger(__name__)
@@ -59,12 +60,18 @@ class JsonLines:
     """A file of one JSON object per line; what is not finite becomes null, as JSON knows no NaN."""
 
     def __init__(self, path: Path) -> None:
-        self.file = append_file(path)
+        self.path, self.file = path, append_file(path)
 
     def write(self, record: Record) -> None:
         """Append one line and hand it to the system, so that a killed process loses nothing."""
         self.file.write(json.dumps(finite(record), ensure_ascii=False) + "\n")
         self.file.flush()
+
+    def cut(self, step: int) -> None:
+        """Drop the lines beyond a step, which the run will take again."""
+        self.file.close()
+        cut_jsonl(self.path, step)
+        self.file = append_file(self.path)
 
     def close(self) -> None:
         """Close the file."""

@@ -16,7 +16,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ssmtrain.checkpoint.faults import point
+from ssmtrain.checkpoint import faults
 from ssmtrain.checkpoint.weights import load_weights
 from ssmtrain.config.errors import NonFinite
 from ssmtrain.config.parallel import Fsdp, Zero1, Zero3
@@ -29,7 +29,7 @@ from ssmtrain.parallel import ranks, zero
 from ssmtrain.parallel.agreement import agree_on_config
 from ssmtrain.parallel.apply import apply
 from ssmtrain.parallel.shard import shard
-from ssmtrain.train import nonfinite, optim, snapshot
+from ssmtrain.train import nonfinite, optim, room, snapshot, spikes
 from ssmtrain.train.attempts import Attempts
 from ssmtrain.train.clock import Clock
 from ssmtrain.train.ema import Ema
@@ -97,6 +97,10 @@ class LitLM(LightningModule):
         """Of several ranks."""
         self.on_gradients: list[Callable[[], None]] = []
         """Called with the whole gradient in place, before it is clipped."""
+        self.on_back: list[Callable[[int], None]] = []
+        """Called with the step of the checkpoint that the run has gone back to."""
+        self.newest_checkpoint: Callable[[], Path | None] = lambda: None
+        """This run's newest good checkpoint, the same on every rank."""
 
     # Set-up, in the order in which Lightning calls it.
 
@@ -189,7 +193,7 @@ class LitLM(LightningModule):
         total = trainer.global_batch // self.config.data.seq_len
         mine = total // world
         first = ranks.rank() * mine
-        size = trainer.micro_batch or mine
+        size = trainer.micro_rows or self.state.micro_batch or mine
         return [range(at, min(at + size, first + mine)) for at in range(first, first + mine, size)]
 
     def rows(self) -> list[Batch]:
@@ -212,7 +216,15 @@ class LitLM(LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """One optimiser step over the global batch, or a counted skip when something was not finite."""
-        point("step_start")
+        faults.point("step_start")
+        if self.config.trainer.micro_batch == "auto" and not self.tokens_here:
+            self.state.micro_batch = room.rows_at_once(self)
+        while not self.take_step():
+            pass
+        faults.point("step_end")
+
+    def take_step(self) -> bool:
+        """Read the rows of a step and take it; False when the run went back to a checkpoint instead."""
         before = self.clock.spent["data"]
         with self.clock("data"):
             micro = self.rows()
@@ -220,11 +232,11 @@ class LitLM(LightningModule):
         if self.pace is not None:
             self.pace.add(self.clock.spent["data"] - before)
         with self.clock("step"):
-            self.step(micro, mine)
-        point("step_end")
+            return self.step(micro, mine)
 
-    def step(self, micro: list[Batch], my_labels: int) -> None:
-        """Gradients of the mean loss over all labels of all ranks, agreed finite, clipped, applied."""
+    def step(self, micro: list[Batch], my_labels: int) -> bool:
+        """Gradients of the mean loss over all labels of all ranks, agreed finite, clipped, applied; False
+        when the run went back to a checkpoint instead."""
         config, state = self.config, self.state
         # Filled on the device: nothing here waits until what was asked of it before is done.
         labels = ranks.sum_(torch.full((1,), float(my_labels), dtype=torch.float64, device=self.device))
@@ -240,11 +252,18 @@ class LitLM(LightningModule):
         loss, aux, asked, late, grad_norm = self.agree(sums, labels, norm)
         if self.pace is not None:
             self.pace.end()
-        skipped = not (math.isfinite(loss) and math.isfinite(grad_norm))
-        if skipped:
-            self.skip(micro, loss, grad_norm)
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        why = spikes.leap(config.trainer.spikes, state, loss, grad_norm) if finite else None
+        if not finite:
+            back = self.skip(micro, loss, grad_norm)
+        elif why is not None:
+            back = spikes.leave_out(self, why)
         else:
+            back = False
             self.apply_gradients(lr, norm, grad_norm)
+            spikes.note(config.trainer.spikes, state, loss, grad_norm)
+        if back:
+            return False
         self.engine.clear()
         state.step += 1
         state.rows += config.trainer.global_batch // config.data.seq_len
@@ -252,11 +271,13 @@ class LitLM(LightningModule):
         self.tokens_here += config.trainer.global_batch
         state.seconds = self.clock.total
         samples = [i for b in micro for i in b.sample_ids]
+        skipped = not finite or why is not None
         self.last = Step(loss, aux, grad_norm, lr, skipped, samples)
         if self.horizon.reached(state.step, state.tokens):
             self.stop = "finished"
         elif asked or late:
             self.stop = "signal" if asked else "seconds"
+        return True
 
     def accumulate(self, micro: list[Batch], scale: float | Tensor) -> Tensor:
         """Backward over the micro-batches, a label counting `scale`; returns this rank's sums (2,) of loss
@@ -284,7 +305,7 @@ class LitLM(LightningModule):
         returns its sums (2,) and the tokens per expert by block."""
         out = self.run_model(batch)
         assert out.loss_sum is not None
-        point("after_forward")
+        faults.point("after_forward")
         loss = out.loss_sum * (scale.to(out.loss_sum) if isinstance(scale, Tensor) else scale)
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         sums[0] = out.loss_sum.detach()
@@ -314,16 +335,17 @@ class LitLM(LightningModule):
 
     def apply_gradients(self, lr: float, norm: Tensor, known: float) -> None:
         """Clip to a norm, which the host knows too, step every optimiser, balance the routers."""
-        point("before_optimizer")
+        faults.point("before_optimizer")
         self.engine.apply(lr, norm, known)
-        point("after_optimizer")
+        faults.point("after_optimizer")
         for index in sorted(self.loads):
             self.loads[index] = ranks.sum_(self.loads[index].clone())
             self.model.blocks[index].ffn.update_bias(self.loads[index])  # type: ignore[operator, union-attr]  # a Module's attribute
         self.state.nonfinite_row = 0
 
-    def skip(self, micro: list[Batch], loss: float, grad_norm: float) -> None:
-        """Count a step that is not taken; NonFinite, with the first bad layer, after too many in a row."""
+    def skip(self, micro: list[Batch], loss: float, grad_norm: float) -> bool:
+        """Count a step that is not taken; after too many in a row True when the run went back to a checkpoint
+        instead, or NonFinite with the first bad layer."""
         state, trainer = self.state, self.config.trainer
         state.nonfinite += 1
         state.nonfinite_row += 1
@@ -331,13 +353,16 @@ class LitLM(LightningModule):
         row = f"{state.nonfinite_row} in a row, {trainer.max_nonfinite} stop the run"
         self.journal.write("skip", state.step + 1, what=what, loss=loss, grad_norm=grad_norm, row=row)
         if state.nonfinite_row < trainer.max_nonfinite:
-            return
+            return False
+        why = f"the {what} was not finite in {state.nonfinite_row} steps in a row"
+        if trainer.spikes and trainer.spikes.action == "rollback" and spikes.go_back(self, why):
+            return True
         gradients = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
         found = [nonfinite.locate(self.model, partial(self.run_model, b), gradients) for b in micro]
         clear = [text for text in found if "does not repeat" not in text]
         where = ranks.agree(clear[0] if clear else None) or found[0]
         raise NonFinite(
-            f"the {what} was not finite in {state.nonfinite_row} steps in a row, up to step {state.step + 1}",
+            f"{why}, up to step {state.step + 1}",
             where,
             "lower optim.lr, lengthen schedule.warmup or lower optim.clip; the last checkpoint is good",
         )

@@ -91,7 +91,10 @@ def summary(figures: dict[str, Any]) -> str:
         f"in {duration(figures['seconds'])} ({si(figures['tokens_per_s'])} tokens/s)"
     )
     skipped = figures["nonfinite"]
-    return text + (f", {skipped} steps skipped as not finite" if skipped else "")
+    text += f", {skipped} steps skipped as not finite" if skipped else ""
+    leaps, turns = figures.get("spikes"), figures.get("rollbacks")
+    text += f", {leaps} left out as spikes" if leaps else ""
+    return text + (f", {turns} times back to a checkpoint" if turns else "")
 
 
 def score_lines(figures: dict[str, Any]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,20 @@ class RunState:
     """Its step."""
     save_failures: int = 0
     """Saves that failed, in a row."""
+    recent_losses: list[float] = field(default_factory=list)
+    """Of the latest steps that were taken, where trainer.spikes wants to know."""
+    recent_norms: list[float] = field(default_factory=list)
+    """Their gradients' norms."""
+    spikes: int = 0
+    """Steps left out because the loss or the gradient leapt."""
+    spikes_row: int = 0
+    """How many of them were the latest steps without a break."""
+    rollbacks: int = 0
+    """Times that the run went back to a checkpoint."""
+    rollbacks_row: int = 0
+    """How many of them were to the latest one."""
+    micro_batch: int | None = None
+    """Rows that a device takes at a time, where it was to be found out."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -54,7 +68,13 @@ class RunState:
             raise ValueError("its run is not a mapping")
         kept = {f.name: data[f.name] for f in fields(cls) if f.name in data}
         for f in fields(cls):
-            value, kinds = kept.get(f.name, f.default), str(f.type)
+            if f.name not in kept:
+                continue
+            value, kinds = kept[f.name], str(f.type)
+            if kinds == "list[float]":
+                if not isinstance(value, list) or any(type(v) is not float for v in value):
+                    raise ValueError(f"its run.{f.name} is {str(value)[:40]!r}, expected {kinds}")
+                continue
             number = (type(value) is int and value >= 0) or (type(value) is float and "float" in kinds)
             if not number and not (value is None and "None" in kinds):
                 raise ValueError(f"its run.{f.name} is {str(value)[:40]!r}, expected {kinds}")

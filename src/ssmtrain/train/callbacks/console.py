@@ -16,6 +16,13 @@ from ssmtrain.train.module import LitLM
 REFRESH = 0.25
 """Seconds between updates of the bar."""
 
+ODD = {
+    "spike": "left out: {why} ({row})",
+    "rollback": "after step {after:,} the run went back to {to}, {rows_left_out:,} rows are left out: {why}",
+    "micro_batch": "{rows:,} of {of:,} rows fit at a time",
+}
+"""What is said of records that few runs have, by kind."""
+
 
 class Console(Callback):
     """Shows records as lines; on a terminal the train records are a bar that stays at the bottom."""
@@ -83,6 +90,9 @@ class Console(Callback):
         elif kind == "skip":
             what, row = record["what"], record["row"]
             self.say(f"step {record['step']:>6,}  skipped: the {what} is not finite ({row})")
+
+        elif kind in ODD:
+            self.say(f"step {record['step']:>6,}  {ODD[kind].format(**record)}")
 
     def say(self, line: str) -> None:
         """Print a line, above the bar where there is one."""

@@ -70,6 +70,8 @@ class Ending(Callback):
             "steps": state.step,
             "tokens": state.tokens,
             "nonfinite": state.nonfinite,
+            "spikes": state.spikes,
+            "rollbacks": state.rollbacks,
             "seconds": lit.clock.total,
             "time": lit.clock.split(),
             "goodput": lit.attempts.account() if lit.attempts else None,

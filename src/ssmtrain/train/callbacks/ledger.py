@@ -34,6 +34,14 @@ class Ledger(Callback):
         self.path = path
         self.file: JsonLines | None = None
 
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Follow a run that goes back."""
+        pl_module.on_back.append(self._cut)
+
+    def _cut(self, step: int) -> None:
+        if self.file:
+            self.file.cut(step)
+
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         """Gather the step's rows and append its line."""
         lit: LitLM = pl_module

@@ -26,10 +26,14 @@ class Metrics(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin to count."""
         lit: LitLM = pl_module
-        self.tokens = lit.state.tokens
-        self.mark = time.perf_counter() - self._elsewhere(lit)
+        self._begin(lit)
+        lit.on_back.append(lambda step: self._begin(lit))
         self.bytes_per_token = lit.text.meta["train"]["bytes"] / lit.text.meta["train"]["tokens"]
         self.peak = peak_flops(lit.device)
+
+    def _begin(self, lit: LitLM) -> None:
+        self.tokens = lit.state.tokens
+        self.mark = time.perf_counter() - self._elsewhere(lit)
 
     @staticmethod
     def _elsewhere(lit: LitLM) -> float:

@@ -52,6 +52,7 @@ class Saving(Callback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """See that a checkpoint has room, find the best so far, and follow the validations to come."""
         lit: LitLM = pl_module
+        lit.newest_checkpoint = lambda: self.newest(lit)
         problem = ranks.agree(self._no_room(lit) if ranks.rank() == 0 else None)
         if problem is not None:
             raise UserError(problem, "free some, or put the run elsewhere with runs_dir=…")
@@ -96,6 +97,7 @@ class Saving(Callback):
         """Publish a checkpoint and prune; UserError when a planned stop, or a third try in a row, fails."""
         self.settle(lit)
         step = lit.state.step
+        lit.state.rollbacks_row = 0
         shares, state = snapshot.take(lit)
         token, problem = self._begin(step)
         write = partial(self._write, step, lit.state.tokens, token, state)
@@ -111,6 +113,13 @@ class Saving(Callback):
         if self.pending is not None:
             (step, found), self.pending = self.pending, None
             self._report(lit, step, found.result())
+
+    def newest(self, lit: LitLM) -> Path | None:
+        """The run's newest good checkpoint, the same on every rank."""
+        self.settle(lit)
+        found = store.newest_good(self.run.checkpoints, log.warning) if ranks.rank() == 0 else None
+        text = ranks.from_first(None if found is None else str(found))
+        return None if text is None else Path(text)
 
     def _report(self, lit: LitLM, step: int, problem: str | None) -> None:
         problem = ranks.agree(problem)

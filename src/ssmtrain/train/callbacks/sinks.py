@@ -26,7 +26,9 @@ class Sinks(Callback):
         if ranks.rank():
             return
         lit.attempts = Attempts(self.run.folder, self.run.begins_at, lit.clock)
-        lit.journal.sinks = [JsonLines(self.run.metrics), self.console, lit.attempts]
+        metrics = JsonLines(self.run.metrics)
+        lit.on_back += [metrics.cut, lit.attempts.turn_back]
+        lit.journal.sinks = [metrics, self.console, lit.attempts]
         page = lit.config.logger
         if page.kind == "wandb":
             from ssmtrain.train.callbacks.wandb_log import open_wandb

@@ -20,7 +20,7 @@ MIN_TOKENS = 8192
 def validate(lit: LitLM, max_rows: int | None = None) -> Score:
     """Score the validation split, or its first max_rows rows, on all ranks together."""
     trainer, seq_len = lit.config.trainer, lit.config.data.seq_len
-    rows = trainer.micro_batch or trainer.global_batch // seq_len // ranks.world()
+    rows = trainer.micro_rows or lit.state.micro_batch or trainer.global_batch // seq_len // ranks.world()
     # Short rows are scored many at a time: without gradients they need little memory.
     rows = max(rows, math.ceil(MIN_TOKENS / seq_len))
     cut = is_cut(lit.model)
