@@ -100,8 +100,8 @@ def command(request: Request) -> int:
     tokenizer = load_tokenizer(config.tokenizer)
     data = open_data(config, tokenizer)
     insight = Insight()
-    replay = Replay(step, last_step(step, set(train), set(ledger)), set(train), insight.look)
-    begin = run.begins_at
+    begin, until = run.begins_at, last_step(step, set(train), set(ledger))
+    replay = Replay(step, until, set(train), subject.numbers(begin + 1).start, insight.look)
     if not request.as_json:
         how_many = replay.until - begin
         print(f"from step {begin:,} ({run.checkpoint or 'the start'}), {how_many:,} steps", flush=True)
@@ -200,7 +200,7 @@ def page(step: int, replay: Replay, insight: Insight, verdict: Verdict) -> list[
     lines = [""]
     found = next((one for one in replay.taken if one.step == step), None)
     if found is not None:
-        skipped = ", skipped as not finite" if found.skipped else ""
+        skipped = ", left out by the run" if found.skipped else ""
         figures = f"loss {found.loss!r}, gradient norm {found.grad_norm!r}, lr {found.lr:.3e}"
         lines.append(f"step {step:,}: {figures}{skipped}")
     lines += [*replay.nonfinite, *verdict.said(step)]
