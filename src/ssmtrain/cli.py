@@ -72,7 +72,7 @@ def run(args: list[str]) -> int:
         from ssmtrain.config.redact import redact_logging
 
         redact_logging()
-    if name in ("fit", "eval", "generate"):
+    if name in ("fit", "eval", "generate", "replay"):
         _share_the_cpu()
     # Imports make a million objects that live on: looking for garbage among them costs half a second.
     gc.disable()

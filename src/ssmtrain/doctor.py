@@ -169,8 +169,10 @@ def headers() -> bool:
 
 def conflicts() -> list[str]:
     """Installed versions that another installed package says it does not work with."""
-    from packaging.requirements import InvalidRequirement, Requirement
-
+    try:
+        from packaging.requirements import InvalidRequirement, Requirement
+    except ImportError:
+        return ["packaging is not installed, so versions cannot be compared: pip install packaging"]
     lines = []
     for name in ("ssmtrain", *PACKAGES):
         try:

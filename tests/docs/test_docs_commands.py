@@ -113,6 +113,9 @@ def short(words: list[str]) -> list[str]:
     verb = max((v for v in VERBS if words[: len(v.split())] == v.split()), key=len)
     rest = [re.sub(r"@step-\d+", "@step-8", word) for word in words[len(verb.split()) :]]
     rest = [word.replace("<recipe>", "quickstart") for word in rest]
+    rest = [re.sub(r"^step=\d+$", "step=10", word) for word in rest]
+    rest = ["trainer.profile=2:3" if word.startswith("trainer.profile=") else word for word in rest]
+    rest = ["it" if before == "--find" else word for before, word in zip(["", *rest], rest)]
     several = any("," in word or word.startswith("trainer.devices=") for word in rest)
     config = next((word.partition("=")[2] for word in rest if word.startswith("config=")), "")
     if verb == "launch slurm":

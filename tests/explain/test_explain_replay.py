@@ -13,11 +13,16 @@ import pytest
 import torch
 
 from ssmtrain.checkpoint.records import read_config
+from ssmtrain.checkpoint.runs import resolve
 from ssmtrain.cli import main
 from ssmtrain.explain.insight import Insight
 from ssmtrain.explain.replay import Verdict, last_step
 from ssmtrain.train import replay as replays
+from ssmtrain.train.fit import fit
+from ssmtrain.train.forks import load_from
 from ssmtrain.train.module import LitLM
+from train.conftest import ledger
+from train.conftest import parent as parent
 from train.conftest import trained as trained
 
 Capture = pytest.CaptureFixture[str]
@@ -163,3 +168,32 @@ def test_what_cannot_be_replayed(trained: Path, capsys: Capture) -> None:
         assert said in capsys.readouterr().err
     assert main(["replay", f"run={trained}@step-8", "step=8"]) == 2
     assert "no such checkpoint before step 8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["the same", "another"])
+def test_a_fork_is_replayed_from_where_it_began(text: str, parent: Path, capsys: Capture) -> None:
+    """Its first step comes after another run's checkpoint; on another text its rows begin at the first."""
+    words = [f"runs_dir={parent.parent}", "name=twin", "trainer.save_every=6"]
+    if text == "another":
+        (parent.parent / "other.txt").write_text("quite another text than that of the parent\n" * 90)
+        words.append(f"data.train={parent.parent / 'other.txt'}")
+    config = load_from({"from": f"{parent}@step-4"}, words)
+    run = resolve(config)
+    try:
+        assert fit(config, run) == 0
+    finally:
+        run.close()
+    capsys.readouterr()
+    assert main(["data", "show", f"run={run.folder}", "step=6", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["row"] for row in rows] == ledger(run.folder)[1]["samples"]
+    found = replayed(capsys, f"run={run.folder}", "step=6")
+    assert (found["verdict"]["steps"], found["verdict"]["differ"]) == ([5, 6], [])
+    assert main(["data", "show", f"run={run.folder}", "step=4"]) == 2
+    assert f"earlier steps are those of run={parent}" in capsys.readouterr().err
+
+
+def test_a_checkpoint_may_be_named_by_its_folder(trained: Path, capsys: Capture) -> None:
+    found = replayed(capsys, f"run={trained}/checkpoints/step-00000004", "step=6")
+    assert found["verdict"]["steps"] == [5, 6] and found["run"] == str(trained)
+    assert main(["replay", f"run={trained}/text.yaml", "step=6"]) == 2

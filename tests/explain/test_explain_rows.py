@@ -156,7 +156,7 @@ def test_offsets_of_a_file_tokenizer_and_documents_without_tokens(tmp_path: Path
 def test_steps_of_a_fork_are_counted_from_where_it_began(spiky: Path, tmp_path: Path) -> None:
     from ssmtrain.explain.subject import Subject
 
-    fork = Subject(config_of(spiky.parents[1], trainer__max_steps=20), spiky, begin=(8, 0))
+    fork = Subject(config_of(spiky.parents[1], trainer__max_steps=20), None, begin=(8, 0))
     assert fork.numbers(9) == range(4) and fork.numbers(11) == range(8, 12)
     with pytest.raises(UserError) as caught:
         fork.numbers(8)

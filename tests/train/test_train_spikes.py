@@ -12,6 +12,7 @@ import pytest
 
 from faults import spoil
 from ssmtrain.checkpoint import faults
+from ssmtrain.cli import main
 from ssmtrain.config.errors import NonFinite
 from ssmtrain.config.trainer import SpikeConfig
 from ssmtrain.train import spikes
@@ -151,3 +152,19 @@ def test_steps_that_are_not_finite_turn_the_run_back(train: Train, calm: Path) -
     assert code == 0 and len(ledger(folder)) == 16
     (record,) = records(folder, "rollback")
     assert (record["after"], record["step"]) == (12, 9) and "not finite in 3 steps" in record["why"]
+
+
+def test_a_run_that_went_back_is_replayed_with_the_rows_that_it_kept(
+    train: Train, calm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The steps after the checkpoint read later rows than they would have: data show and replay know."""
+    spoil_step(calm, 10)
+    code, folder = train(name="back", **BACK)
+    assert code == 0 and records(folder, "rollback")
+    capsys.readouterr()
+    assert main(["data", "show", f"run={folder}", "step=10", "--json"]) == 0
+    rows = [row["row"] for row in json.loads(capsys.readouterr().out)["rows"]]
+    assert rows == ledger(folder)[9]["samples"] != ledger(calm)[9]["samples"]
+    assert main(["replay", f"run={folder}", "step=10", "--json"]) == 0
+    verdict = json.loads(capsys.readouterr().out)["verdict"]
+    assert verdict["differ"] == [] and verdict["steps"] == [9, 10]

@@ -37,6 +37,8 @@ class RowFigures:
 class Insight:
     """What `look` saw."""
 
+    numbers: range = range(0)
+    """The step's sample numbers."""
     rows: list[RowFigures] = field(default_factory=list)
     kinds: dict[str, float] = field(default_factory=dict)
     """Norm of the step's gradient by kind of layer."""
@@ -54,8 +56,8 @@ class Insight:
         self.parts = {part: norms[part] for part in dict.fromkeys(names.values()) if part in norms}
         parameters = [p for p in lit.model.parameters() if p.requires_grad]
         shares = lit.shares()  # all the rows, as there is one process
-        numbers = range(lit.state.rows + shares[0].start, lit.state.rows + shares[-1].stop)
-        batches = [lit.text.train.batch([number]) for number in numbers]
+        self.numbers = range(lit.state.rows + shares[0].start, lit.state.rows + shares[-1].stop)
+        batches = [lit.text.train.batch([number]) for number in self.numbers]
         total = max(1, sum(int((b.labels != -100).sum()) for b in batches))
         for index, batch in enumerate(batches):
             labels = int((batch.labels != -100).sum())

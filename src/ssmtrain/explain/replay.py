@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssmtrain.checkpoint import store
@@ -99,8 +100,8 @@ def command(request: Request) -> int:
     tokenizer = load_tokenizer(config.tokenizer)
     data = open_data(config, tokenizer)
     insight = Insight()
-    replay = Replay(step, last_step(step, set(train), set(ledger)), set(train), insight.look)
-    begin = run.begins_at
+    begin, until = run.begins_at, last_step(step, set(train), set(ledger))
+    replay = Replay(step, until, set(train), subject.numbers(begin + 1).start, insight.look)
     if not request.as_json:
         how_many = replay.until - begin
         print(f"from step {begin:,} ({run.checkpoint or 'the start'}), {how_many:,} steps", flush=True)
@@ -108,7 +109,7 @@ def command(request: Request) -> int:
     others = {len(ledger[one.step]["params"]) for one in replay.taken if one.step in ledger}
     exact = kind in ("auto", "ddp") and {world} | others == {1}
     verdict = compared(replay, train, ledger, exact, config)
-    rows = rows_of(data, Documents(config, data, tokenizer), tokenizer, subject.numbers(step))
+    rows = rows_of(data, Documents(config, data, tokenizer), tokenizer, insight.numbers)
     worst = [rows[one.index] for one in insight.worst(WORST)]
     if request.as_json:
         print(json.dumps(finite(plain(subject, step, replay, insight, verdict, worst)), indent=2))
@@ -131,6 +132,7 @@ def plain(
         "verdict": asdict(verdict),
         "nonfinite": replay.nonfinite,
         **asdict(insight),
+        "numbers": [insight.numbers.start, insight.numbers.stop],
         "worst": [row.plain(full=False) for row in worst],
     }
 
@@ -140,7 +142,8 @@ def start_of(subject: Subject, request: Request, step: int) -> Run:
     folder, config = subject.folder, subject.config
     assert folder is not None
     run = Run(folder.name, folder, config)
-    named = parse(request.run or "").step
+    given = Path(request.run or "")
+    named = store.step_of(given) if store.is_name(given.name) else parse(request.run or "").step
     found = [path for path in store.checkpoints(folder / "checkpoints") if store.step_of(path) < step]
     if named is not None:
         found = [path for path in found if store.step_of(path) == named]
@@ -197,7 +200,7 @@ def page(step: int, replay: Replay, insight: Insight, verdict: Verdict) -> list[
     lines = [""]
     found = next((one for one in replay.taken if one.step == step), None)
     if found is not None:
-        skipped = ", skipped as not finite" if found.skipped else ""
+        skipped = ", left out by the run" if found.skipped else ""
         figures = f"loss {found.loss!r}, gradient norm {found.grad_norm!r}, lr {found.lr:.3e}"
         lines.append(f"step {step:,}: {figures}{skipped}")
     lines += [*replay.nonfinite, *verdict.said(step)]

@@ -16,8 +16,6 @@ from ssmtrain.config.reference import parse
 from ssmtrain.config.request import Request
 from ssmtrain.config.schema import RunConfig
 
-METRICS = "metrics.jsonl"
-
 
 @dataclass(frozen=True)
 class Subject:
@@ -29,8 +27,6 @@ class Subject:
     """Steps that the run has taken."""
     begin: tuple[int, int] = (0, 0)
     """A step and the rows consumed before the one that follows it: where a fork began."""
-    left_out: tuple[tuple[int, int], ...] = ()
-    """The first step after the run went back to a checkpoint, and how many rows it left out."""
 
     @property
     def name(self) -> str:
@@ -63,8 +59,12 @@ class Subject:
             raise UserError(
                 f"step={step}: {self.name} ends at step {self.last:,}", "give a step=… up to that"
             )
+        saved = store.checkpoints(self.folder / "checkpoints") if self.folder else []
+        if saved:
+            # The next checkpoint knows what was read up to it, rows that the run left out not counted.
+            path = next((path for path in saved if store.step_of(path) >= step), saved[-1])
+            since, rows = store.step_of(path), int(store.load_state(path)["run"]["rows"])
         first = rows + (step - 1 - since) * self.rows_per_step
-        first += sum(number for at, number in self.left_out if at <= step)
         return range(first, first + self.rows_per_step)
 
 
@@ -78,17 +78,16 @@ def open_subject(request: Request) -> Subject:
         if request.config.origin is not None and request.config.origin.kind == "fork":
             raise UserError("this page is a fork's: give its run, as in run=runs/<name>")
         return Subject(request.config, None)
-    config = load_run_config(request.run or "", request.overrides)
+    where = _where(request.run or "")
+    config = load_run_config(where, request.overrides)
     _refuse(config)
-    folder = _folder(request)
+    folder = _folder(where, request.overrides)
     changed = [key for key in differences(load_run_config(folder / CONFIG), config) if not may_change(key)]
     if changed:
         raise UserError(
             f"{', '.join(changed[:3])}: with another value it would be another run", "leave it as it is"
         )
-    turns = [(int(r["step"]), int(r["rows_left_out"])) for r in records(folder / METRICS, "rollback")]
-    begin = _begin(config, folder, turns)
-    return Subject(config, folder, int(read_status(folder)["step"]), begin, tuple(turns))
+    return Subject(config, folder, int(read_status(folder)["step"]), _begin(config, folder))
 
 
 def _refuse(config: RunConfig) -> None:
@@ -106,14 +105,22 @@ def _refuse(config: RunConfig) -> None:
             )
 
 
-def _folder(request: Request) -> Path:
-    words = [w.partition("=")[2] for w in request.overrides if w.startswith("runs_dir=")]
-    where = Path(parse(request.run or "").where).expanduser()
+def _where(run: str) -> Path:
+    """The run that run= names, be it by one of its checkpoints."""
+    where = Path(parse(run).where).expanduser()
+    return where.parent.parent if store.is_name(where.name) and where.is_dir() else where
+
+
+def _folder(where: Path, overrides: list[str]) -> Path:
+    words = [word.partition("=")[2] for word in overrides if word.startswith("runs_dir=")]
     where = where.parent if where.name == CONFIG else where
-    return next(p for p in (where, Path(words[0] if words else "runs") / where) if (p / CONFIG).is_file())
+    for folder in (where, Path(words[0] if words else "runs") / where):
+        if (folder / CONFIG).is_file() and (folder / "checkpoints").is_dir():
+            return folder
+    raise UserError(f"run={where}: this is no run's folder", "give its page as config=… instead")
 
 
-def _begin(config: RunConfig, folder: Path, turns: list[tuple[int, int]]) -> tuple[int, int]:
+def _begin(config: RunConfig, folder: Path) -> tuple[int, int]:
     origin = config.origin
     if origin is None or origin.kind != "fork":
         return 0, 0
@@ -122,8 +129,7 @@ def _begin(config: RunConfig, folder: Path, turns: list[tuple[int, int]]) -> tup
         raise UserError(f"{folder} is a fork that has saved nothing yet: where its rows begin is not known")
     run = store.load_state(found[-1])["run"]
     per_step = config.trainer.global_batch // config.data.seq_len
-    left_out = sum(number for at, number in turns if at <= int(run["step"]))
-    return origin.step, int(run["rows"]) - left_out - (int(run["step"]) - origin.step) * per_step
+    return origin.step, int(run["rows"]) - (int(run["step"]) - origin.step) * per_step
 
 
 def step_of(request: Request) -> int:

@@ -46,6 +46,8 @@ class Replay(Callback):
     """The last step to take, `step` or a later one that the run recorded."""
     recorded: set[int]
     """Steps at which the run wrote a train record."""
+    rows: int
+    """Rows consumed before the first step: more than the checkpoint's where the run went back to it."""
     watch: Callable[[LitLM], None]
     """Called at the step, the gradient in place and the weights those that it was taken with."""
     taken: list[Taken] = field(default_factory=list)
@@ -61,6 +63,7 @@ class Replay(Callback):
                 self.watch(lit)
 
         lit.on_gradients.append(look)
+        lit.state.rows = self.rows
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         """Keep the step's figures; the window of losses is that of callbacks/metrics.py."""
@@ -83,7 +86,7 @@ class Replay(Callback):
 def alone(config: RunConfig, world: int) -> RunConfig:
     """The run's config for one process, which takes in turn what each of `world` ranks took at once."""
     trainer = config.trainer
-    rows = trainer.micro_batch
+    rows: int | str | None = trainer.micro_batch
     if world > 1 and rows is None:
         rows = trainer.global_batch // config.data.seq_len // world
     page = trainer.model_copy(
