@@ -175,6 +175,7 @@ def main() -> None:
                     env=environment, check=True, capture_output=True, text=True,
                 )  # fmt: skip
                 found[name].append(json.loads(out.stdout.splitlines()[-1]))
+                print(f"{name}: {out.stdout.splitlines()[-1]}", file=sys.stderr, flush=True)
         tell(found)
 
 
