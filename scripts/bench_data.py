@@ -26,8 +26,6 @@ from pathlib import Path
 from typing import Any
 
 ROWS, LENGTH = 16, 2048
-SAMPLE = 2**26
-"""Bytes of text that the tokenizers are compared on."""
 
 
 def page(folder: str, cache: str, tokenizer: str | None) -> Any:
@@ -115,10 +113,10 @@ def novels(folder: Path, megabytes: int) -> None:
         (folder / f"{i:06d}.txt").write_bytes(text[at : at + 65536])
 
 
-def sample(folder: Path, into: Path) -> None:
-    """Every so many-th file of a folder, about `SAMPLE` bytes of them."""
+def sample(folder: Path, into: Path, size: int) -> None:
+    """Every so many-th file of a folder, about `size` bytes of them."""
     paths = sorted(p for p in folder.rglob("*") if p.is_file())
-    every = max(1, sum(p.stat().st_size for p in paths) // SAMPLE)
+    every = max(1, sum(p.stat().st_size for p in paths) // size)
     for i, path in enumerate(paths[::every]):
         shutil.copyfile(path, into / f"{i:06d}.txt")
 
@@ -142,6 +140,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="text to prepare; absent: the embedded novels")
     parser.add_argument("--megabytes", type=int, default=256, help="of the novels")
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--sample", type=int, default=64, help="MB that the tokenizers are compared on")
     parser.add_argument("--vocab", type=int, default=8192)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--stages", default=",".join(STAGES))
@@ -162,7 +161,7 @@ def main() -> None:
             novels(whole, args.megabytes)
         tokenizer = ""
         if {"bpe", "encode_batch"} & set(stages):
-            sample(whole, few)
+            sample(whole, few, args.sample * 10**6)
             tokenizer = train(few, args.vocab)
         found: dict[str, list[dict[str, float]]] = {name: [] for name in stages}
         for _ in range(args.rounds):
@@ -175,6 +174,7 @@ def main() -> None:
                     env=environment, check=True, capture_output=True, text=True,
                 )  # fmt: skip
                 found[name].append(json.loads(out.stdout.splitlines()[-1]))
+                print(f"{name}: {out.stdout.splitlines()[-1]}", file=sys.stderr, flush=True)
         tell(found)
 
 

@@ -88,6 +88,15 @@ def test_the_vocabulary_is_known_before(config) -> None:
     assert vocab_rows(config) == 400
 
 
+def test_a_run_keeps_its_own(config, write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`generate` and `eval` need neither the text nor the cache."""
+    first = load_tokenizer(config.tokenizer, config.data)
+    assert isinstance(first, FileTokenizer)
+    run = write("runs/mine/tokenizer.json", first.definition).parent
+    monkeypatch.setattr(bpe, "trained", lambda *args: pytest.fail("the run has it"))
+    assert load_tokenizer(config.tokenizer, config.data, run).hash == first.hash
+
+
 def test_special_tokens_in_the_text_are_text(config) -> None:
     tokenizer = load_tokenizer(config.tokenizer, config.data)
     assert isinstance(tokenizer, FileTokenizer)

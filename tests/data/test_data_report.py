@@ -32,6 +32,19 @@ def test_json(page, write, bpe, capsys: pytest.CaptureFixture[str]) -> None:
     assert train["bytes_per_token"] == pytest.approx(920 / train["tokens"], abs=1e-4)
 
 
+@pytest.mark.parametrize("workers", ["0", "-1", "two", "1e3", "9999"])
+def test_workers(page, workers: str) -> None:
+    with pytest.raises(UserError, match=f"workers={workers}: expected a whole number of processes"):
+        command(Request("prepare", config=page(), words={"workers": workers}))
+
+
+def test_what_was_left_out_is_told(page, write, capsys: pytest.CaptureFixture[str]) -> None:
+    train = write("a.jsonl", '{"text": "a"}\n{"text": "a"}\n{"text": ""}\n{\n')
+    config = page(train=str(train), val=str(write("v.txt", "v")), skip_bad=True, drop_duplicates=True)
+    assert command(Request("prepare", config=config, words={"workers": "1"})) == 0
+    assert "left out: 1 empty, 1 duplicate, 1 unreadable documents" in capsys.readouterr().out
+
+
 def test_without_a_config() -> None:
     with pytest.raises(UserError, match="config="):
         command(Request("prepare"))

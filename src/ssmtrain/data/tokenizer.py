@@ -29,6 +29,10 @@ END_OF_TEXT_NAMES = (
 )
 
 
+KEPT = "tokenizer.json"
+"""Where a run keeps a tokenizer that was trained for it."""
+
+
 class Tokenizer(Protocol):
     """What the rest of the program knows of a tokenizer."""
 
@@ -90,6 +94,8 @@ class FileTokenizer:
         name = _end_of_text(vocab, added, end_of_text, path)
         self.eot = vocab[name]
         self.hash = hashlib.sha256(definition + b"\0" + name.encode()).hexdigest()
+        self.definition = definition
+        """The file's content."""
         self._backend = backend
 
     def encode(self, text: str) -> np.ndarray:
@@ -119,11 +125,16 @@ def vocab_rows(config: RunConfig) -> int:
     return config.model.vocab_size or load_tokenizer(config.tokenizer).vocab_size
 
 
-def load_tokenizer(config: AnyTokenizer, data: AnyData | None = None) -> Tokenizer:
-    """The tokenizer that `config.tokenizer` names, trained on `data` where it asks for that; UserError."""
+def load_tokenizer(config: AnyTokenizer, data: AnyData | None = None, run: Path | None = None) -> Tokenizer:
+    """The tokenizer that `config.tokenizer` names, trained on `data` where it asks for that; UserError.
+
+    A run keeps the one that was trained for it in its folder, so that it needs neither text nor cache.
+    """
     if config.kind == "bytes":
         return ByteTokenizer()
     if config.kind == "bpe":
+        if run is not None and (run / KEPT).is_file():
+            return FileTokenizer(run / KEPT, END_OF_TEXT_NAMES[0])
         from ssmtrain.data.bpe import trained
 
         assert data is not None, "a tokenizer that is trained needs the text"

@@ -30,7 +30,7 @@ def command(request: Request) -> int:
         raise UserError(f"--split={split}: expected train or val")
     opened = open_trained(request)
     config = opened.config
-    tokenizer = load_tokenizer(config.tokenizer, config.data)
+    tokenizer = load_tokenizer(config.tokenizer, config.data, opened.run.folder)
     texts, what = _texts(config, tokenizer, split, file)
     vocab = config.model.vocab_size or tokenizer.vocab_size
     model = load_model(opened.checkpoint, config, vocab, opened.device, opened.ema)

@@ -18,7 +18,7 @@ def command(request: Request) -> int:
     """Print the prompt and its continuation as it is made, or both as JSON at the end."""
     opened = open_trained(request)
     config = opened.config
-    tokenizer = load_tokenizer(config.tokenizer, config.data)
+    tokenizer = load_tokenizer(config.tokenizer, config.data, opened.run.folder)
     vocab = config.model.vocab_size or tokenizer.vocab_size
     model = load_model(opened.checkpoint, config, vocab, opened.device, opened.ema)
     prompt = request.flags.get("prompt", config.generate.prompt)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ssmtrain.checkpoint.durable import replace_file
 from ssmtrain.checkpoint.reading import no_gpu
 from ssmtrain.checkpoint.runs import Run, resolve
 from ssmtrain.config import launched
@@ -19,7 +20,7 @@ from ssmtrain.config.errors import FINISHED, NON_FINITE, UNFINISHED, Lost, NonFi
 from ssmtrain.config.request import Request
 from ssmtrain.config.schema import RunConfig
 from ssmtrain.data.module import open_data
-from ssmtrain.data.tokenizer import load_tokenizer
+from ssmtrain.data.tokenizer import KEPT, FileTokenizer, load_tokenizer
 from ssmtrain.kernels import backend
 from ssmtrain.model.count import Counts, count_flops
 from ssmtrain.model.show import report as picture
@@ -95,6 +96,8 @@ def _fit(config: RunConfig, run: Run, signals: Signals, clock: Clock) -> int:
     except backend.BackendError as error:
         raise UserError(f"trainer.kernels: {error}") from None
     tokenizer = load_tokenizer(config.tokenizer, config.data)
+    if first and config.tokenizer.kind == "bpe" and isinstance(tokenizer, FileTokenizer):
+        replace_file(run.folder / KEPT, tokenizer.definition)
     vocab = config.model.vocab_size or tokenizer.vocab_size
     counts, lines = picture(config, vocab)
     if first:
