@@ -197,7 +197,7 @@ def test_tab_in_a_real_shell(shell: str, tmp_path: Path) -> None:
     (tmp_path / "runs" / "mine" / "checkpoints" / "step-00000050").mkdir(parents=True)
     terminal = Terminal(*SHELLS[shell], tmp_path)
     try:
-        terminal.tab("ssmtrain rep", "replay")
+        terminal.tab("ssmtrain repl", "replay")
         terminal.tab("ssmtrain eval run=mi", "eval run=mine")
         terminal.tab("ssmtrain replay run=mine@st", "replay run=mine@step-50")
         terminal.tab("ssmtrain fit trainer.prec\tb", "fit trainer.precision=bf16")

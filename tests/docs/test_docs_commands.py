@@ -5,6 +5,7 @@ Training lines are cut to a step where the model is small; larger ones are compo
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from ssmtrain import cli
 from ssmtrain.checkpoint.runs import resolve
@@ -86,11 +88,18 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
         finally:
             run.close()
     runs = folder / "runs"
-    for name in ("quickstart-694809", "trunk", "mine", "one", "two"):
+    for name in ("quickstart-694809", "trunk", "mine", "one", "two", "lr-1e-3"):
         shutil.copytree(runs / "NAME", runs / name, symlinks=True)
-    for name in ("my.txt", "my-texts/a.txt", "path/to/texts/a.txt", "better/a.txt", "mine/a.txt"):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text("It is a truth universally acknowledged, that it is.\n" * 200)
+    for place in ("", "my-texts", "path/to/texts", "better", "mine", "texts"):
+        file = folder / place / "a.txt" if place else folder / "my.txt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("It is a truth universally acknowledged, that it is.\n" * 200)
+    record = json.dumps({"body": "It is a truth.", "text": "It is a truth."}) + "\n"
+    for name in ("owner/name/a.jsonl", "crawl/a.jsonl.zst"):
+        (folder / name).parent.mkdir(parents=True)
+        packed = name.endswith(".zst")
+        text = (record * 200).encode()
+        (folder / name).write_bytes(zstandard.compress(text) if packed else text)
     return folder
 
 
@@ -116,6 +125,7 @@ def short(words: list[str]) -> list[str]:
     rest = [re.sub(r"^step=\d+$", "step=10", word) for word in rest]
     rest = ["trainer.profile=2:3" if word.startswith("trainer.profile=") else word for word in rest]
     rest = ["it" if before == "--find" else word for before, word in zip(["", *rest], rest)]
+    rest = [re.sub(r"^tokenizer.vocab_size=\d+$", "tokenizer.vocab_size=260", word) for word in rest]
     several = any("," in word or word.startswith("trainer.devices=") for word in rest)
     config = next((word.partition("=")[2] for word in rest if word.startswith("config=")), "")
     if verb == "launch slurm":
@@ -132,7 +142,9 @@ def short(words: list[str]) -> list[str]:
         )
         if tiny and not any(word.startswith("data=") for word in rest):
             tiny += ["data=text", "data.train=my.txt"]
-        return ["fit", *kept, *tiny]
+        own = {word.partition("=")[0] for word in tiny} - {"data"}
+        kept = [f"{word}-new" if word.startswith("name=") else word for word in kept]
+        return ["fit", *(word for word in kept if word.partition("=")[0] not in own), *tiny]
     if verb in ELSEWHERE or verb == "fit":
         return ["show", *(word for word in rest if "," not in word and not word.startswith("--"))]
     return [*verb.split(), *rest]

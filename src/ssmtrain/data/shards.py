@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, BinaryIO
 
@@ -187,7 +187,7 @@ class SplitWriter:
             self._starts.abandon()
             return None
         starts = self._starts.close()
-        digest = hashlib.sha256("".join(s.sha256 for s in [*self._done, starts]).encode()).hexdigest()
+        digest = _digest([*self._done, starts])
         return SplitEntry(
             tokens=self.tokens,
             bytes=self.bytes,
@@ -253,6 +253,12 @@ def verify(folder: Path, entry: SplitEntry, dtype: str, vocab_size: int) -> None
         at = 0 if starts[0] != 0 else int(np.argmax(steps < 1))
         raise _damaged(folder / entry.starts.file, f"document {at} starts at {starts[at]}, out of order")
     _check_hash(folder / entry.starts.file, starts, entry.starts.sha256)
+    if entry.sha256 != _digest([*entry.shards, entry.starts]):
+        raise _damaged(folder / "manifest.json", "its digest of a split is not that of the split's files")
+
+
+def _digest(files: Sequence[ShardEntry]) -> str:
+    return hashlib.sha256("".join(file.sha256 for file in files).encode()).hexdigest()
 
 
 def _map(folder: Path, entry: ShardEntry, dtype: str) -> np.ndarray:
