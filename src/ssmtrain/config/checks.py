@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from ssmtrain.config import schema_file
+from ssmtrain.config import schema_file, task_rules
 from ssmtrain.config.expect import show_value
 from ssmtrain.config.layout import MAX_LAYERS, LayoutError, check_name, expand
 
@@ -34,7 +34,7 @@ def as_namespace(tree: dict[str, Any]) -> SimpleNamespace:
         if not isinstance(value, dict):
             return value
         inner = {name: convert(one, name) for name, one in value.items()}
-        return inner if key == "blocks" else SimpleNamespace(**inner)
+        return inner if key in ("blocks", "checks") else SimpleNamespace(**inner)
 
     return SimpleNamespace(**{key: convert(value, key) for key, value in tree.items()})
 
@@ -50,6 +50,7 @@ def problems(config: Any, training: bool = False) -> list[str]:
         *_paths(config),
         *_model(config.model),
         *_vocabulary(config),
+        *task_rules.problems(config, _text_vocabulary(config.tokenizer)),
         *_batch(config),
         *_schedule(config),
         *_parallel(config),
@@ -98,7 +99,7 @@ def _paths(config: Any) -> Iterator[str]:
     paths = {
         "runs_dir": config.runs_dir,
         "resume": config.resume,
-        "data.cache_dir": config.data.cache_dir,
+        "data.cache_dir": getattr(config.data, "cache_dir", None),
         "trainer.kernel_cache": config.trainer.kernel_cache,
         "tokenizer.path": getattr(config.tokenizer, "path", None),
     }
@@ -159,21 +160,25 @@ def _used(model: Any, names: list[str]) -> Iterator[str]:
 
 def _vocabulary(config: Any) -> Iterator[str]:
     tokenizer = config.tokenizer
-    size: int | None = BYTES_VOCABULARY
     if tokenizer.kind == "file":
-        path = Path(os.path.expanduser(tokenizer.path))
         if "\0" in tokenizer.path:
             return  # said among the paths
-        if not path.is_file():
+        if not Path(os.path.expanduser(tokenizer.path)).is_file():
             yield f"tokenizer.path = {show_value(tokenizer.path)}: there is no such file"
             return
-        size = _file_vocabulary(path)
-    vocab = config.model.vocab_size
+    size, vocab = _text_vocabulary(tokenizer), config.model.vocab_size
     if vocab is not None and size is not None and vocab < size:
         yield (
             f"model.vocab_size = {vocab}: smaller than the tokenizer's {size}; "
             f"expected at least {size}, or leave it out"
         )
+
+
+def _text_vocabulary(tokenizer: Any) -> int | None:
+    """Ids of a tokenizer; None when it has none of its own, or only its library can tell."""
+    if tokenizer.kind != "file":
+        return BYTES_VOCABULARY if tokenizer.kind == "bytes" else None
+    return None if "\0" in tokenizer.path else _file_vocabulary(Path(os.path.expanduser(tokenizer.path)))
 
 
 def _file_vocabulary(path: Path) -> int | None:

@@ -7,11 +7,10 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ssmtrain.config.base import Config
+from ssmtrain.config.tasks import AnyTaskData, Rows
 
 
-class _Data(Config):
-    seq_len: Annotated[int, Field(ge=2)] = 512
-    """Tokens in a row."""
+class _Data(Rows):
     cache_dir: str | None = None
     """Where prepared shards are kept; absent: the user's cache folder."""
 
@@ -38,7 +37,7 @@ class TextData(_Data):
     """Globs of the files taken from a directory, in sorted path order; hidden ones are left out."""
 
 
-AnyData = Annotated[EmbeddedData | TextData, Field(discriminator="kind")]
+AnyData = Annotated[EmbeddedData | TextData | AnyTaskData, Field(discriminator="kind")]
 
 
 class BytesTokenizer(Config):
@@ -57,4 +56,10 @@ class FileTokenizer(Config):
     """The token that closes a document; absent: the usual names are tried (<|endoftext|>, </s>, <eos>, …)."""
 
 
-AnyTokenizer = Annotated[BytesTokenizer | FileTokenizer, Field(discriminator="kind")]
+class IdsTokenizer(Config):
+    """None: the rows of a task are ids; typed or shown they are numbers with spaces between."""
+
+    kind: Literal["ids"] = "ids"
+
+
+AnyTokenizer = Annotated[BytesTokenizer | FileTokenizer | IdsTokenizer, Field(discriminator="kind")]

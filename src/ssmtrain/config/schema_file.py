@@ -20,6 +20,12 @@ _FIELDS = re.compile(r"^class .*?(?=^    def |^    @|^\S|\Z)|^[A-Z]\w* = .*?$", 
 
 FILE = Path(__file__).with_name("schema.json")
 
+PAGES = (
+    "schema", "model", "data", "tasks", "optim", "schedule", "ema", "trainer", "parallel", "launch", "logger",
+    "origin",
+)  # fmt: skip
+"""The modules beside the layers that the schema is made from."""
+
 
 @cache
 def load() -> Schema:
@@ -37,7 +43,7 @@ def digest() -> str:
     files = [
         *sorted((package / "layers").glob("*.py")),
         FILE.with_name("base.py"),
-        *(FILE.with_name(f"{name}.py") for name in ("schema", "origin", "ema", "launch")),
+        *(FILE.with_name(f"{name}.py") for name in PAGES),
     ]
     summed = hashlib.sha256()
     for file in files:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 
 from ssmtrain.config.errors import UserError
+from ssmtrain.config.task_rules import TASKS
 from ssmtrain.data.order import permute
 from ssmtrain.data.pack import IGNORE, count_rows, document_starts, number_documents
 from ssmtrain.data.prepare import Prepared, prepare
@@ -39,6 +40,21 @@ class Batch:
         doc_ids = None if self.doc_ids is None else self.doc_ids.to(device, non_blocking=True)
         inputs = self.inputs.to(device, non_blocking=True)
         return replace(self, inputs=inputs, labels=self.labels.to(device, non_blocking=True), doc_ids=doc_ids)
+
+
+class Numbered(Protocol):
+    """Rows that are read by number: of a text, or of a task."""
+
+    seq_len: int
+    """Tokens in a row."""
+    per_epoch: int
+    """Rows, each once an epoch."""
+
+    def batch(self, numbers: Sequence[int]) -> Batch:
+        """The rows of some sample numbers, which run on from epoch to epoch."""
+
+    def batch_rows(self, numbers: Sequence[int] | np.ndarray) -> Batch:
+        """Some rows by their place in file order."""
 
 
 class Stream(Protocol):
@@ -129,19 +145,31 @@ class Rows:
 
 @dataclass(frozen=True)
 class Data:
-    """The run's text as rows."""
+    """The run's text or task as rows."""
 
-    train: Rows
+    train: Numbered
     """In a keyed order that differs by epoch."""
-    val: Rows
+    val: Numbered
     """In file order."""
     meta: dict[str, dict[str, Any]]
-    """By split: tokens, bytes, documents, rows, sha256."""
-    prepared: Prepared
+    """By split: tokens, bytes (of text), documents, rows, sha256."""
+    prepared: Prepared | None
+    """The folder that the rows are read from, if they are text."""
+    lengths: dict[int, Numbered] = field(default_factory=dict)
+    """A task's rows of other lengths to validate on."""
+
+    @property
+    def tokenizer(self) -> str:
+        """SHA-256 of the tokenizer's definition; "ids" where there is none."""
+        return self.prepared.manifest.tokenizer if self.prepared is not None else "ids"
 
 
 def open_data(config: RunConfig, tokenizer: Tokenizer | None = None) -> Data:
     """Prepare the run's data if need be and open it; UserError when it does not fill one row."""
+    if config.data.kind in TASKS:
+        from ssmtrain.data.tasks.source import open_task
+
+        return open_task(config)
     prepared = prepare(config, tokenizer)
     L, pad = config.data.seq_len, prepared.manifest.eot
     streams = {split: prepared.stream(split) for split in ("train", "val")}

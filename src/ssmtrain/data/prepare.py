@@ -20,7 +20,7 @@ from ssmtrain.config.base import Config
 from ssmtrain.config.errors import UserError
 from ssmtrain.data import cache
 from ssmtrain.data.shards import SHARD_TOKENS, SplitEntry, SplitWriter, TokenStream, sizes_match, verify
-from ssmtrain.data.sources import open_source
+from ssmtrain.data.sources import open_source, textual
 from ssmtrain.data.spans import BadText, Source, Span, more_problems, pieces
 from ssmtrain.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -77,16 +77,17 @@ class Prepared:
 
 def prepare(config: RunConfig, tokenizer: Tokenizer | None = None) -> Prepared:
     """The run's prepared data, found and verified or made; UserError for bad sources or shards."""
+    page = textual(config.data)
     tokenizer = tokenizer or load_tokenizer(config.tokenizer)
-    source = open_source(config.data)
+    source = open_source(page)
     identity = {"format": FORMAT, "tokenizer": tokenizer.hash, "source": source.fingerprint}
     name = f"{source.label}-{_digest(identity)[:16]}"
-    roots = cache.roots(config.data.cache_dir)
+    roots = cache.roots(page.cache_dir)
     for root in roots:
         found = load(root / name)
         if found is not None:
             return _checked(found)
-    root = cache.writable(roots, explicit=config.data.cache_dir is not None)
+    root = cache.writable(roots, explicit=page.cache_dir is not None)
     with cache.lock(root / f".{name}.lock") as alone:
         found = load(root / name)  # another process may have made it while this one waited
         if found is not None:

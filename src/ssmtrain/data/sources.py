@@ -6,18 +6,27 @@ import json
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
+from ssmtrain.config.errors import UserError
 from ssmtrain.data.files import text_source
 from ssmtrain.data.spans import Member, Source, Span, pieces
 
 if TYPE_CHECKING:
-    from ssmtrain.config.data import AnyData
+    from ssmtrain.config.data import AnyData, EmbeddedData, TextData
 
 
 def open_source(data: AnyData) -> Source:
     """The source that `config.data` names, its files found but not read; UserError names the key."""
-    if data.kind == "embedded":
-        return embedded(data.name)
-    return text_source(data)
+    page = textual(data)
+    return embedded(page.name) if page.kind == "embedded" else text_source(page)
+
+
+def textual(data: AnyData) -> EmbeddedData | TextData:
+    """The data page if it is of text; UserError for a task."""
+    if data.kind == "embedded" or data.kind == "text":
+        return data
+    raise UserError(
+        f"data.kind = {data.kind}: its rows are made as they are read; there is no text to prepare"
+    )
 
 
 def embedded(name: str) -> Source:

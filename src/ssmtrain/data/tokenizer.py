@@ -70,6 +70,35 @@ class ByteTokenizer:
         return bytes(i for i in shown if 0 <= i < 256).decode("utf-8", errors="replace")
 
 
+class IdsTokenizer:
+    """Ids as numbers with spaces between, for the rows of a task; 0 stands for the end."""
+
+    eot = 0
+    hash = "ids"
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of a text, int64 (n,); UserError when a word is no id."""
+        words = text.split()
+        wrong = [w for w in words if not w.isdecimal() or int(w) >= self.vocab_size]
+        if wrong:
+            raise UserError(
+                f"{wrong[0][:40]!r} is no id of this run's task",
+                f"type numbers below {self.vocab_size} with spaces between, such as 1 5 2",
+            )
+        return np.array([int(w) for w in words], np.int64)
+
+    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of several texts, int64 (n,) each."""
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Numbers, a space before each."""
+        return "".join(f" {int(i)}" for i in ids)
+
+
 class FileTokenizer:
     """A `tokenizer.json`, through the tokenizers library; special tokens in a text count as plain text."""
 
@@ -113,15 +142,23 @@ class FileTokenizer:
 
 
 def vocab_rows(config: RunConfig) -> int:
-    """Rows of the embedding: the recipe's model.vocab_size, or the tokenizer's size."""
-    return config.model.vocab_size or load_tokenizer(config.tokenizer).vocab_size
+    """Rows of the embedding: the recipe's model.vocab_size, or the tokenizer's or the task's size."""
+    return config.model.vocab_size or tokenizer_of(config).vocab_size
+
+
+def tokenizer_of(config: RunConfig) -> Tokenizer:
+    """The run's tokenizer; for a task, whose ids are no text, one that reads and writes numbers."""
+    vocab = getattr(config.data, "vocab_size", None)
+    return load_tokenizer(config.tokenizer) if vocab is None else IdsTokenizer(vocab)
 
 
 def load_tokenizer(config: AnyTokenizer) -> Tokenizer:
     """The tokenizer that `config.tokenizer` names; UserError when its file is missing or wrong."""
+    if config.kind == "file":
+        return FileTokenizer(config.path, config.end_of_text)
     if config.kind == "bytes":
         return ByteTokenizer()
-    return FileTokenizer(config.path, config.end_of_text)
+    raise UserError("tokenizer.kind = ids: it reads no text", "take tokenizer=bytes")
 
 
 def _read(path: Path) -> bytes:

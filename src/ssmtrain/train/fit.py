@@ -19,7 +19,7 @@ from ssmtrain.config.errors import FINISHED, NON_FINITE, UNFINISHED, Lost, NonFi
 from ssmtrain.config.request import Request
 from ssmtrain.config.schema import RunConfig
 from ssmtrain.data.module import open_data
-from ssmtrain.data.tokenizer import load_tokenizer
+from ssmtrain.data.tokenizer import tokenizer_of
 from ssmtrain.kernels import backend
 from ssmtrain.model.count import Counts
 from ssmtrain.model.show import report as picture
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from ssmtrain.data.module import Data
     from ssmtrain.data.tokenizer import Tokenizer
+    from ssmtrain.train.callbacks.checks import Checks
     from ssmtrain.train.callbacks.ending import Ending
     from ssmtrain.train.module import LitLM
 
@@ -93,7 +94,7 @@ def _fit(config: RunConfig, run: Run, signals: Signals, clock: Clock) -> int:
         backend.configure(config.trainer.kernels, "cuda" if accelerator == "gpu" else "cpu")
     except backend.BackendError as error:
         raise UserError(f"trainer.kernels: {error}") from None
-    tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer = tokenizer_of(config)
     vocab = config.model.vocab_size or tokenizer.vocab_size
     counts, lines = picture(config, vocab)
     if first:
@@ -103,12 +104,15 @@ def _fit(config: RunConfig, run: Run, signals: Signals, clock: Clock) -> int:
         _kernels(config, vocab, data, devices)
     _import_lightning()
 
+    from ssmtrain.train.callbacks.checks import Checks, open_checks
     from ssmtrain.train.callbacks.ending import Ending
     from ssmtrain.train.module import LitLM
 
+    checks = Checks(open_checks(config, tokenizer))
     lit = LitLM(config, vocab, data, signals, clock, run.checkpoint, run.origin)
-    ending = Ending(run, tokenizer, counts.params.total)
-    trainer = _trainer(config, run, accelerator, devices, [*_callbacks(lit, run, tokenizer, counts), ending])
+    ending = Ending(run, tokenizer, counts.params.total, checks)
+    callbacks = _callbacks(lit, run, tokenizer, counts, checks)
+    trainer = _trainer(config, run, accelerator, devices, [*callbacks, ending])
     return _train(trainer, lit, run, ending)
 
 
@@ -219,7 +223,7 @@ def place(config: RunConfig) -> tuple[str, int]:
     return accelerator, devices
 
 
-def _callbacks(lit: LitLM, run: Run, tokenizer: Tokenizer, counts: Counts) -> list[Callback]:
+def _callbacks(lit: LitLM, run: Run, tokenizer: Tokenizer, counts: Counts, checks: Checks) -> list[Callback]:
     """What happens after a step, in this order; figures before the save, so that it holds them."""
     from ssmtrain.train.callbacks.averaging import Averaging
     from ssmtrain.train.callbacks.console import Console
@@ -247,6 +251,8 @@ def _callbacks(lit: LitLM, run: Run, tokenizer: Tokenizer, counts: Counts) -> li
         found.append(Health(page.health_every))
     if page.val_every:
         found.append(Validation(page.val_every))
+    if checks.checks:
+        found.append(checks)
     if page.sample_every:
         found.append(Samples(tokenizer, page.sample_every))
     return [*found, Saving(run, page), console]

@@ -25,7 +25,7 @@ import ssmtrain
 from ssmtrain.config.errors import UserError
 from ssmtrain.config.model import ModelConfig
 from ssmtrain.config.schema import RunConfig, dump
-from ssmtrain.data.module import Batch, Data
+from ssmtrain.data.module import Batch, Data, Rows
 from ssmtrain.kernels import cache
 from ssmtrain.layers.base import Context
 from ssmtrain.layers.norm import Stream
@@ -91,6 +91,8 @@ def batches(data: Data, rows: int) -> list[Batch]:
     """Batches of each kind that the run may meet: Triton looks at whether rows hold several documents, and at
     whether their number is a multiple of 16."""
     text, length = data.train, data.train.seq_len
+    if not isinstance(text, Rows):
+        return [text.batch(range(rows))]  # the rows of a task are one document each
     kinds: dict[Any, Batch] = {}
     for at in range(64):
         batch = text.batch(range(at * rows, (at + 1) * rows))

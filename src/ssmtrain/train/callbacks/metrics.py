@@ -28,7 +28,9 @@ class Metrics(Callback):
         lit: LitLM = pl_module
         self.tokens = lit.state.tokens
         self.mark = time.perf_counter() - self._elsewhere(lit)
-        self.bytes_per_token = lit.text.meta["train"]["bytes"] / lit.text.meta["train"]["tokens"]
+        meta = lit.text.meta["train"]
+        self.bytes_per_token = meta["bytes"] / meta["tokens"]
+        """0 for a task, which is no text."""
         self.peak = peak_flops(lit.device)
 
     @staticmethod
@@ -60,7 +62,7 @@ class Metrics(Callback):
         found: dict[str, Any] = {
             "tokens": lit.state.tokens,
             "loss": loss,
-            "bpb": loss / math.log(2.0) / self.bytes_per_token,
+            **({"bpb": loss / math.log(2.0) / self.bytes_per_token} if self.bytes_per_token else {}),
             "lr": lit.last.lr,
             "grad_norm": lit.last.grad_norm,
             "tokens_per_s": speed,
