@@ -28,14 +28,14 @@ class Text:
     bytes: int
 
 
-def score(lit: LitLM, rows: Numbered, max_rows: int | None = None, purpose: str = "val") -> Score:
+def score(lit: LitLM, rows: Numbered, max_rows: int | None = None) -> Score:
     """Score rows, or the first max_rows of them; training's bits do not change."""
     trainer = lit.config.trainer
     at_once = trainer.micro_batch or trainer.global_batch // lit.config.data.seq_len // ranks.world()
     # Short rows are scored many at a time: without gradients they need little memory.
     tokens = max(at_once * lit.config.data.seq_len, MIN_TOKENS)
     cut = is_cut(lit.model)
-    with lit.clock(purpose), forked_rng(lit.device):
+    with lit.clock("val"), forked_rng(lit.device):
         found = evaluate(
             lit.model,
             rows,

@@ -62,7 +62,7 @@ class Checks(Callback):
         found: Figures = {}
         for name in names:
             one = self.checks[name]
-            found[name] = figures(score(lit, one.rows, one.max_rows, "checks"), one.text)
+            found[name] = figures(score(lit, one.rows, one.max_rows), one.text)
         if found:
             lit.journal.write("check", lit.state.step, **found)
         return found
