@@ -22,7 +22,7 @@ quickstart: install ## Train a small hybrid on five novels, about four minutes o
 	$(BIN)/ssmtrain fit config=quickstart
 
 demo-recall: install ## Train Mamba-2, attention and both on associative recall, and print what each gets right
-	$(BIN)/ssmtrain fit config=recall model.layout=MM,AA,MA --multirun
+	$(BIN)/ssmtrain fit config=recall model.layout=MM,AA,MA name=demo-recall --multirun
 
 test: install ## The tests that need no GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not gpu and not multi_gpu and not faults" $(ARGS)
