@@ -124,3 +124,11 @@ def test_the_rows_of_a_check_are_apart_from_those_of_the_run(tmp_path: Path) -> 
     for rows in (data.train, data.val):
         assert isinstance(rows, TaskRows)
         assert not rows.batch(range(8)).inputs.equal(check_rows(check).batch(range(8)).inputs)
+
+
+def test_kernels_are_warmed_up_on_the_rows_of_a_task(tmp_path: Path) -> None:
+    from ssmtrain.data.module import open_data
+    from ssmtrain.train.warm import batches
+
+    (batch,) = batches(open_data(page(tmp_path, **TASK)), 4)
+    assert batch.inputs.shape == (4, 8) and batch.doc_ids is None
