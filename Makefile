@@ -7,7 +7,8 @@ STAMP  := $(VENV)/.installed
 JOBS   ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart docs test test-gpu test-faults check format schema check-kernels mutate clean
+.PHONY: help install quickstart demo-recall docs test test-gpu test-faults check format schema check-kernels
+.PHONY: mutate clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,6 +21,9 @@ $(STAMP): pyproject.toml constraints.txt scripts/install.sh
 
 quickstart: install ## Train a small hybrid on five novels, about four minutes on two cores
 	$(BIN)/ssmtrain fit config=quickstart
+
+demo-recall: install ## Train Mamba-2, attention and both on associative recall, and print what each gets right
+	$(BIN)/ssmtrain fit config=recall model.layout=MM,AA,MA name=demo-recall --multirun
 
 test: install ## The tests that need no GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not gpu and not multi_gpu and not faults" $(ARGS)

@@ -189,6 +189,25 @@ def test_the_table_lines_up() -> None:
     assert len({line.index(word) for line, word in zip(lines, ("status", "finished", "lost"))}) == 1
 
 
+def test_arms_on_a_task_show_what_is_right() -> None:
+    blank: dict[str, Any] = dict.fromkeys(("val_bpb", "params", "tokens_per_s", "steps", "seconds"))
+    rows = [
+        {
+            "arm": arm,
+            "status": "finished",
+            **blank,
+            "val_loss": loss,
+            "val_accuracy": right,
+            "val_row_accuracy": whole,
+        }
+        for arm, loss, right, whole in (("a", 0.5, 0.75, 0.5), ("b", 0.1, 0.99, 0.9))
+    ]
+    lines = table(rows)
+    assert lines[0].split()[:6] == ["arm", "status", "right", "rows", "right", "val"]
+    assert lines[1].split()[:6] == ["b", "finished", "99.00", "%", "90.00", "%"]
+    assert "bits/byte" in table([{**rows[0], "val_bpb": 2.0}, rows[1]])[0]
+
+
 def test_two_real_arms(
     folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

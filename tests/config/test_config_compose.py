@@ -9,6 +9,7 @@ import pytest
 from ssmtrain.config.catalog import recipes, shipped
 from ssmtrain.config.errors import UserError
 from ssmtrain.config.load import config_hash, difference, load, load_run_config, to_yaml
+from ssmtrain.config.task_rules import TASKS
 from ssmtrain.layers.mamba1 import Mamba1Config
 
 BASE = """\
@@ -46,9 +47,10 @@ def test_every_group_page_stands_alone(folder: Path) -> None:
     tokenizer.write_text('{"model": {"vocab": {"a": 0}}}')
     for page in sorted(shipped().glob("*/*.yaml")):
         words = [f"{page.parent.name}={page.stem}"]
-        left = {"text": "data.train=x.txt", "mix": "data.sources.own.train=x.txt", "hub": "data.path=x"}
-        left["file"] = f"tokenizer.path={tokenizer}"
-        words += [left[page.stem]] if page.stem in left else []
+        beside = {"text": "data.train=x.txt", "mix": "data.sources.own.train=x.txt", "hub": "data.path=x"}
+        beside |= {"file": f"tokenizer.path={tokenizer}", "ids": "data=parity"}
+        beside |= dict.fromkeys(TASKS, "tokenizer=ids")
+        words += [beside[page.stem]] if page.stem in beside else []
         config = load(["config=base.yaml", *words])
         if hasattr(getattr(config, page.parent.name, None), "kind"):
             assert getattr(config, page.parent.name).kind in (page.stem, "embedded")

@@ -167,5 +167,5 @@ def without_defaults(tree: Any, page: Any, at: tuple[str, ...] = ()) -> Any:
 def test_shared_fields_are_those_of_the_slot() -> None:
     schema = schema_file.build()
     assert schema["properties"]["schedule"]["x-shared"] == ["unit", "warmup"]
-    assert schema["properties"]["data"]["x-shared"] == ["cache_dir", "seq_len", "seq_len_warmup"]
+    assert schema["properties"]["data"]["x-shared"] == ["seq_len"]
     assert schema["properties"]["optim"]["x-shared"] == []

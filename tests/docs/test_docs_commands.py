@@ -145,6 +145,9 @@ def short(words: list[str]) -> list[str]:
         own = {word.partition("=")[0] for word in tiny} - {"data"}
         kept = [f"{word}-new" if word.startswith("name=") else word for word in kept]
         return ["fit", *(word for word in kept if word.partition("=")[0] not in own), *tiny]
+    lengths = [word for word in rest if word.startswith("data.val_lengths=")]
+    if verb == "eval" and lengths:  # of a run on a task, which takes a minute to make
+        return ["show", "config=recall", *lengths]
     if verb in ELSEWHERE or verb == "fit":
         return ["show", *(word for word in rest if "," not in word and not word.startswith("--"))]
     return [*verb.split(), *rest]

@@ -8,9 +8,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from runs.conftest import MakeRun
 
 from report.test_report_page import full
+from runs.conftest import MakeRun
 from ssmtrain.cli import main
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -55,12 +55,11 @@ def stopped(train: Train, monkeypatch: pytest.MonkeyPatch, name: str, at: list[i
     """A run that is stopped after each of these steps and then left to end."""
     before = 0
     for step in at:
-        monkeypatch.setenv(faults.VARIABLE, f"step_start:{step - before}:TERM")
-        faults._passed.clear()
+        faults.arm(f"step_start:{step - before}:TERM")
         code, folder = train(name=name, **changes)
         assert code == 75 and len(ledger(folder)) == step
         before = step
-    monkeypatch.delenv(faults.VARIABLE)
+    faults.arm()
     code, folder = train(name=name, **changes)
     assert code == 0
     return folder
@@ -152,11 +151,10 @@ def test_phases_to_come_may_change_and_those_that_have_begun_may_not(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes = mixed(tmp_path) | {"trainer__val_every": 0}
-    monkeypatch.setenv(faults.VARIABLE, "step_start:9:TERM")
-    faults._passed.clear()
+    faults.arm("step_start:9:TERM")
     code, folder = train(**changes)
     assert code == 75 and len(ledger(folder)) == 9
-    monkeypatch.delenv(faults.VARIABLE)
+    faults.arm()
     before = (folder / "config.yaml").read_bytes()
     begun = [*changes["data"]["phases"]]
     begun[1] = {"from_tokens": 352, "weights": {"prose": 0.5, "code": 0.5}}

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from ssmtrain.config import growth, mixing, schema_file
+from ssmtrain.config import growth, mixing, schema_file, task_rules
 from ssmtrain.config.expect import show_value
 from ssmtrain.config.layout import MAX_LAYERS, LayoutError, check_name, expand
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 BYTES_VOCABULARY = 257
-MAPPINGS = ("blocks", "sources", "val", "weights")
+MAPPINGS = ("checks", "blocks", "sources", "val", "weights")
 """Keys whose value has names of the user's own."""
 
 
@@ -37,9 +37,8 @@ def as_namespace(tree: dict[str, Any]) -> SimpleNamespace:
             return [convert(one, "") for one in value]
         if not isinstance(value, dict):
             return value
-        if key in MAPPINGS:
-            return {name: convert(one, "") for name, one in value.items()}
-        return SimpleNamespace(**{name: convert(one, name) for name, one in value.items()})
+        inner = {name: convert(one, "" if key in MAPPINGS else name) for name, one in value.items()}
+        return inner if key in MAPPINGS else SimpleNamespace(**inner)
 
     return SimpleNamespace(**{key: convert(value, key) for key, value in tree.items()})
 
@@ -55,6 +54,7 @@ def problems(config: Any, training: bool = False) -> list[str]:
         *_paths(config),
         *_model(config.model),
         *_vocabulary(config),
+        *task_rules.problems(config, _text_vocabulary(config.tokenizer)),
         *_batch(config),
         *growth.problems(config),
         *mixing.problems(config),
@@ -105,7 +105,7 @@ def _paths(config: Any) -> Iterator[str]:
     paths = {
         "runs_dir": config.runs_dir,
         "resume": config.resume,
-        "data.cache_dir": config.data.cache_dir,
+        "data.cache_dir": getattr(config.data, "cache_dir", None),
         "trainer.kernel_cache": config.trainer.kernel_cache,
         "tokenizer.path": getattr(config.tokenizer, "path", None),
         "data.path": getattr(config.data, "path", None),
@@ -167,23 +167,25 @@ def _used(model: Any, names: list[str]) -> Iterator[str]:
 
 def _vocabulary(config: Any) -> Iterator[str]:
     tokenizer = config.tokenizer
-    size: int | None = BYTES_VOCABULARY
     if tokenizer.kind == "file":
-        path = Path(os.path.expanduser(tokenizer.path))
         if "\0" in tokenizer.path:
             return  # said among the paths
-        if not path.is_file():
+        if not Path(os.path.expanduser(tokenizer.path)).is_file():
             yield f"tokenizer.path = {show_value(tokenizer.path)}: there is no such file"
             return
-        size = _file_vocabulary(path)
-    elif tokenizer.kind == "bpe":
-        size = tokenizer.vocab_size
-    vocab = config.model.vocab_size
+    size, vocab = _text_vocabulary(tokenizer), config.model.vocab_size
     if vocab is not None and size is not None and vocab < size:
         yield (
             f"model.vocab_size = {vocab}: smaller than the tokenizer's {size}; "
             f"expected at least {size}, or leave it out"
         )
+
+
+def _text_vocabulary(tokenizer: Any) -> int | None:
+    """Ids of a tokenizer; None when it has none of its own, or only its library can tell."""
+    if tokenizer.kind != "file":
+        return {"bytes": BYTES_VOCABULARY, "bpe": getattr(tokenizer, "vocab_size", None)}.get(tokenizer.kind)
+    return None if "\0" in tokenizer.path else _file_vocabulary(Path(os.path.expanduser(tokenizer.path)))
 
 
 def _file_vocabulary(path: Path) -> int | None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 from pydantic import Field, create_model
 
 from ssmtrain.config.base import Config, Count, Positive
+from ssmtrain.config.tasks import AnyTaskData, Rows
 
 
 class LengthStage(Config):
@@ -18,9 +19,7 @@ class LengthStage(Config):
     """Tokens in a row; divides data.seq_len."""
 
 
-class _Data(Config):
-    seq_len: Annotated[int, Field(ge=2)] = 512
-    """Tokens in a row."""
+class _Data(Rows):
     seq_len_warmup: list[LengthStage] | None = None
     """Shorter rows at the beginning, ascending: each row of seq_len tokens is cut into several, each of them
     without what came before it; absent: none."""
@@ -139,7 +138,7 @@ def source_page(mix: MixData, source: AnySource) -> EmbeddedData | TextData | Hu
     return page(**own, seq_len=mix.seq_len, cache_dir=mix.cache_dir)
 
 
-AnyData = Annotated[EmbeddedData | TextData | HubData | MixData, Field(discriminator="kind")]
+AnyData = Annotated[EmbeddedData | TextData | HubData | MixData | AnyTaskData, Field(discriminator="kind")]
 
 
 class BytesTokenizer(Config):
@@ -168,4 +167,12 @@ class BpeTokenizer(Config):
     """At most about so many bytes of text, evenly spaced over the corpus, are trained on."""
 
 
-AnyTokenizer = Annotated[BytesTokenizer | FileTokenizer | BpeTokenizer, Field(discriminator="kind")]
+class IdsTokenizer(Config):
+    """None: the rows of a task are ids; typed or shown they are numbers with spaces between."""
+
+    kind: Literal["ids"] = "ids"
+
+
+AnyTokenizer = Annotated[
+    BytesTokenizer | FileTokenizer | BpeTokenizer | IdsTokenizer, Field(discriminator="kind")
+]

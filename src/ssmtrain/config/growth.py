@@ -61,7 +61,8 @@ def problems(config: Any) -> Iterator[str]:
             )
     grown = batches(trainer)
     yield from _ascending("trainer.global_batch_warmup", "global_batch", grown)
-    micro, devices = trainer.micro_batch, trainer.devices or 1
+    micro = None if trainer.micro_batch == "auto" else trainer.micro_batch
+    devices = trainer.devices or 1
     for number, (_, batch) in enumerate(grown.stages):
         mine, rest = divmod(batch, row * devices)
         if rest or (micro and mine > micro and mine % micro):

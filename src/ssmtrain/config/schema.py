@@ -16,6 +16,7 @@ from ssmtrain.config.optim import AdamWConfig, AnyOptim
 from ssmtrain.config.origin import Origin
 from ssmtrain.config.parallel import AnyParallel, AutoParallel
 from ssmtrain.config.schedule import AnySchedule, WsdSchedule
+from ssmtrain.config.tasks import AnyCheck
 from ssmtrain.config.trainer import TrainerConfig
 
 
@@ -61,7 +62,7 @@ class RunConfig(Config):
     model: ModelConfig
     """The model."""
     data: AnyData = EmbeddedData()
-    """The text."""
+    """The text, or the task."""
     tokenizer: AnyTokenizer = BytesTokenizer()
     """How text becomes tokens."""
     optim: AnyOptim = AdamWConfig()
@@ -70,6 +71,8 @@ class RunConfig(Config):
     """The learning rate over the run."""
     ema: EmaConfig | None = None
     """A moving average of the weights beside those that train; absent: none."""
+    checks: dict[str, AnyCheck] = {}
+    """Tasks and text files to score every so many steps beside the validation, by name."""
     trainer: TrainerConfig = TrainerConfig()
     """Length, batch, precision, saving and printing."""
     parallel: AnyParallel = AutoParallel()

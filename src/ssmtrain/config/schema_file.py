@@ -20,10 +20,10 @@ _FIELDS = re.compile(r"^class .*?(?=^    def |^    @|^\S|\Z)|^[A-Z]\w* = .*?$", 
 
 FILE = Path(__file__).with_name("schema.json")
 PAGES = (
-    *("schema", "data", "ema", "launch", "logger"),
-    *("model", "optim", "origin", "parallel", "schedule", "trainer"),
-)
-"""Files of this folder that have fields in them."""
+    "schema", "model", "data", "tasks", "optim", "schedule", "ema", "trainer", "parallel", "launch", "logger",
+    "origin",
+)  # fmt: skip
+"""The modules beside the layers that the schema is made from."""
 
 
 @cache

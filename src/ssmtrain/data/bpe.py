@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from ssmtrain.config.errors import UserError
 from ssmtrain.data import cache
-from ssmtrain.data.sources import open_source, size, texts
+from ssmtrain.data.sources import open_source, size, texts, textual
 from ssmtrain.data.spans import Source
 from ssmtrain.data.tokenizer import FileTokenizer, train
 
@@ -28,15 +28,16 @@ log = logging.getLogger(__name__)
 
 def trained(config: BpeTokenizer, data: AnyData) -> Path:
     """The tokenizer.json of a corpus, found or made; UserError when the text has too few distinct pieces."""
-    source = open_source(data)
+    page = textual(data)
+    source = open_source(page)
     identity = [FORMAT, config.vocab_size, config.sample_bytes, source.digest]
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     name = f"{source.label}-bpe-{config.vocab_size}-{digest[:16]}"
-    roots = cache.roots(data.cache_dir)
+    roots = cache.roots(page.cache_dir)
     for root in roots:
         if _whole(root / name):
             return root / name / "tokenizer.json"
-    root = cache.writable(roots, explicit=data.cache_dir is not None)
+    root = cache.writable(roots, explicit=page.cache_dir is not None)
     with cache.lock(root / f".{name}.lock") as alone:
         if alone:
             cache.sweep(root, name)

@@ -12,8 +12,9 @@ import torch
 
 from ssmtrain.config.errors import UserError
 from ssmtrain.config.mixing import phases
+from ssmtrain.config.task_rules import TASKS
 from ssmtrain.data.batch import Batch, Samples
-from ssmtrain.data.mixture import Joined, Mixture
+from ssmtrain.data.mixture import Joined, Mixture, Ordered
 from ssmtrain.data.order import key_of, permute
 from ssmtrain.data.pack import IGNORE, count_rows, document_starts, number_documents
 from ssmtrain.data.prepare import Prepared, prepare
@@ -123,20 +124,27 @@ class Rows:
 
 @dataclass(frozen=True)
 class Data:
-    """The run's text as rows."""
+    """The run's text or task as rows."""
 
     train: Samples
     """In a keyed order that differs by epoch."""
-    val: Rows | Joined
+    val: Ordered
     """In file order; of several sets, all of them, one after the other."""
     meta: dict[str, dict[str, Any]]
-    """By split: tokens, bytes, documents, rows, sha256; also by `train/<source>` and `val/<set>`."""
-    prepared: Prepared
-    """Of several sources, the first one's."""
+    """By split: tokens, bytes of text, documents, rows, sha256; also by `train/<source>` and `val/<set>`."""
+    prepared: Prepared | None
+    """The folder that the rows are read from, if they are text; of several sources, the first one's."""
     sources: dict[str, Rows] = field(default_factory=dict)
     """The training text of each source of a mixture."""
     sets: dict[str, Rows] = field(default_factory=dict)
     """The validation sets by name, where there are several or the data is a mixture."""
+    lengths: dict[int, Ordered] = field(default_factory=dict)
+    """A task's rows of other lengths to validate on."""
+
+    @property
+    def tokenizer(self) -> str:
+        """SHA-256 of the tokenizer's definition; "ids" where there is none."""
+        return self.prepared.manifest.tokenizer if self.prepared is not None else "ids"
 
     @property
     def plan(self) -> list[Any]:
@@ -145,7 +153,7 @@ class Data:
         return [[begin, weights] for begin, weights in phases]
 
     def bytes_per_token(self, number: int) -> float:
-        """Of the text that training reads where a sample number falls."""
+        """Of the text that training reads where a sample number falls; 0 for a task, which is no text."""
         parts = {"train": 1.0}
         if isinstance(self.train, Mixture):
             parts = {f"train/{name}": share for name, share in self.train.shares(number).items()}
@@ -154,6 +162,10 @@ class Data:
 
 def open_data(config: RunConfig, tokenizer: Tokenizer | None = None) -> Data:
     """Prepare the run's data if need be and open it; UserError when it does not fill one row."""
+    if config.data.kind in TASKS:
+        from ssmtrain.data.tasks.source import open_task
+
+        return open_task(config)
     if config.data.kind == "mix":
         return _open_mix(config, tokenizer or load_tokenizer(config.tokenizer))
     prepared, rows, meta = _open(config, config.data, config.seed, tokenizer)

@@ -20,7 +20,7 @@ from ssmtrain.config.errors import UserError
 from ssmtrain.data import cache, making
 from ssmtrain.data.encode import How, Interrupted
 from ssmtrain.data.shards import SHARD_TOKENS, SplitEntry, TokenStream, sizes_match, verify
-from ssmtrain.data.sources import VAL, open_source
+from ssmtrain.data.sources import VAL, open_source, textual
 from ssmtrain.data.spans import Source, Span
 from ssmtrain.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
@@ -93,16 +93,17 @@ def prepare(config: RunConfig, tokenizer: Tokenizer | None = None, workers: int 
 
     `workers` processes tokenise, absent: one for each core this process may use; the result is the same.
     """
-    tokenizer = tokenizer or load_tokenizer(config.tokenizer, config.data)
-    source = open_source(config.data)
+    page = textual(config.data)
+    tokenizer = tokenizer or load_tokenizer(config.tokenizer, page)
+    source = open_source(page)
     identity = hashlib.sha256(f"{FORMAT} {tokenizer.hash} {source.digest}".encode()).hexdigest()
     name = f"{source.label}-{identity[:16]}"
-    roots = cache.roots(config.data.cache_dir)
+    roots = cache.roots(page.cache_dir)
     for root in roots:
         found = load(root / name)
         if found is not None:
             return _checked(found, tokenizer, source)
-    root = cache.writable(roots, explicit=config.data.cache_dir is not None)
+    root = cache.writable(roots, explicit=page.cache_dir is not None)
     with cache.lock(root / f".{name}.lock") as alone:
         found = load(root / name)  # another process may have made it while this one waited
         if found is not None:

@@ -19,15 +19,17 @@ from ssmtrain.data.units import Unit, units
 if TYPE_CHECKING:
     from ssmtrain.config.data import AnyData, EmbeddedData, HubData, TextData
 
+    AnyText = EmbeddedData | TextData | HubData
+
 
 VAL = "val."
 """Splits whose names begin so are validation sets of a source that has several."""
 
 
-def pages(data: AnyData) -> dict[str, EmbeddedData | TextData | HubData]:
+def pages(data: AnyData) -> dict[str, AnyText]:
     """The page of each source by name; a page that is no mixture is its only one, under no name."""
     if data.kind != "mix":
-        return {"": data}
+        return {"": textual(data)}
     return {name: source_page(data, source) for name, source in data.sources.items()}
 
 
@@ -38,15 +40,25 @@ def set_name(split: str) -> str:
 
 def open_source(data: AnyData) -> Source:
     """The source that `config.data` names, its files found but not read; UserError names the key."""
-    if data.kind == "mix":
-        raise ValueError("a mixture is several sources: see pages()")
-    if data.kind == "embedded":
-        return embedded(data.name)
-    if data.kind == "hub":
+    page = textual(data)
+    if page.kind == "embedded":
+        return embedded(page.name)
+    if page.kind == "hub":
         from ssmtrain.data.hub import hub_source
 
-        return hub_source(data)
-    return text_source(data)
+        return hub_source(page)
+    return text_source(page)
+
+
+def textual(data: AnyData) -> AnyText:
+    """The data page if it is of one text; UserError for a task."""
+    if data.kind == "embedded" or data.kind == "text" or data.kind == "hub":
+        return data
+    if data.kind == "mix":
+        raise ValueError("a mixture is several sources: see pages()")
+    raise UserError(
+        f"data.kind = {data.kind}: its rows are made as they are read; there is no text to prepare"
+    )
 
 
 def embedded(name: str) -> Source:

@@ -74,6 +74,35 @@ class ByteTokenizer:
         return bytes(i for i in shown if 0 <= i < 256).decode("utf-8", errors="replace")
 
 
+class IdsTokenizer:
+    """Ids as numbers with spaces between, for the rows of a task; 0 stands for the end."""
+
+    eot = 0
+    hash = "ids"
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of a text, int64 (n,); UserError when a word is no id."""
+        words = text.split()
+        wrong = [w for w in words if not w.isdecimal() or int(w) >= self.vocab_size]
+        if wrong:
+            raise UserError(
+                f"{wrong[0][:40]!r} is no id of this run's task",
+                f"type numbers below {self.vocab_size} with spaces between, such as 1 5 2",
+            )
+        return np.array([int(w) for w in words], np.int64)
+
+    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of several texts, int64 (n,) each."""
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Numbers, a space before each."""
+        return "".join(f" {int(i)}" for i in ids)
+
+
 class FileTokenizer:
     """A `tokenizer.json`, through the tokenizers library; special tokens in a text count as plain text."""
 
@@ -119,10 +148,21 @@ class FileTokenizer:
 
 
 def vocab_rows(config: RunConfig) -> int:
-    """Rows of the embedding: the recipe's model.vocab_size, or the tokenizer's size."""
+    """Rows of the embedding: the recipe's model.vocab_size, or the tokenizer's or the task's size."""
     if config.tokenizer.kind == "bpe":
         return config.model.vocab_size or config.tokenizer.vocab_size
-    return config.model.vocab_size or load_tokenizer(config.tokenizer).vocab_size
+    return config.model.vocab_size or tokenizer_of(config).vocab_size
+
+
+def tokenizer_of(config: RunConfig, run: Path | None = None) -> Tokenizer:
+    """The run's tokenizer; for a task, whose ids are no text, one that reads and writes numbers.
+
+    `run` is the run's folder, which keeps one that was trained for it.
+    """
+    vocab = getattr(config.data, "vocab_size", None)
+    if vocab is not None:
+        return IdsTokenizer(vocab)
+    return load_tokenizer(config.tokenizer, config.data, run)
 
 
 def load_tokenizer(config: AnyTokenizer, data: AnyData | None = None, run: Path | None = None) -> Tokenizer:
@@ -139,7 +179,9 @@ def load_tokenizer(config: AnyTokenizer, data: AnyData | None = None, run: Path 
 
         assert data is not None, "a tokenizer that is trained needs the text"
         return FileTokenizer(trained(config, data), END_OF_TEXT_NAMES[0])
-    return FileTokenizer(config.path, config.end_of_text)
+    if config.kind == "file":
+        return FileTokenizer(config.path, config.end_of_text)
+    raise UserError("tokenizer.kind = ids: it reads no text", "take tokenizer=bytes")
 
 
 def train(texts: Iterator[str], vocab_size: int) -> bytes:

@@ -12,17 +12,30 @@ from ssmtrain.checkpoint.weights import load_model
 from ssmtrain.config.errors import FINISHED, UserError
 from ssmtrain.config.request import Request
 from ssmtrain.config.schema import RunConfig
+from ssmtrain.config.task_rules import TASKS
 from ssmtrain.data.batch import Samples
 from ssmtrain.data.mixture import Ordered
-from ssmtrain.data.module import Rows, open_data, text_rows
-from ssmtrain.data.tokenizer import Tokenizer, load_tokenizer
+from ssmtrain.data.module import Data, Rows, open_data, text_rows
+from ssmtrain.data.tasks.source import training_rows
+from ssmtrain.data.tokenizer import Tokenizer, tokenizer_of
 from ssmtrain.eval.evaluate import Score, evaluate
+from ssmtrain.eval.texts import read_text
 
 SPLITS = ("train", "val")
 
 
+class _Text(NamedTuple):
+    """Rows to score, of a text or a task; those that are scored beside others have a name."""
+
+    name: str
+    rows: Ordered
+    tokens: int
+    bytes: int
+    """Of text; 0 for a task."""
+
+
 def command(request: Request) -> int:
-    """Print loss, perplexity and bits per byte; as JSON with --json."""
+    """Print loss, perplexity and bits per byte, or what share of a task is right; as JSON with --json."""
     split, file = request.flags.get("split", "val"), request.flags.get("file")
     if file is not None and "split" in request.flags:
         raise UserError("--split and --file exclude each other: give one of them")
@@ -30,88 +43,110 @@ def command(request: Request) -> int:
         raise UserError(f"--split={split}: expected train or val")
     opened = open_trained(request)
     config = opened.config
-    tokenizer = load_tokenizer(config.tokenizer, config.data, opened.run.folder)
-    texts, what = _texts(config, tokenizer, split, file)
+    tokenizer = tokenizer_of(config, opened.run.folder)
+    texts, lengths, what = _texts(config, tokenizer, split, file)
     vocab = config.model.vocab_size or tokenizer.vocab_size
     model = load_model(opened.checkpoint, config, vocab, opened.device, opened.ema)
-    bf16 = config.trainer.precision == "bf16"
-    batch_rows = config.trainer.micro_rows or max(1, 16384 // config.data.seq_len)
-    found = {t.name: evaluate(model, t.rows, opened.device, batch_rows, bf16) for t in texts}
-    score = Score.of(found)
+    bf16, task = config.trainer.precision == "bf16", config.data.kind in TASKS
+
+    def score(rows: Ordered) -> Score:
+        at_once = config.trainer.micro_rows or max(1, 16384 // rows.seq_len)
+        return evaluate(model, rows, opened.device, at_once, bf16, answers=task)
+
+    found = {text.name: score(text.rows) for text in texts}
+    whole = found[""] if "" in found else Score.of(found)
     tokens, n_bytes = sum(t.tokens for t in texts), sum(t.bytes for t in texts)
-    report = {
+    report: dict[str, Any] = {
         "run": str(opened.run.folder),
         "checkpoint": opened.checkpoint.name,
         "weights": "ema" if opened.ema else "trained",
         "text": what,
-        **_figures(score, tokens, n_bytes),
+        **_figures(whole, tokens, n_bytes),
         "seq_len": config.data.seq_len,
     }
     sets = {t.name: _figures(found[t.name], t.tokens, t.bytes) for t in texts if t.name}
     if sets:
         report["sets"] = sets
+    if lengths:
+        report["lengths"] = {n: _figures(score(rows), rows.per_epoch * n, 0) for n, rows in lengths.items()}
     if request.as_json:
         print(json.dumps(report, indent=2))
         return FINISHED
     for notice in opened.run.notices:
         print(notice, file=sys.stderr)
-    print(
-        f"{what}: loss {score.loss:.4f} nats a token, perplexity {score.perplexity:.3f}, "
-        f"{report['bits_per_byte']:.4f} bits per byte\n"
-        f"{score.labels:,} labels in rows of {config.data.seq_len} tokens, {n_bytes:,} bytes; "
-        f"{opened.run.folder}, {opened.checkpoint.name}"
-        + (", moving average of the weights" if opened.ema else "")
-    )
-    for name, one in sets.items():
-        print(
-            f"{name}: loss {one['loss']:.4f}, perplexity {one['perplexity']:.3f}, "
-            f"{one['bits_per_byte']:.4f} bits per byte of {one['bytes']:,}"
-        )
+    where = f"{opened.run.folder}, {opened.checkpoint.name}"
+    where += ", moving average of the weights" if opened.ema else ""
+    print("\n".join(_of_task(report, whole, where) if task else _of_text(report, where)))
     return FINISHED
 
 
-class _Text(NamedTuple):
-    """A text to score; one that is scored beside others has a name."""
+def _of_text(report: dict[str, Any], where: str) -> list[str]:
+    """The report for a reader."""
+    lines = [
+        f"{report['text']}: loss {report['loss']:.4f} nats a token, perplexity {report['perplexity']:.3f}, "
+        f"{report['bits_per_byte']:.4f} bits per byte",
+        f"{report['labels']:,} labels in rows of {report['seq_len']} tokens, {report['bytes']:,} bytes; "
+        + where,
+    ]
+    for name, one in report.get("sets", {}).items():
+        lines.append(
+            f"{name}: loss {one['loss']:.4f}, perplexity {one['perplexity']:.3f}, "
+            f"{one['bits_per_byte']:.4f} bits per byte of {one['bytes']:,}"
+        )
+    return lines
 
-    name: str
-    rows: Ordered
-    tokens: int
-    bytes: int
+
+def _of_task(report: dict[str, Any], whole: Score, where: str) -> list[str]:
+    """The report of a task for a reader."""
+    lines = [f"{report['text']}: {_right(report)}"]
+    lines += [f"rows of {n}: {_right(one)}" for n, one in report.get("lengths", {}).items()]
+    return [*lines, f"{whole.labels:,} answers in {whole.rows:,} rows of {report['seq_len']} tokens; {where}"]
+
+
+def _right(found: dict[str, Any]) -> str:
+    return (
+        f"{100 * found['accuracy']:.2f} % right, {100 * found['row_accuracy']:.2f} % of the rows, "
+        f"loss {found['loss']:.4f} nats an answer"
+    )
 
 
 def _figures(score: Score, tokens: int, n_bytes: int) -> dict[str, Any]:
-    return {
-        "loss": score.loss,
-        "perplexity": score.perplexity,
-        "bits_per_byte": score.bits_per_byte(tokens, n_bytes),
-        "tokens": tokens,
-        "bytes": n_bytes,
-        "labels": score.labels,
-    }
+    said: dict[str, Any] = {"loss": score.loss, "perplexity": score.perplexity, **score.accuracies()}
+    if n_bytes:
+        said["bits_per_byte"] = score.bits_per_byte(tokens, n_bytes)
+    return {**said, "tokens": tokens, "bytes": n_bytes, "labels": score.labels}
 
 
-def _texts(config: RunConfig, tokenizer: Tokenizer, split: str, file: str | None) -> tuple[list[_Text], str]:
-    """What is scored, and what it is called: a file, or a split, of several sets or sources each."""
+def _texts(
+    config: RunConfig, tokenizer: Tokenizer, split: str, file: str | None
+) -> tuple[list[_Text], dict[int, Ordered], str]:
+    """What is scored, at which further lengths, and what it is called: a file or a split."""
     if file is None:
-        data = open_data(config, tokenizer)
-        rows: dict[str, Ordered] = {"": data.val}
-        if split == "train":
-            # The training split's rows are shuffled in training; their set is the same in file order.
-            parts: dict[str, Samples] = {**data.sources} or {"": data.train}
-            rows = {name: part.in_order() for name, part in parts.items() if isinstance(part, Rows)}
-        elif data.sets:
-            rows = dict(data.sets)
-        found = []
-        for name, part in rows.items():
-            meta = data.meta[f"{split}/{name}" if name else split]
-            found.append(_Text(name, part, meta["tokens"], meta["bytes"]))
-        return found, f"split {split}"
-    path = Path(file).expanduser()
-    try:
-        text = path.read_bytes().decode()
-    except OSError as error:
-        raise UserError(f"--file={file}: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"--file={file}: not UTF-8 text (byte {error.start})") from None
+        return *_split(config, open_data(config, tokenizer), split), f"split {split}"
+    if config.data.kind in TASKS:
+        raise UserError(
+            f"--file={file}: the run's data is the task {config.data.kind}, so it can read no text",
+            "leave --file out to score the task, or set data.val_lengths=[…] for other lengths",
+        )
+    text = read_text(file, "--file")
     whole = text_rows([text], tokenizer, config.data.seq_len)
-    return [_Text("", whole, whole.stream.tokens, len(text.encode()))], str(path)
+    one = _Text("", whole, whole.stream.tokens, len(text.encode()))
+    return [one], {}, str(Path(file).expanduser())
+
+
+def _split(config: RunConfig, data: Data, split: str) -> tuple[list[_Text], dict[int, Ordered]]:
+    """A split, of several sets or sources each."""
+    if config.data.kind in TASKS:
+        rows = data.val if split == "val" else training_rows(config)
+        lengths = data.lengths if split == "val" else {}
+        return [_Text("", rows, rows.per_epoch * rows.seq_len, 0)], lengths
+    parts: dict[str, Ordered] = dict(data.sets) or {"": data.val}
+    if split == "train":
+        # The training split's rows are shuffled in training; their set is the same in file order.
+        shuffled: dict[str, Samples] = {**data.sources} or {"": data.train}
+        parts = {name: part.in_order() for name, part in shuffled.items() if isinstance(part, Rows)}
+    found = []
+    for name, part in parts.items():
+        meta = data.meta[f"{split}/{name}" if name else split]
+        found.append(_Text(name, part, meta["tokens"], meta["bytes"]))
+    return found, {}

@@ -43,7 +43,7 @@ class Documents:
     """The documents of the training split, in the order of its stream."""
 
     def __init__(self, config: RunConfig, data: Data, tokenizer: Tokenizer) -> None:
-        assert isinstance(data.train, Rows), "a mixture is refused before"
+        assert isinstance(data.train, Rows) and data.prepared, "mixtures and tasks are refused before"
         self.stream, self.seq_len, self.tokenizer = data.train.stream, config.data.seq_len, tokenizer
         lines = (data.prepared.folder / LIST).read_text().splitlines()
         entries = [entry for entry in map(json.loads, lines) if entry["split"] == "train"]

@@ -10,11 +10,13 @@ from typing import Any
 from ssmtrain.checkpoint import store
 from ssmtrain.checkpoint.records import CONFIG, read_status
 from ssmtrain.config.errors import UserError
+from ssmtrain.config.growth import lengths
 from ssmtrain.config.identity import differences, may_change
 from ssmtrain.config.load import load_run_config
 from ssmtrain.config.reference import parse
 from ssmtrain.config.request import Request
 from ssmtrain.config.schema import RunConfig
+from ssmtrain.config.task_rules import TASKS
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,8 @@ def open_subject(request: Request) -> Subject:
 def _refuse(config: RunConfig) -> None:
     """UserError where a step's rows are not the next of one source."""
     given = {
-        "data.kind=mix": config.data.kind == "mix",
-        "data.seq_len_warmup": config.data.seq_len_warmup is not None,
+        f"data.kind={config.data.kind}": config.data.kind in ("mix", *TASKS),
+        "data.seq_len_warmup": bool(lengths(config.data).stages),
         "trainer.global_batch_warmup": config.trainer.global_batch_warmup is not None,
     }
     for key, there in given.items():

@@ -10,7 +10,7 @@ from ssmtrain.checkpoint.reading import open_trained
 from ssmtrain.checkpoint.weights import load_model
 from ssmtrain.config.errors import FINISHED
 from ssmtrain.config.request import Request
-from ssmtrain.data.tokenizer import load_tokenizer
+from ssmtrain.data.tokenizer import tokenizer_of
 from ssmtrain.generate.sampler import printable, stream
 
 
@@ -18,7 +18,7 @@ def command(request: Request) -> int:
     """Print the prompt and its continuation as it is made, or both as JSON at the end."""
     opened = open_trained(request)
     config = opened.config
-    tokenizer = load_tokenizer(config.tokenizer, config.data, opened.run.folder)
+    tokenizer = tokenizer_of(config, opened.run.folder)
     vocab = config.model.vocab_size or tokenizer.vocab_size
     model = load_model(opened.checkpoint, config, vocab, opened.device, opened.ema)
     prompt = request.flags.get("prompt", config.generate.prompt)

@@ -30,6 +30,8 @@ class Output:
     """Router statistics by block index, detached."""
     logits: Tensor | None = None
     """(B, L, V) when there were no labels."""
+    answers: Tensor | None = None
+    """(n,) int64: the likeliest id at each valid label, row by row; None when not asked for."""
 
 
 def layout_names(config: ModelConfig) -> list[str]:
@@ -62,9 +64,16 @@ class HybridModel(nn.Module):
             for name, spec in module.param_specs.items()
         }
 
-    def forward(self, inputs: Tensor, labels: Tensor | None = None, ctx: Context | None = None) -> Output:
+    def forward(
+        self,
+        inputs: Tensor,
+        labels: Tensor | None = None,
+        ctx: Context | None = None,
+        answers: bool = False,
+    ) -> Output:
         """Loss sums for inputs and labels (B, L), or logits (B, L, V) without labels.
 
+        With `answers` the likeliest id at each label as well, for which no other logits are made.
         With ctx.states, each block continues from its state and leaves its final state there.
         """
         ctx = ctx or Context()
@@ -83,6 +92,8 @@ class HybridModel(nn.Module):
             out.logits = self.head.logits(x, self.input.weight)  # (B, L, V)
         else:
             out.loss_sum, out.n_labels = self.head.loss(x, labels, self.input.weight)
+            if answers:
+                out.answers = self.head.answers(x, labels, self.input.weight)
         return out
 
     def init_states(

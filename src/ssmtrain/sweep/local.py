@@ -36,6 +36,8 @@ COLUMNS = {
     "arm": "arm",
     "status": "status",
     "val_bpb": "bits/byte",
+    "val_accuracy": "right",
+    "val_row_accuracy": "rows right",
     "val_loss": "val loss",
     "params": "parameters",
     "tokens_per_s": "tokens/s",
@@ -43,6 +45,9 @@ COLUMNS = {
     "seconds": "seconds",
 }
 """What the table shows: key of a row -> heading; from val_bpb on they are keys of the runs' report.json."""
+
+TEXT, TASK = ("val_bpb",), ("val_accuracy", "val_row_accuracy")
+"""Columns for runs on text, and for those on a task."""
 
 
 def command(request: Request) -> int:
@@ -111,10 +116,14 @@ def row(arm: Arm, code: int | None) -> dict[str, Any]:
 
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:
     """The rows as an aligned table, best validation first where there is one."""
-    ordered = sorted(rows, key=lambda one: (one["val_bpb"] is None, one["val_bpb"] or 0.0))
-    cells = [list(COLUMNS.values())]
-    cells += [[_cell(key, one[key]) for key in COLUMNS] for one in ordered]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
+    texts, tasks = (any(one.get(keys[0]) is not None for one in rows) for keys in (TEXT, TASK))
+    hidden = () if texts and tasks else TEXT if tasks else TASK
+    columns = [key for key in COLUMNS if key not in hidden]
+    by = "val_bpb" if texts else "val_loss"
+    ordered = sorted(rows, key=lambda one: (one[by] is None, one[by] or 0.0))
+    cells = [[COLUMNS[key] for key in columns]]
+    cells += [[_cell(key, one.get(key)) for key in columns] for one in ordered]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     lines = []
     for line in cells:
         left = [text.ljust(width) for text, width in zip(line[:2], widths)]
@@ -127,5 +136,7 @@ def _cell(key: str, value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, float):
+        if key in TASK:
+            return f"{100 * value:.2f} %"
         return f"{value:.4f}" if key.startswith("val") else f"{value:,.0f}"
     return f"{value:,}" if isinstance(value, int) else str(value)

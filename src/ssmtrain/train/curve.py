@@ -19,14 +19,17 @@ log = logging.getLogger(__name__)
 Points = list[tuple[int, float]]
 """(step, bits per byte)."""
 
+TEXT, TASK = "bits per byte", "nats an answer"
+"""What the curves of texts and tasks are measured in."""
+
 RAMP = " ▁▂▃▄▅▆▇█"
 
 
 def read(path: Path) -> tuple[Points, Points]:
-    """The training and validation curves of a metrics.jsonl, in bits per byte."""
+    """The training and validation curves of a metrics.jsonl, in bits per byte; of a task in nats."""
     found: dict[str, Points] = {"train": [], "val": []}
     for record in _records(path):
-        kind, bpb = record.get("kind"), record.get("bpb")
+        kind, bpb = record.get("kind"), record.get("bpb", record.get("loss"))
         step = record.get("step")
         if kind in found and isinstance(step, int) and isinstance(bpb, (int, float)) and math.isfinite(bpb):
             found[kind].append((step, float(bpb)))
@@ -56,7 +59,7 @@ def last_loss(path: Path) -> float | None:
     return losses[-1] if losses else None
 
 
-def draw(values: list[float], width: int = 64, height: int = 4) -> list[str]:
+def draw(values: list[float], width: int = 64, height: int = 4, unit: str = TEXT) -> list[str]:
     """A curve of block characters, `height` lines high, its largest and smallest value beside it."""
     if len(values) < 2:
         return []
@@ -70,12 +73,17 @@ def draw(values: list[float], width: int = 64, height: int = 4) -> list[str]:
         bar = "".join(RAMP[min(8, max(0, level - 8 * row))] for level in levels)
         side = f"{high:5.2f}" if row == height - 1 else f"{low:5.2f}" if row == 0 else " " * 5
         rows.append(f"{side} {bar}")
-    rows[0] += "  bits per byte, training"
+    rows[0] += f"  {unit}, training"
     return rows
 
 
 def picture(
-    path: Path, train: Points, val: Points, marks: dict[str, float], sets: dict[str, Points] | None = None
+    path: Path,
+    train: Points,
+    val: Points,
+    marks: dict[str, float],
+    unit: str = TEXT,
+    sets: dict[str, Points] | None = None,
 ) -> bool:
     """Write the curve as a PNG with the yardsticks as lines; False, with a warning, when that fails."""
     try:
@@ -92,7 +100,7 @@ def picture(
             axes.annotate(
                 name, (1.0, bits), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="grey"
             )
-        axes.set(xlabel="step", ylabel="bits per byte")
+        axes.set(xlabel="step", ylabel=unit)
         if train or val:
             axes.legend(loc="upper right")
         axes.grid(alpha=0.2)

@@ -20,7 +20,7 @@ from ssmtrain.config.errors import FINISHED, NON_FINITE, UNFINISHED, Lost, NonFi
 from ssmtrain.config.request import Request
 from ssmtrain.config.schema import RunConfig
 from ssmtrain.data.module import open_data
-from ssmtrain.data.tokenizer import KEPT, FileTokenizer, load_tokenizer
+from ssmtrain.data.tokenizer import KEPT, FileTokenizer, tokenizer_of
 from ssmtrain.kernels import backend
 from ssmtrain.model.count import Counts, count_flops
 from ssmtrain.model.show import report as picture
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from ssmtrain.data.module import Data
     from ssmtrain.data.tokenizer import Tokenizer
+    from ssmtrain.train.callbacks.checks import Checks
     from ssmtrain.train.callbacks.ending import Ending
     from ssmtrain.train.module import LitLM
 
@@ -95,7 +96,7 @@ def _fit(config: RunConfig, run: Run, signals: Signals, clock: Clock) -> int:
         backend.configure(config.trainer.kernels, "cuda" if accelerator == "gpu" else "cpu")
     except backend.BackendError as error:
         raise UserError(f"trainer.kernels: {error}") from None
-    tokenizer = load_tokenizer(config.tokenizer, config.data)
+    tokenizer = tokenizer_of(config)
     if first and config.tokenizer.kind == "bpe" and isinstance(tokenizer, FileTokenizer):
         replace_file(run.folder / KEPT, tokenizer.definition)
     vocab = config.model.vocab_size or tokenizer.vocab_size
@@ -107,14 +108,15 @@ def _fit(config: RunConfig, run: Run, signals: Signals, clock: Clock) -> int:
         _kernels(config, vocab, data, devices)
     _import_lightning()
 
+    from ssmtrain.train.callbacks.checks import Checks, open_checks
     from ssmtrain.train.callbacks.ending import Ending
     from ssmtrain.train.module import LitLM
 
+    checks = Checks(open_checks(config, tokenizer))
     lit = LitLM(config, vocab, data, signals, clock, run.checkpoint, run.origin)
-    ending = Ending(run, tokenizer, counts.params.total)
-    trainer = make_trainer(
-        config, run, accelerator, devices, [*_callbacks(lit, run, tokenizer, counts), ending]
-    )
+    ending = Ending(run, tokenizer, counts.params.total, checks)
+    callbacks = _callbacks(lit, run, tokenizer, counts, checks)
+    trainer = make_trainer(config, run, accelerator, devices, [*callbacks, ending])
     return _train(trainer, lit, run, ending)
 
 
@@ -242,7 +244,7 @@ def place(config: RunConfig) -> tuple[str, int]:
     return accelerator, devices
 
 
-def _callbacks(lit: LitLM, run: Run, tokenizer: Tokenizer, counts: Counts) -> list[Callback]:
+def _callbacks(lit: LitLM, run: Run, tokenizer: Tokenizer, counts: Counts, checks: Checks) -> list[Callback]:
     """What happens after a step, in this order; figures before the save, so that it holds them."""
     from ssmtrain.train.callbacks.averaging import Averaging
     from ssmtrain.train.callbacks.console import Console
@@ -277,6 +279,8 @@ def _callbacks(lit: LitLM, run: Run, tokenizer: Tokenizer, counts: Counts) -> li
         found.append(Health(page.health_every))
     if page.val_every:
         found.append(Validation(page.val_every))
+    if checks.checks:
+        found.append(checks)
     if page.sample_every:
         found.append(Samples(tokenizer, page.sample_every))
     return [*found, Saving(run, page), console]

@@ -15,11 +15,12 @@ from ssmtrain.checkpoint.runs import Run
 from ssmtrain.config.origin import describe
 from ssmtrain.config.redact import redact, redacted
 from ssmtrain.config.schema import RunConfig
-from ssmtrain.data.sources import cost, open_source, split_text
+from ssmtrain.config.task_rules import TASKS
+from ssmtrain.data.sources import cost, open_source, pages, split_text
 from ssmtrain.data.yardsticks import yardsticks
 from ssmtrain.train.attempts import line
-from ssmtrain.train.callbacks.words import duration, si
-from ssmtrain.train.curve import draw, picture, read, read_sets
+from ssmtrain.train.callbacks.words import duration, scored, si
+from ssmtrain.train.curve import TASK, TEXT, draw, picture, read, read_sets
 from ssmtrain.train.journal import finite
 
 YARDSTICK_LIMIT = 64 * 2**20
@@ -27,8 +28,14 @@ YARDSTICK_LIMIT = 64 * 2**20
 
 
 def measure(config: RunConfig, n_bytes: int) -> dict[str, float]:
-    """Bits per byte of the validation text under gzip, xz and bz2, computed now; empty for large texts."""
-    if n_bytes > YARDSTICK_LIMIT or cost(open_source(config.data), "val") > 16 * YARDSTICK_LIMIT:
+    """Bits per byte of the validation text under gzip, xz and bz2, computed now; empty for large texts
+    and for tasks."""
+    if not 0 < n_bytes <= YARDSTICK_LIMIT:
+        return {}
+    sources = [open_source(page) for page in pages(config.data).values()]
+    if sum(cost(source, split) for source in sources for split in source.splits if split != "train") > (
+        16 * YARDSTICK_LIMIT
+    ):
         return {}
     return yardsticks(split_text(config.data, "val"))
 
@@ -37,11 +44,11 @@ def write(run: Run, figures: dict[str, Any], sample: str) -> str:
     """Write report.json, report.md and loss.png into the run's folder; returns the text for the console."""
     figures, sample = redacted(figures), redact(sample)
     train, val = read(run.metrics)
-    drawn = picture(
-        run.folder / "loss.png", train, val, figures.get("yardsticks", {}), read_sets(run.metrics)
-    )
+    unit = TASK if figures["val_bpb"] is None else TEXT
+    marks, sets = figures.get("yardsticks", {}), read_sets(run.metrics)
+    drawn = picture(run.folder / "loss.png", train, val, marks, unit, sets)
     replace_file(run.folder / "report.json", (json.dumps(finite(figures), indent=2) + "\n").encode())
-    curve = draw([bpb for _, bpb in train])
+    curve = draw([bpb for _, bpb in train], unit=unit)
     scores = score_lines(figures)
     commands = next_commands(run)
     page = [
@@ -101,14 +108,24 @@ def summary(figures: dict[str, Any]) -> str:
 
 def score_lines(figures: dict[str, Any]) -> list[str]:
     """The validation score beside what compressors need for the same text; what the time went into."""
-    lines = [
-        f"validation: {figures['val_bpb']:.3f} bits per byte (loss {figures['val_loss']:.4f}, "
-        f"perplexity {figures['val_perplexity']:.4g}) on all of {figures['val_bytes']:,} bytes"
-    ]
+    if figures["val_bpb"] is None:
+        lines = [
+            f"validation: {100 * figures['val_accuracy']:.2f} % of the answers right, and "
+            f"{100 * figures['val_row_accuracy']:.2f} % of all {figures['val_rows']:,} rows "
+            f"(loss {figures['val_loss']:.4f})"
+        ]
+    else:
+        lines = [
+            f"validation: {figures['val_bpb']:.3f} bits per byte (loss {figures['val_loss']:.4f}, "
+            f"perplexity {figures['val_perplexity']:.4g}) on all of {figures['val_bytes']:,} bytes"
+        ]
     sets = figures.get("val_sets") or {}
     if sets:
         each = [f"{name} {one['bpb']:.3f} (loss {one['loss']:.4f})" for name, one in sets.items()]
         lines.append(f"bits per byte of {', '.join(each)}")
+    for n, found in figures.get("val_lengths", {}).items():
+        lines.append(f"in rows of {n}: {scored(found)}")
+    lines += [f"check {name}: {scored(found)}" for name, found in figures.get("checks", {}).items()]
     found = figures.get("yardsticks") or {}
     if found:
         lines.append(
@@ -143,13 +160,18 @@ def next_commands(run: Run) -> list[tuple[str, str]]:
         if steps
         else f"trainer.max_tokens={2 * (run.config.trainer.max_tokens or 0)}"
     )
-    call, prompt = program(), shlex.quote("It is a truth")
-    recipe = run.config.recipe
+    call, recipe = program(), run.config.recipe
+    if run.config.data.kind in TASKS:
+        prompt = "'1 2 3'"
+        text = ("score it again", f"{call} eval run={folder}")
+    else:
+        prompt = shlex.quote("It is a truth")
+        text = ("your own text", f"{call} fit config={recipe} data=text data.train=path/to/texts")
     return [
         ("write more", f"{call} generate run={folder} --prompt {prompt}"),
         ("resume longer", f"{call} fit config={page} {longer}"),
         ("look inside", f"{call} show config={page}"),
-        ("your own text", f"{call} fit config={recipe} data=text data.train=path/to/texts"),
+        text,
     ]
 
 

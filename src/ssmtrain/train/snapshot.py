@@ -50,7 +50,7 @@ def take(lit: LitLM) -> tuple[Shares, dict[str, Any]]:
         "mixture": lit.text.plan,
         "ema": bool(averages),
         "seq_len": lit.config.data.seq_len,
-        "tokenizer": lit.text.prepared.manifest.tokenizer,
+        "tokenizer": lit.text.tokenizer,
         "world": ranks.world(),
         "versions": environment(lit.device),
     }
@@ -93,7 +93,7 @@ def _refuse_other_data(lit: LitLM, checkpoint: Path, state: dict[str, Any]) -> N
     """UserError, with what to do, when the rows are not those that the run was trained on."""
     ways = "put the former file back, or start another run with name=…"
     fork = f"; go on with the new text in a fork: ssmtrain fit from={checkpoint.parents[1]} name=…"
-    tokenizer = lit.text.prepared.manifest.tokenizer
+    tokenizer = lit.text.tokenizer
     if state.get("tokenizer", tokenizer) != tokenizer:
         raise UserError("tokenizer: its content has changed since the run started", ways)
     text, now = state.get("text"), fingerprint(lit)
@@ -128,7 +128,7 @@ def begin(lit: LitLM, checkpoint: Path) -> RunState:
     state = store.load_state(checkpoint)
     run = _counters(checkpoint, state)
     run = replace(run, nonfinite=0, seconds=0.0, best_val=None, best_step=None, save_failures=0)
-    tokenizer = lit.text.prepared.manifest.tokenizer
+    tokenizer = lit.text.tokenizer
     if state.get("tokenizer", tokenizer) != tokenizer:
         raise UserError("tokenizer: its content has changed since the run forked from was trained")
     same = state.get("text") == fingerprint(lit) and state.get("seq_len") == lit.config.data.seq_len

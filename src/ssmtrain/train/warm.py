@@ -95,6 +95,8 @@ def batches(data: Data, rows: int) -> list[Batch]:
     """Batches of each kind that the run may meet: Triton looks at whether rows hold several documents, and at
     whether their number is a multiple of 16."""
     text, length = data.train, data.train.seq_len
+    if not isinstance(text, (Rows, Mixture)):
+        return [text.batch(range(rows))]  # the rows of a task are one document each
     sources = text.sources.values() if isinstance(text, Mixture) else [text]
     parts = [part for part in sources if isinstance(part, Rows)]
     kinds: dict[Any, Batch] = {}

@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback
 
 from ssmtrain.parallel import ranks
-from ssmtrain.train.callbacks.words import duration, si
+from ssmtrain.train.callbacks.words import duration, scored, si
 from ssmtrain.train.curve import sets_of
 from ssmtrain.train.journal import Record
 from ssmtrain.train.module import LitLM
@@ -82,13 +82,16 @@ class Console(Callback):
             if self.live is None:
                 self.say(f"step {record['step']:>6,}  " + "  ".join(figures(record)))
         elif kind == "val":
-            self.say(
-                f"step {record['step']:>6,}  validation loss {record['loss']:.4f}, "
-                f"perplexity {record['perplexity']:.4g}, {record['bpb']:.4f} bits per byte"
-            )
-            found = [f"{name} {one['bpb']:.4f}" for name, one in sets_of(record).items()]
-            if found:
-                self.say(f"{'':13}bits per byte of {', '.join(found)}")
+            self.say(f"step {record['step']:>6,}  validation {scored(record)}")
+            sets = [f"{name} {one['bpb']:.4f}" for name, one in sets_of(record).items()]
+            if sets:
+                self.say(f"{'':13}bits per byte of {', '.join(sets)}")
+            for length, found in record.get("lengths", {}).items():
+                self.say(f"{'':13}rows of {length}: {scored(found)}")
+        elif kind == "check":
+            for name, found in record.items():
+                if isinstance(found, dict):
+                    self.say(f"step {record['step']:>6,}  check {name}: {scored(found)}")
         elif kind == "sample":
             self.say(f"step {record['step']:>6,}  sample: {record['text']}")
         elif kind == "skip":
@@ -118,7 +121,7 @@ def figures(record: Record) -> list[str]:
         return []
     found = [
         f"loss {record['loss']:.4f}",
-        f"{record['bpb']:.3f} bits/byte",
+        *([f"{record['bpb']:.3f} bits/byte"] if "bpb" in record else []),
         f"lr {record['lr']:.2e}",
         f"{si(record['tokens_per_s'])} tokens/s",
     ]

@@ -10,8 +10,9 @@ from ssmtrain.checkpoint.runs import Run
 from ssmtrain.data.tokenizer import Tokenizer
 from ssmtrain.parallel import ranks
 from ssmtrain.train import report
+from ssmtrain.train.callbacks.checks import Checks
 from ssmtrain.train.callbacks.samples import draw
-from ssmtrain.train.callbacks.validation import first_rows, note, validate
+from ssmtrain.train.callbacks.validation import first_rows, lengths, note, validate
 from ssmtrain.train.curve import last_loss, read
 from ssmtrain.train.module import LitLM
 
@@ -21,8 +22,8 @@ SAMPLE_TOKENS = 400
 class Ending(Callback):
     """Runs after the last step of a finished run; must stand after Saving."""
 
-    def __init__(self, run: Run, tokenizer: Tokenizer, params: int) -> None:
-        self.run, self.tokenizer, self.params = run, tokenizer, params
+    def __init__(self, run: Run, tokenizer: Tokenizer, params: int, checks: Checks) -> None:
+        self.run, self.tokenizer, self.params, self.checks = run, tokenizer, params, checks
         self.text = ""
         """What the console shows at the very end."""
 
@@ -31,14 +32,15 @@ class Ending(Callback):
         lit: LitLM = pl_module
         if lit.stop != "finished":
             return
-        val = note(lit, validate(lit))
+        val = note(lit, validate(lit), lengths(lit))
         self.compare(lit)
+        checks = self.checks.score(lit, list(self.checks.checks))
         tokens = min(SAMPLE_TOKENS, max(lit.config.generate.max_tokens, 1))
         with lit.clock("sample"):
             text = draw(lit, self.tokenizer, tokens)
         if ranks.rank():
             return
-        figures = self.figures(lit, val)
+        figures = self.figures(lit, val) | {"checks": checks}
         figures["yardsticks"] = report.measure(lit.config, lit.text.meta["val"]["bytes"])
         self.text = report.write(self.run, figures, text)
         self.run.mark("finished", lit.state.step, lit.state.tokens)
@@ -58,14 +60,18 @@ class Ending(Callback):
         return {
             "name": self.run.name,
             "val_loss": val["loss"],
-            "val_bpb": val["bpb"],
+            "val_bpb": val.get("bpb"),
             "val_perplexity": val["perplexity"],
+            "val_accuracy": val.get("accuracy"),
+            "val_row_accuracy": val.get("row_accuracy"),
+            "val_lengths": val.get("lengths", {}),
+            "val_rows": lit.text.meta["val"]["rows"],
             "val_bytes": lit.text.meta["val"]["bytes"],
             "val_sets": {name: val[name] for name in lit.text.sets},
             "best_val_loss": state.best_val,
             "best_val_step": state.best_step,
             "train_loss": last_loss(self.run.metrics),
-            "train_bpb": train[-1][1] if train else None,
+            "train_bpb": train[-1][1] if train and "bpb" in val else None,
             "tokens_per_s": lit.tokens_here / busy if busy else 0.0,
             "params": self.params,
             "steps": state.step,

@@ -39,6 +39,12 @@ class Metrics(Callback):
         self.mark = time.perf_counter() - self._elsewhere(lit)
 
     @staticmethod
+    def _bits(loss: float, lit: LitLM) -> dict[str, float]:
+        """Bits per byte of a text; nothing for a task."""
+        size = lit.text.bytes_per_token(max(0, lit.state.rows - 1))
+        return {"bpb": loss / math.log(2.0) / size} if size else {}
+
+    @staticmethod
     def _elsewhere(lit: LitLM) -> float:
         return sum(seconds for what, seconds in lit.clock.spent.items() if what not in ("data", "step"))
 
@@ -70,7 +76,7 @@ class Metrics(Callback):
         found: dict[str, Any] = {
             "tokens": lit.state.tokens,
             "loss": loss,
-            "bpb": loss / math.log(2.0) / lit.text.bytes_per_token(max(0, lit.state.rows - 1)),
+            **self._bits(loss, lit),
             "lr": lit.last.lr,
             "grad_norm": lit.last.grad_norm,
             "tokens_per_s": speed,

@@ -1,33 +1,62 @@
-"""Text from the model while it trains."""
+"""Text, or answers to a task, from the model while it trains."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback
 
 from ssmtrain.config.errors import NonFinite
+from ssmtrain.data.module import Batch
+from ssmtrain.data.pack import IGNORE
+from ssmtrain.data.tasks.rows import TaskRows
 from ssmtrain.data.tokenizer import Tokenizer
 from ssmtrain.generate.sampler import printable, sample
+from ssmtrain.layers.base import Context
+from ssmtrain.model.hybrid import HybridModel
 from ssmtrain.parallel import ranks
 from ssmtrain.parallel.shard import on_first
 from ssmtrain.train.module import LitLM
 from ssmtrain.train.state import forked_rng
 
+SHOWN = 32
+"""Answers of a task that a sample shows."""
+
 
 def draw(lit: LitLM, tokenizer: Tokenizer, max_tokens: int | None = None) -> str:
-    """A sample, prompt included, empty but on rank 0; all ranks call it, and their random states stay."""
+    """A sample, prompt included (of a task: the answers in a row), empty but on rank 0.
+
+    All ranks call it, and their random states stay.
+    """
     page = lit.config.generate
     if max_tokens is not None:
         page = page.model_copy(update={"max_tokens": max_tokens})
     with forked_rng(lit.device), lit.autocast(), on_first(lit.model) as model:
         if model is None:
             return ""
+        if isinstance(lit.text.val, TaskRows):
+            return answers(model, lit.text.val.batch_rows([0]).to(lit.device))
         try:
             text = sample(model, tokenizer, page.prompt, page, lit.config.seed + lit.state.step)
         except NonFinite as error:  # what to do about it is for the steps to say
             return f"(none: {error.lines[0]})"
         return printable(page.prompt + text)
+
+
+@torch.no_grad()
+def answers(model: HybridModel, batch: Batch) -> str:
+    """What the model answers in a row of a task, and where it is wrong what is right."""
+    was = model.training
+    model.eval()
+    out = model(batch.inputs, batch.labels, Context(n_docs=batch.n_docs), answers=True)
+    model.train(was)
+    assert out.answers is not None
+    pairs = list(zip(out.answers.tolist(), batch.labels[batch.labels != IGNORE].tolist(), strict=True))
+    right = sum(said == wanted for said, wanted in pairs)
+    shown = [str(said) if said == wanted else f"{said} (not {wanted})" for said, wanted in pairs[:SHOWN]]
+    more = ["…"] if len(pairs) > SHOWN else []
+    return f"{right} of {len(pairs)} answers right in the first row: {', '.join([*shown, *more])}"
 
 
 class Samples(Callback):

@@ -3,46 +3,20 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any
 
 from lightning.pytorch import Callback
 
-from ssmtrain.eval.evaluate import Score, evaluate
-from ssmtrain.parallel import ranks
-from ssmtrain.parallel.shard import cut_again, is_cut
+from ssmtrain.eval.evaluate import Score
+from ssmtrain.train import scoring
 from ssmtrain.train.module import LitLM
-from ssmtrain.train.state import forked_rng
-
-MIN_TOKENS = 8192
-"""Tokens of a validation batch, at least."""
+from ssmtrain.train.scoring import Text, score
 
 
 def validate(lit: LitLM, max_rows: int | None = None) -> Score:
     """Score the validation split, or its first max_rows rows, on all ranks together; of several sets each."""
-    trainer, seq_len = lit.config.trainer, lit.config.data.seq_len
-    rows = trainer.micro_rows or lit.state.micro_batch or trainer.global_batch // seq_len // ranks.world()
-    # Short rows are scored many at a time: without gradients they need little memory.
-    rows = max(rows, math.ceil(MIN_TOKENS / seq_len))
-    cut = is_cut(lit.model)
-    score = partial(
-        evaluate,
-        lit.model,
-        device=lit.device,
-        batch_rows=rows,
-        bf16=trainer.precision == "bf16",
-        max_rows=max_rows,
-        rank=ranks.rank(),
-        world=ranks.world(),
-        reduce=ranks.sum_,
-        together=cut,
-    )
-    with lit.clock("val"), forked_rng(lit.device):
-        found = {name: score(text) for name, text in lit.text.sets.items()}
-        whole = Score.of(found) if found else score(lit.text.val)
-        if cut:
-            cut_again(lit.model)
-        return whole
+    found = {name: score(lit, text, max_rows) for name, text in lit.text.sets.items()}
+    return Score.of(found) if found else score(lit, lit.text.val, max_rows)
 
 
 def first_rows(lit: LitLM) -> int | None:
@@ -51,15 +25,19 @@ def first_rows(lit: LitLM) -> int | None:
     return tokens and math.ceil(tokens / lit.config.data.seq_len)
 
 
-def figures(lit: LitLM, score: Score, text: str = "val") -> dict[str, Any]:
-    """Loss, perplexity and bits per byte of a score on the validation split, and of each of its sets."""
+def figures(lit: LitLM, found: Score, text: str = "val") -> dict[str, Any]:
+    """Loss, perplexity and bits per byte, or accuracies, of a score on the validation split, and of each of
+    its sets."""
     meta = lit.text.meta[text]
+    said = scoring.figures(found, Text(meta["tokens"], meta["bytes"]) if meta["bytes"] else None)
+    return {**said, **{name: figures(lit, one, f"val/{name}") for name, one in found.sets.items()}}
+
+
+def lengths(lit: LitLM, max_tokens: int | None = None) -> dict[str, dict[str, float]]:
+    """Figures of a task's rows of other lengths, the first max_tokens of each, by length."""
     return {
-        "loss": score.loss,
-        "perplexity": score.perplexity,
-        "bpb": score.bits_per_byte(meta["tokens"], meta["bytes"]),
-        "labels": score.labels,
-        **{name: figures(lit, one, f"val/{name}") for name, one in score.sets.items()},
+        str(n): scoring.figures(score(lit, rows, max_tokens and math.ceil(max_tokens / n)), None)
+        for n, rows in lit.text.lengths.items()
     }
 
 
@@ -74,13 +52,14 @@ class Validation(Callback):
         lit: LitLM = pl_module
         if not self.every or lit.stop or lit.state.step % self.every:
             return
-        note(lit, validate(lit, first_rows(lit)))
+        note(lit, validate(lit, first_rows(lit)), lengths(lit, lit.config.trainer.val_tokens))
 
 
-def note(lit: LitLM, score: Score) -> dict[str, Any]:
-    """Record a score and remember the best."""
+def note(lit: LitLM, score: Score, further: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """Record a score, with those of further lengths, and remember the best."""
     state, found = lit.state, figures(lit, score)
     if math.isfinite(score.loss) and (state.best_val is None or score.loss < state.best_val):
         state.best_val, state.best_step = score.loss, state.step
-    lit.journal.write("val", state.step, tokens=state.tokens, **found)
-    return found
+    said = {**found, "lengths": further} if further else found
+    lit.journal.write("val", state.step, tokens=state.tokens, **said)
+    return said

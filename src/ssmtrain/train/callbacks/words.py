@@ -21,3 +21,12 @@ def si(number: float) -> str:
         if number >= size:
             return f"{number / size:.3g}{letter}"
     return f"{number:.0f}"
+
+
+def scored(found: dict[str, float]) -> str:
+    """The figures of a score as words: of a task how much was right, of a text how many bits a byte."""
+    text = f"loss {found['loss']:.4f}, perplexity {found['perplexity']:.4g}"
+    if "accuracy" in found:
+        rows = f"{100 * found['row_accuracy']:.2f} % of the rows"
+        text += f", {100 * found['accuracy']:.2f} % right, {rows}"
+    return text + (f", {found['bpb']:.4f} bits per byte" if "bpb" in found else "")
