@@ -72,10 +72,10 @@ class Maker:
         self.units, self.records, self.leaving = at.units, at.records, at.leaving
         self.counts = np.zeros((len(self.entries), 2), np.int64)  # documents and bytes of each entry
         if note is not None:
-            counts = np.load(self.folder / _counts(at.units), allow_pickle=False)
-            if counts.shape != self.counts.shape or counts.dtype != self.counts.dtype:
+            kept = (self.folder / _counts(at.units)).read_bytes()
+            if len(kept) != self.counts.nbytes:
                 raise Damaged(_counts(at.units))
-            self.counts = counts
+            self.counts = np.frombuffer(kept, np.int64).reshape(self.counts.shape).copy()
         self.writers = {
             split: SplitWriter(self.folder, split, self.how.dtype, eot, cap, at.writers.get(split))
             for split in self.source.splits
@@ -196,7 +196,7 @@ class Maker:
             os.fsync(handle)
             os.close(handle)
         with (self.folder / _counts(note.units)).open("wb") as file:
-            np.save(file, counts)
+            file.write(counts.tobytes())
             file.flush()
             os.fsync(file.fileno())
         cache.write_file(self.folder / f"{NOTE}.new", note.model_dump_json().encode())
@@ -228,7 +228,7 @@ def clear(folder: Path) -> None:
 
 def _counts(units: int | str) -> str:
     """The counts that belong to a note have its number, so that a kill between the two does not part them."""
-    return f"counts-{units}.npy"
+    return f"counts-{units}.bin"
 
 
 def _read_note(folder: Path) -> Note | None:

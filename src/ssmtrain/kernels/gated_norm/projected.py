@@ -1,8 +1,8 @@
 """A gated norm and the matrix product behind it, whose backward passes share a reading of memory.
 
 The product's weight has its gradient from the norm's result, which is forgotten to save memory. To make it
-again for that is to read two arrays and write one; but the norm's own backward pass, which comes next, has all
-that it is made of in registers. So the product's gradient to the norm is computed first, the norm's backward
+again for that is to read two arrays and write one; but the norm's own backward pass, which comes next, has
+what it is made of in registers. So the product's gradient to the norm is computed first, the norm's backward
 pass writes the norm beside its gradients, and the weight's gradient comes last.
 """
 
