@@ -15,7 +15,7 @@ from ssmtrain.config.logger import NoLogger
 from ssmtrain.config.parallel import AutoParallel
 from ssmtrain.config.schema import RunConfig
 from ssmtrain.data.module import Data
-from ssmtrain.data.tokenizer import load_tokenizer
+from ssmtrain.data.tokenizer import tokenizer_of
 from ssmtrain.kernels import backend
 from ssmtrain.train.clock import Clock
 from ssmtrain.train.fit import make_trainer, place
@@ -34,7 +34,8 @@ class Taken:
     grad_norm: float
     lr: float
     skipped: bool
-    samples: list[int]
+    samples: list[Any]
+    """Rows as the ledger has them, of a mixture as "source:row"."""
 
 
 @dataclass(eq=False)
@@ -74,9 +75,8 @@ class Replay(Callback):
             state.window_loss += last.loss
             state.window_steps += 1
         mean = state.window_loss / state.window_steps if state.window_steps else float("nan")
-        self.taken.append(
-            Taken(state.step, last.loss, mean, last.grad_norm, last.lr, last.skipped, last.samples)
-        )
+        samples = lit.text.train.names(last.samples)
+        self.taken.append(Taken(state.step, last.loss, mean, last.grad_norm, last.lr, last.skipped, samples))
         if state.step in self.recorded:
             state.window_loss, state.window_steps = 0.0, 0
         if state.step >= self.until:
@@ -108,7 +108,7 @@ def run_again(config: RunConfig, data: Data, run: Run, replay: Replay) -> None:
         backend.configure(config.trainer.kernels, "cuda" if accelerator == "gpu" else "cpu")
     except backend.BackendError as error:
         raise UserError(f"trainer.kernels: {error}") from None
-    vocab = config.model.vocab_size or load_tokenizer(config.tokenizer).vocab_size
+    vocab = config.model.vocab_size or tokenizer_of(config, run.folder).vocab_size
     signals = Signals()
     lit = LitLM(config, vocab, data, signals, Clock(), run.checkpoint, run.origin)
     try:
