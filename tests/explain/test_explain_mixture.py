@@ -141,10 +141,12 @@ def test_a_step_of_a_mixture_shows_what_the_run_read(grown: Path, capsys: Captur
                 there = Path(place["file"]).read_bytes()[place["byte"] :]
                 assert there.startswith(bytes(i for i in part["ids"] if i != 256))
     page = told(capsys, "data", "show", f"run={grown}", "step=13", "source=code", "--full")
-    assert "prose: 1 rows in its epoch 1, 25.0% by weight" in page and "of code): " in page
+    assert "prose: 1 row in its epoch 1, 25.0% by weight" in page and "of code): " in page
     assert " of prose): " not in page
     page = told(capsys, "data", "show", f"run={grown}", "step=3")
-    assert "1 rows of 32 tokens, cut into 4 of 8: samples 2 to 2" in page and "row 1 (from token 8 of" in page
+    assert (
+        "\n1 row of 32 tokens, cut into 4 of 8: samples 2 to 2" in page and "row 1 (from token 8 of" in page
+    )
     page = told(capsys, "data", "show", f"run={grown}", "step=3", "source=code")
     assert "none of them is of code" in page and "code: 0 rows, 0.0% by weight" in page
 

@@ -30,7 +30,7 @@ def pages(data: AnyData) -> dict[str, AnyText]:
     """The page of each source by name; a page that is no mixture is its only one, under no name."""
     if data.kind != "mix":
         return {"": textual(data)}
-    return {name: source_page(data, source) for name, source in data.sources.items()}
+    return {name: textual(source_page(data, source)) for name, source in data.sources.items()}
 
 
 def set_name(split: str) -> str:

@@ -123,7 +123,7 @@ def headline(about: dict[str, Any]) -> list[str]:
         of = "of this step" if low == high else f"the mean of steps {low:,} to {high:,}"
         norm = f", gradient norm {about['grad_norm']:.4g}" if about.get("grad_norm") is not None else ""
         lines.append(f"loss {about['loss']:.4f} ({of}){norm}")
-    rows = f"{stop - first} rows of {about['row']:,} tokens"
+    rows = f"{stop - first} row{'s' * (stop - first > 1)} of {about['row']:,} tokens"
     pieces = about["row"] // about["seq_len"]
     if pieces > 1:
         rows += f", cut into {(stop - first) * pieces} of {about['seq_len']:,}"
@@ -131,7 +131,8 @@ def headline(about: dict[str, Any]) -> list[str]:
     lines.append(f"{rows}: samples {first:,} to {stop - 1:,}{epoch}")
     for name, one in about.get("sources", {}).items():
         when = f" in its epoch {_and(one['epochs'])}" if one["rows"] else ""
-        lines.append(f"  {name}: {one['rows']} rows{when}, {one['share']:.1%} by weight")
+        many = "1 row" if one["rows"] == 1 else f"{one['rows']:,} rows"
+        lines.append(f"  {name}: {many}{when}, {one['share']:.1%} by weight")
     return lines
 
 
