@@ -167,7 +167,7 @@ def open_data(config: RunConfig, tokenizer: Tokenizer | None = None) -> Data:
 
         return open_task(config)
     if config.data.kind == "mix":
-        return _open_mix(config, tokenizer or load_tokenizer(config.tokenizer))
+        return _open_mix(config, tokenizer or load_tokenizer(config.tokenizer, config.data))
     prepared, rows, meta = _open(config, config.data, config.seed, tokenizer)
     train = rows.pop("train")
     sets: dict[str, Ordered] = {set_name(split): part for split, part in rows.items()}
