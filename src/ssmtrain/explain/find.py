@@ -61,8 +61,8 @@ def find(request: Request, subject: Subject, data: Data, reads: Reads) -> int:
         hits = [hit.__dict__ | {"read": hit.step <= subject.done} for hit in found]
         print(json.dumps({"find": text, "rows": data.train.names(sorted(rows)), "steps": hits}, indent=2))
         return FINISHED
-    what = "training split" if reads.names == [""] else "training splits"
-    print(f"{escaped(text)}: {len(rows):,} rows of the {what}; {subject.name} of {subject.last:,} steps")
+    many = "1 row" if len(rows) == 1 else f"{len(rows):,} rows"
+    print(f"{escaped(text)}: {many} to train on; {subject.name} of {subject.last:,} steps")
     for hit in found[: None if full else SHOWN]:
         when = "read at" if hit.step <= subject.done else "to be read at"
         at = f", {escaped(hit.file)}" if hit.file else ""

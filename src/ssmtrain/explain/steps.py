@@ -43,12 +43,12 @@ class Stretch:
 
 
 def stretches(
-    batches: Staged, row: int, begin: Begin, known: Sequence[tuple[int, int]], last: int
+    batches: Staged, row: int, begin: Begin, known: Sequence[tuple[int, int]], last: int, left_out: int = 0
 ) -> list[Stretch]:
     """All steps up to `last` of a run whose rows have `row` tokens.
 
     `known` are steps, ascending, and the rows consumed after each: those of the run's checkpoints, which know
-    of rows that it left out when it went back.
+    of rows that it left out when it went back. `left_out` are those since the last of them.
     """
     found: list[Stretch] = []
     step, rows, tokens = begin.step, begin.rows, begin.tokens
@@ -56,6 +56,8 @@ def stretches(
         size = batches.at(tokens)
         grows = next((until for until, _ in batches.stages if tokens < until), None)
         end = last if grows is None else min(last, step + -(-(grows - tokens) // size))
+        if known and step == known[-1][0]:
+            rows += left_out
         mark = next((mark for mark in known if mark[0] > step), None)
         if mark is not None:
             end = min(end, mark[0])

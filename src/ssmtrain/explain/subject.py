@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -51,8 +52,16 @@ class Subject:
         """All its steps."""
         saved = store.checkpoints(self.folder / "checkpoints") if self.folder else []
         known = [(store.step_of(path), int(store.load_state(path)["run"]["rows"])) for path in saved]
+        grown, row = batches(self.config.trainer), self.config.data.seq_len
         last = max(self.last, self.done)
-        return stretches(batches(self.config.trainer), self.config.data.seq_len, self.begin, known, last)
+        return stretches(grown, row, self.begin, known, last, self._left_out(known))
+
+    def _left_out(self, known: Sequence[tuple[int, int]]) -> int:
+        """Rows that the run left out when it went back to its last checkpoint."""
+        if self.folder is None or not known:
+            return 0
+        turns = records(self.folder / "metrics.jsonl", "rollback")
+        return sum(int(turn["rows_left_out"]) for turn in turns[-1:] if turn["step"] == known[-1][0] + 1)
 
     def stretch(self, step: int) -> Stretch:
         """The stretch that a step is in; UserError where the run has no such step."""
