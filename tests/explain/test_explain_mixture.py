@@ -18,7 +18,9 @@ from ssmtrain.data.batch import apart, cut
 from ssmtrain.data.mixture import Mixture
 from ssmtrain.data.module import open_data
 from ssmtrain.explain.steps import Begin, stretches
+from ssmtrain.explain.subject import Subject
 from ssmtrain.train.fit import fit
+from ssmtrain.train.schedule import horizon
 from train.conftest import ledger, page
 from train.test_train_mixture import LENGTHS, TOKENS, mixed
 
@@ -95,6 +97,15 @@ def test_steps_are_counted_through_growth_forks_and_rows_left_out() -> None:
                 assert stretch.numbers(step) == range(first, first + count)
                 assert stretch.tokens + (step - 1 - stretch.before) * stretch.rows * 8 == seen
         assert found[-1].before + found[-1].steps == begin.step + 39
+
+
+def test_the_last_step_is_that_of_the_horizon(tmp_path: Path) -> None:
+    grows = {"trainer__global_batch_warmup": [{"until_tokens": 512, "global_batch": 64}]}
+    for steps, tokens in [(None, 1000), (None, 400), (9, 1000), (30, 1000), (7, None)]:
+        config = page(tmp_path, **grows, trainer__max_steps=steps, trainer__max_tokens=tokens)
+        assert Subject(config, None).last == horizon(config.trainer).last_step
+    forked = Subject(config, None, begin=Begin(4, 0, 512))
+    assert forked.numbers(5) == range(4) and forked.numbers(6) == range(4, 8)
 
 
 def test_rows_that_are_cut_from_one_stand_apart() -> None:

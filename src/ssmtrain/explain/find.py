@@ -24,7 +24,7 @@ AT_A_TIME = 2**18
 """Sample numbers that are looked up at once."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Found:
     """Where in a row of a source it stands."""
 
