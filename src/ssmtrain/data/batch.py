@@ -83,6 +83,9 @@ def cut(batch: Batch, length: int) -> Batch:
 def apart(batch: Batch) -> Iterator[Batch]:
     """Each row as a batch of its own; those that were cut from one share its sample id."""
     rows, opens = len(batch.inputs), _opens(batch)
+    if rows == 1:
+        yield batch
+        return
     for i in range(rows):
         at = slice(i, i + 1)
         sample = batch.sample_ids[i * len(batch.sample_ids) // rows]

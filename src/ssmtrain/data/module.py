@@ -169,12 +169,11 @@ def open_data(config: RunConfig, tokenizer: Tokenizer | None = None) -> Data:
     if config.data.kind == "mix":
         return _open_mix(config, tokenizer or load_tokenizer(config.tokenizer, config.data))
     prepared, rows, meta = _open(config, config.data, config.seed, tokenizer)
-    train = rows.pop("train")
-    sets: dict[str, Ordered] = {set_name(split): part for split, part in rows.items()}
+    train, sets = rows.pop("train"), {set_name(split): part for split, part in rows.items()}
     if "val" in rows:
         return Data(train, rows["val"], meta, prepared)
-    meta = {"train": meta["train"], "val": summed(meta, list(rows)), **meta}
-    return Data(train, Joined(list(sets.values())), _slashed(meta), prepared, sets=sets)
+    meta = {"train": meta["train"], "val": _summed(meta, list(rows)), **meta}
+    return Data(train, Joined(list(sets.values())), _slashed(meta), prepared, sets={**sets})
 
 
 def _open(
@@ -221,13 +220,13 @@ def _open_mix(config: RunConfig, tokenizer: Tokenizer) -> Data:
             own = set_name(split)
             inner = f"{name}/{own}" if own else name
             sets[inner], meta[f"val/{inner}"] = part, found[split]
-    meta["train"] = summed(meta, [f"train/{name}" for name in sources])
-    meta["val"] = summed(meta, [f"val/{name}" for name in sets])
+    meta["train"] = _summed(meta, [f"train/{name}" for name in sources])
+    meta["val"] = _summed(meta, [f"val/{name}" for name in sets])
     train = Mixture(sources, phases(config), config.seed)
     return Data(train, Joined(list(sets.values())), meta, folders[0], sources, sets)
 
 
-def summed(meta: dict[str, dict[str, Any]], keys: Sequence[str]) -> dict[str, Any]:
+def _summed(meta: dict[str, dict[str, Any]], keys: Sequence[str]) -> dict[str, Any]:
     """Figures of several texts together; the digest is of their names and digests."""
     digest = hashlib.sha256("".join(f"{key} {meta[key]['sha256']}\n" for key in keys).encode())
     counts = {name: sum(meta[key][name] for key in keys) for name in ("tokens", "bytes", "documents", "rows")}
