@@ -14,9 +14,12 @@ from ssmtrain.checkpoint.records import read_config
 from ssmtrain.checkpoint.runs import resolve
 from ssmtrain.cli import main
 from ssmtrain.config.growth import Staged
+from ssmtrain.config.tasks import Copy
 from ssmtrain.data.batch import apart, cut
 from ssmtrain.data.mixture import Mixture
 from ssmtrain.data.module import open_data
+from ssmtrain.data.tasks import TaskRows
+from ssmtrain.explain.asked import Asked, asked
 from ssmtrain.explain.steps import Begin, stretches
 from ssmtrain.explain.subject import Subject
 from ssmtrain.train.fit import fit
@@ -236,6 +239,22 @@ def test_rows_of_a_task_show_what_is_asked(recall: Path, capsys: Capture) -> Non
     token = batch.inputs[1][at].item()
     assert f"row 1 (row {batch.sample_ids[1]} of the task, mqar with seed 0): 3 labels" in page
     assert f"[{token}→{answer}]" in page and f"{answer} at {at} after {token}" in page and "0×" in page
+
+
+def test_every_answer_is_marked_zeros_too() -> None:
+    rows = TaskRows(Copy(seq_len=24, min_len=8, vocab_size=8), "train", 5)
+    batch = rows.batch(range(40))
+    for index, (inputs, labels) in enumerate(zip(batch.inputs.tolist(), batch.labels.tolist(), strict=True)):
+        found = asked(rows, batch, index)
+        assert (found.kind, found.seed, found.ids) == ("copy", 5, inputs)
+        assert found.answers == [(at, one) for at, one in enumerate(labels) if one != -100]
+        assert found.answers[-1][1] == 0 and f"[{inputs[found.answers[-1][0]]}→0]" in found.tokens(None)
+        words = found.tokens(None).replace("[", " ").split()
+        many = sum(int(word.partition("×")[2] or 1) for word in words)
+        assert many == 24 and found.tokens(None).count("→") == len(found.answers)
+        assert " … " in found.tokens(20) and found.tokens(20).endswith(" (24 tokens)")
+    long = Asked("parity", 0, [1] * 40, [(at, at % 2) for at in range(40)])
+    assert long.said(None).count(" at ") == 40 and long.said(240).endswith("1 at 15 after 1, and 24 more")
 
 
 def test_the_steps_of_a_tasks_row_are_found_through_epochs(recall: Path, capsys: Capture) -> None:

@@ -156,6 +156,17 @@ def test_offsets_of_a_file_tokenizer_and_documents_without_tokens(tmp_path: Path
     assert (place.document, place.file, place.byte) == (0, None, None)
 
 
+def test_a_tokenizer_that_is_trained_on_the_text_is_at_hand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    config = config_of(tmp_path, tokenizer={"kind": "bpe", "vocab_size": 280})
+    (tmp_path / "page.yaml").write_text(to_yaml(config))
+    found = as_json(capsys, f"config={tmp_path / 'page.yaml'}", "step=1", "--full")
+    ids = [i for row in found["rows"] for part in row["parts"] for i in part["ids"]]
+    assert len(ids) == 128 and max(ids) > 256
+
+
 def test_steps_of_a_fork_are_counted_from_where_it_began(spiky: Path, tmp_path: Path) -> None:
     fork = Subject(config_of(spiky.parents[1], trainer__max_steps=20), None, begin=Begin(8, 0, 8 * 128))
     assert fork.numbers(9) == range(4) and fork.numbers(11) == range(8, 12)

@@ -122,7 +122,7 @@ def steps(subject: Subject, data: Data, rows: dict[int, list[Found]]) -> Iterato
                 step, index = divmod(low + at - stretch.first, stretch.rows)
                 step, sample = stretch.before + step + 1, int(order[at])
                 name, row = row_of(data.train, sample)
-                length = subject.length(step)
+                length = subject.length(step, stretch)
                 for piece in range(whole // length):
                     begin, stop = piece * length, (piece + 1) * length
                     here = [one for one in rows[sample] if one.first < stop and one.stop > begin]

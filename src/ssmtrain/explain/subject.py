@@ -82,9 +82,10 @@ class Subject:
         """The sample numbers of a step; UserError where the run has no such step."""
         return self.stretch(step).numbers(step)
 
-    def length(self, step: int) -> int:
-        """Tokens of its rows, which a warm-up cuts shorter than data.seq_len."""
-        row, found = self.config.data.seq_len, self.stretch(step)
+    def length(self, step: int, within: Stretch | None = None) -> int:
+        """Tokens of its rows, which a warm-up cuts shorter than data.seq_len; `within` is its stretch, where
+        that is known."""
+        row, found = self.config.data.seq_len, within or self.stretch(step)
         seen = found.tokens + (step - 1 - found.before) * found.rows * row
         return lengths(self.config.data).at(seen)
 
