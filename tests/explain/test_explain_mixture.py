@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from ssmtrain.explain.asked import Asked, asked
 from ssmtrain.explain.steps import Begin, stretches
 from ssmtrain.explain.subject import Subject
 from ssmtrain.train.fit import fit
+from ssmtrain.train.module import LitLM
 from ssmtrain.train.schedule import horizon
 from train.conftest import ledger, page
 from train.test_train_mixture import LENGTHS, TOKENS, mixed
@@ -223,6 +225,29 @@ def test_a_step_of_a_growing_mixture_is_replayed_to_the_bit(
     assert loss == pytest.approx(found["taken"]["loss"], rel=1e-5)
     shown = as_json(capsys, "data", "show", f"run={grown}", f"step={step}")["rows"]
     assert all(row in shown for row in found["worst"]) and len(found["worst"]) == 3
+
+
+def test_steps_of_two_ranks_are_taken_in_the_parts_that_each_had(
+    grown: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two rows at step 11, four at steps 12 and 13: a rank had one of them, then two."""
+    copy = Path(shutil.copytree(grown, tmp_path / "copy"))
+    lines = ledger(copy)
+    for line in lines:
+        line["params"] *= 2
+    (copy / "ledger.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    real, parts = LitLM.accumulate, []
+
+    def accumulate(self: LitLM, micro: Any, scale: Any) -> Any:
+        parts.append([batch.sample_ids for batch in micro])
+        return real(self, micro, scale)
+
+    monkeypatch.setattr(LitLM, "accumulate", accumulate)
+    found = as_json(capsys, "replay", f"run={copy}", "step=13")["verdict"]
+    assert not found["exact"] and found["differ"] == [] and found["steps"] == [13]
+    found = as_json(capsys, "replay", f"run={copy}@step-8", "step=12")["verdict"]
+    assert found["differ"] == [] and found["steps"] == [9, 10, 11, 12]
+    assert [[len(part) for part in step] for step in parts] == [[2, 2], *[[1, 1]] * 3, [2, 2]]
 
 
 def test_rows_of_a_task_show_what_is_asked(recall: Path, capsys: Capture) -> None:

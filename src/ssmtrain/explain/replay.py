@@ -101,7 +101,7 @@ def command(request: Request) -> int:
     data = open_data(config, tokenizer)
     insight = Insight()
     begin, until = run.begins_at, last_step(step, set(train), set(ledger))
-    replay = Replay(step, until, set(train), subject.numbers(begin + 1).start, insight.look)
+    replay = Replay(step, until, set(train), subject.numbers(begin + 1).start, insight.look, world)
     if not request.as_json:
         how_many = replay.until - begin
         print(f"from step {begin:,} ({run.checkpoint or 'the start'}), {how_many:,} steps", flush=True)

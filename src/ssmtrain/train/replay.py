@@ -51,7 +51,11 @@ class Replay(Callback):
     """Rows consumed before the first step: more than the checkpoint's where the run went back to it."""
     watch: Callable[[LitLM], None]
     """Called at the step, the gradient in place and the weights those that it was taken with."""
+    world: int = 1
+    """Ranks that took the steps: as many parts are taken in turn, however large the step is."""
     taken: list[Taken] = field(default_factory=list)
+    micro: int = 0
+    """Rows of a micro-batch of a step of the whole size."""
     nonfinite: list[str] = field(default_factory=list)
     """Where the first number that is not finite is, when that ended the run."""
 
@@ -65,6 +69,16 @@ class Replay(Callback):
 
         lit.on_gradients.append(look)
         lit.state.rows = self.rows
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        """Cut a step of a growing batch as its ranks did: `alone` knows of those of the whole size only."""
+        lit: LitLM = pl_module
+        page, rows = lit.config.trainer, lit.config.data.seq_len
+        if self.world > 1 and page.global_batch_warmup and page.micro_rows is not None:
+            mine = max(1, lit.horizon.batches.at(lit.state.tokens) // rows // self.world)
+            self.micro = self.micro or page.micro_rows
+            trainer_page = page.model_copy(update={"micro_batch": min(self.micro, mine)})
+            lit.config = lit.config.model_copy(update={"trainer": trainer_page})
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         """Keep the step's figures; the window of losses is that of callbacks/metrics.py."""
