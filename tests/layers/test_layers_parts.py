@@ -128,7 +128,7 @@ def test_mixers(name: str, lanes: bool, monkeypatch: pytest.MonkeyPatch) -> None
     mixer = MIXERS[name].build(16)
     for p in mixer.parameters():
         torch.nn.init.uniform_(p, -0.5, 0.5)
-    x = torch.randn(2, 20, 16)
+    x = torch.randn(1, 20, 16)
     module = "ssmtrain.layers." + name.split(",")[0]
     rooms: list[int] = []
     real = parts.Place.room

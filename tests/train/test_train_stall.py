@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ssmtrain.train.stall import Beat, Watcher, place
-from train.test_train_ddp import two_ranks
+from train.test_train_ddp import two_forked, two_ranks
 
 LIMIT = 40.0
 
@@ -142,5 +142,5 @@ def test_a_stopped_rank_ends_the_run(tmp_path: Path) -> None:
     assert "rank 1 (process" in said and "has not been heard of for" in said and "after step 2" in said, said
     assert said.count("no rank got further for 4 s") == 1 and "continue with: " in said
     assert re.search(r"rank 0 waits; after step 2, in train/(module|engine)\.py:\d+ \w+", said), said
-    code, folder, _ = two_ranks(tmp_path, name="stopped", trainer__stall_seconds=60.0)
+    code, folder, _ = two_forked(tmp_path, name="stopped", trainer__stall_seconds=60.0)
     assert code == 0 and not (folder / "beats").exists()

@@ -72,8 +72,9 @@ def test_documents_and_windows(
     check(draw(49, n_docs, channels=80, N=16), rows)
 
 
-@pytest.mark.parametrize("turn", [16, 32])
-@pytest.mark.parametrize("rows", [None, [[3, 16, 1, 29], [1, 48]], [[49], [17, 32]]], ids=str)
+@pytest.mark.parametrize(
+    "rows,turn", [(None, 16), ([[3, 16, 1, 29], [1, 48]], 32), ([[49], [17, 32]], 16)], ids=str
+)
 def test_turns_change_no_bit(
     rows: list[list[int]] | None, turn: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
