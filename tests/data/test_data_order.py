@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ssmtrain.data.order import permute
+from ssmtrain.data.order import permute, walk
 
 SIZES = [1, 2, 3, 4, 5, 7, 11, 13, 97, 101, 1009, 6949]
 SIZES += [2**k + d for k in (3, 4, 5, 8, 10, 13) for d in (-1, 0, 1)]
@@ -54,3 +54,31 @@ def test_small_orders_are_spread() -> None:
 def test_outside(position: int, n: int) -> None:
     with pytest.raises(ValueError, match="range"):
         permute(position, n, 0, 0)
+
+
+@pytest.mark.parametrize(("n", "slots"), [(1, 1), (7, 7), (23, 5), (24, 5), (64, 4), (1009, 32)])
+def test_slots_walk_stretches_that_do_not_overlap(n: int, slots: int) -> None:
+    """Each row once an epoch but for fewer than there are slots; rows of a slot follow each other."""
+    length, left_out = n // slots, []
+    for epoch in range(4):
+        numbers = np.arange(epoch * length * slots, (epoch + 1) * length * slots)
+        rows, first = walk(numbers, n, slots, 7)
+        by_slot = rows.reshape(length, slots)
+        assert len(set(rows.tolist())) == len(rows) and rows.min() >= 0 and rows.max() < n
+        assert ((by_slot[1:] - by_slot[:-1]) % n == (1 % n)).all()
+        assert first.reshape(length, slots).sum(1).tolist() == [slots] + [0] * (length - 1)
+        left_out.append(frozenset(range(n)) - set(rows.tolist()))
+        assert len(left_out[-1]) == n % slots
+        # Any part of a step, in any order, as a rank or a micro-batch asks for it.
+        some = numbers[::-3]
+        assert np.array_equal(walk(some, n, slots, 7)[0], rows[::-3])
+    assert n % slots == 0 or len(set(left_out)) > 1, "not the same text is left out again and again"
+
+
+def test_stretches_are_dealt_anew_each_epoch() -> None:
+    """Pinned too: 27 rows, four slots of six, by seed and epoch."""
+    at = [(0, 0), (0, 1), (1, 0)]
+    rows = [walk(np.arange(4) + 24 * epoch, 27, 4, seed)[0].tolist() for seed, epoch in at]
+    assert rows == [[12, 6, 18, 0], [25, 4, 16, 10], [11, 17, 2, 23]]
+    with pytest.raises(ValueError, match="too few"):
+        walk(np.arange(1), 3, 4, 0)

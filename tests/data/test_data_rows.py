@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ssmtrain.config.errors import UserError
+from ssmtrain.config.trainer import TrainerConfig
 from ssmtrain.data import prepare as prepare_module
 from ssmtrain.data.module import MemoryStream, Rows, open_data, text_rows
 from ssmtrain.data.tokenizer import ByteTokenizer
@@ -140,3 +141,34 @@ def test_batch_to() -> None:
     assert batch.doc_ids is not None and batch.n_docs == 3
     bare = Rows(stream_of([12]), 4, None, EOT).batch([0]).to(torch.device("meta"))
     assert bare.doc_ids is None and bare.inputs.device.type == bare.labels.device.type == "meta"
+
+
+@pytest.mark.parametrize("lengths", [[129], [2, 2, 2, 2, 40, 8, 8, 16, 3, 37]])
+def test_rows_in_slots_say_which_go_on(lengths: list[int]) -> None:
+    """A row goes on where its first token is the one after the last of its slot's row before, and of the same
+    document."""
+    stream, L, slots = stream_of(lengths), 8, 3
+    rows = Rows(stream, L, 5, EOT, slots)
+    before: dict[int, int] = {}
+    for step in range(2 * rows.per_epoch // slots):
+        batch = rows.batch(range(step * slots, (step + 1) * slots))
+        assert batch.slots == list(range(slots)) and batch.goes_on is not None
+        for slot, (row, on) in enumerate(zip(batch.sample_ids, batch.goes_on, strict=True)):
+            follows = step % (rows.per_epoch // slots) > 0
+            assert not follows or row == (before[slot] + 1) % rows.total
+            assert on == (follows and row * L not in stream.starts.tolist())
+            before[slot] = row
+    plain = Rows(stream, L, None, EOT)
+    one = rows.batch([slots + 1])
+    assert one.inputs.equal(plain.batch_rows(one.sample_ids).inputs) and one.slots == [1]
+    assert plain.batch([0]).slots is None and rows.in_order().per_epoch == plain.per_epoch == rows.total
+
+
+def test_too_little_text_to_carry_a_state(page, write) -> None:
+    file = str(write("a.txt", "x" * 16 * 7))
+    config = page(train=file, val=file, seq_len=16, carry_state=True)
+    config = config.model_copy(update={"trainer": TrainerConfig(global_batch=64)})
+    with pytest.raises(
+        UserError, match=r"the 7 rows of data\.train are fewer than two for each of the 4 rows"
+    ):
+        open_data(config)

@@ -20,7 +20,8 @@ FIGURES = {
 }
 SHARDS = {"model": "tensors of parameters", "optim": "tensors of the optimiser", "rng": "random states"}
 
-AVERAGES = {"ema": "tensors of averages"}
+SOMETIMES = {"ema": ("ema", "tensors of averages"), "slots": ("carry", "carried states")}
+"""By what both states must have: a shard that not every run has."""
 
 
 def compare(one: Run, other: Run, steps: int) -> tuple[dict[str, int], list[str]]:
@@ -39,8 +40,9 @@ def compare(one: Run, other: Run, steps: int) -> tuple[dict[str, int], list[str]
     assert one.checkpoint and other.checkpoint
     if one.step != other.step:
         differences.append(f"the newest checkpoints are of steps {one.step} and {other.step}")
-    averaged = all(store.load_state(run.checkpoint).get("ema") for run in (one, other) if run.checkpoint)
-    for shard, what in (SHARDS | AVERAGES if averaged else SHARDS).items():
+    states = [store.load_state(run.checkpoint) for run in (one, other) if run.checkpoint]
+    more = [shard for key, shard in SOMETIMES.items() if all(state.get(key) for state in states)]
+    for shard, what in [*SHARDS.items(), *more]:
         tensors = store.load_tensors(one.checkpoint, shard)
         names = differing(tensors, store.load_tensors(other.checkpoint, shard))
         equal[what] = len(tensors.keys() - set(names))

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from ssmtrain.config import growth, mixing, schema_file, task_rules
+from ssmtrain.config import carry, growth, mixing, schema_file, task_rules
 from ssmtrain.config.expect import show_value
 from ssmtrain.config.layout import MAX_LAYERS, LayoutError, check_name, expand
 
@@ -58,6 +58,7 @@ def problems(config: Any, training: bool = False) -> list[str]:
         *_batch(config),
         *growth.problems(config),
         *mixing.problems(config),
+        *carry.problems(config),
         *_schedule(config),
         *_parallel(config),
         *_ignored(config),
@@ -75,7 +76,7 @@ def layer_problems(config: RunConfig) -> list[str]:
                 lines.append(f"model.blocks.{name}.{part}.{field} = {value}: {wrong}")
     if model.n_layers is not None and model.n_layers > MAX_LAYERS:
         lines.append(f"model.n_layers = {model.n_layers}: at most {MAX_LAYERS}{_size(model)}")
-    return lines
+    return [*lines, *carry.layer_problems(config)]
 
 
 def _limits(config: Any) -> Iterator[str]:

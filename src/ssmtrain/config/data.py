@@ -23,6 +23,9 @@ class _Data(Rows):
     seq_len_warmup: list[LengthStage] | None = None
     """Shorter rows at the beginning, ascending: each row of seq_len tokens is cut into several, each of them
     without what came before it; absent: none."""
+    carry_state: bool = False
+    """Begin each row with the state in which the row of the step before in its place ended, where its
+    document goes on; gradients stop there. For models without attention."""
     cache_dir: str | None = None
     """Where prepared shards are kept; absent: the user's cache folder."""
 

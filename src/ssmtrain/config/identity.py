@@ -32,7 +32,7 @@ FREE = (
 )
 """Keys, and whole groups, that may change between starts, FIXED_TRAINER excepted."""
 
-LATER = ("origin", "ema", "data.seq_len_warmup", "trainer.global_batch_warmup")
+LATER = ("origin", "ema", "data.seq_len_warmup", "data.carry_state", "trainer.global_batch_warmup")
 """Keys that count only where they are set: runs named before there were such keys keep their names."""
 
 
@@ -59,7 +59,7 @@ def config_hash(config: RunConfig) -> str:
     decisive = {
         key: value
         for key, value in flat(dump(config))
-        if not may_change(key) and not (key in LATER and value is None)
+        if not may_change(key) and not (key in LATER and value in (None, False))
     }
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 

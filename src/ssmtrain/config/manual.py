@@ -92,8 +92,12 @@ def _verb(name: str) -> list[str]:
 
 
 def _about(schema: Schema, piece: Schema) -> str:
-    text = piece.get("description") or resolve(schema, piece).get("description", "")
-    return str(text).split("\n")[0]
+    """The first line of what a page says of itself."""
+    return _said(schema, piece).split("\n")[0]
+
+
+def _said(schema: Schema, piece: Schema) -> str:
+    return str(piece.get("description") or resolve(schema, piece).get("description", ""))
 
 
 def _kinds(schema: Schema) -> Iterator[tuple[str, Schema]]:
@@ -196,9 +200,8 @@ def _field(schema: Schema, name: str, piece: Schema, required: bool, indent: str
         initial_indent=indent,
         subsequent_indent=f"{indent}    ",
     )
-    about = _about(schema, piece)
     return head + textwrap.wrap(
-        about, WIDTH, initial_indent=f"{indent}    ", subsequent_indent=f"{indent}    "
+        _said(schema, piece), WIDTH, initial_indent=f"{indent}    ", subsequent_indent=f"{indent}    "
     )
 
 

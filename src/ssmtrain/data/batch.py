@@ -26,6 +26,11 @@ class Batch:
     sample_ids: list[int]
     """What each row is: its number in the file order, or what the samples' `names` can tell; one of a row
     that was cut into several."""
+    slots: list[int] | None = None
+    """Where states are carried: the place in the step whose rows each row follows."""
+    goes_on: list[bool] | None = None
+    """Where states are carried: whether each row begins inside the document that the row before it in its
+    slot ended with."""
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on a device, copied without waiting where the memory is pinned."""

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 
+from ssmtrain.config.carry import slots
 from ssmtrain.config.errors import UserError
 from ssmtrain.config.mixing import phases
 from ssmtrain.config.task_rules import tasks
 from ssmtrain.data.batch import Batch, Samples
 from ssmtrain.data.mixture import Joined, Mixture, Ordered
-from ssmtrain.data.order import key_of, permute
-from ssmtrain.data.pack import IGNORE, count_rows, document_starts, number_documents
+from ssmtrain.data.order import key_of, permute, walk
+from ssmtrain.data.pack import IGNORE, begins_inside, count_rows, document_starts, number_documents
 from ssmtrain.data.prepare import Prepared, prepare
 from ssmtrain.data.sources import VAL, pages, set_name
 from ssmtrain.data.tokenizer import Tokenizer, load_tokenizer
@@ -67,11 +68,17 @@ class Rows:
 
     Row i is tokens [i L, i L + L) of the stream; its labels are the tokens one later, -100 where a document
     starts and after the end. Every token that does not start a document is a label exactly once an epoch.
+    With `slots` the order is that of `order.walk`: an epoch is whole steps, and leaves out what fills none.
     """
 
-    def __init__(self, stream: Stream, seq_len: int, seed: int | None, pad: int) -> None:
-        self.stream, self.seq_len, self.seed, self.pad = stream, seq_len, seed, pad
-        self.per_epoch = count_rows(stream.tokens, seq_len)
+    def __init__(
+        self, stream: Stream, seq_len: int, seed: int | None, pad: int, slots: int | None = None
+    ) -> None:
+        self.stream, self.seq_len, self.seed, self.pad, self.slots = stream, seq_len, seed, pad, slots
+        self.total = self.per_epoch = count_rows(stream.tokens, seq_len)
+        """Rows of the split, and of an epoch."""
+        if slots is not None:
+            self.per_epoch = self.total // slots * slots
 
     def sample(self, number: int) -> int:
         """The row that a sample number stands for; sample numbers run on from epoch to epoch."""
@@ -79,6 +86,8 @@ class Rows:
 
     def samples(self, numbers: Sequence[int]) -> np.ndarray:
         """Rows of some sample numbers, int64 (B,)."""
+        if self.slots is not None and self.seed is not None:
+            return walk(np.asarray(numbers, np.int64), self.total, self.slots, self.seed)[0]
         epoch, position = np.divmod(np.asarray(numbers, np.int64), self.per_epoch)
         if self.seed is None:
             return position
@@ -94,7 +103,13 @@ class Rows:
 
     def batch(self, numbers: Sequence[int]) -> Batch:
         """The rows of some sample numbers; a row is the same tokens in any batch."""
-        return self.batch_rows(self.samples(numbers))
+        if self.slots is None or self.seed is None:
+            return self.batch_rows(self.samples(numbers))
+        asked = np.asarray(numbers, np.int64)
+        rows, first = walk(asked, self.total, self.slots, self.seed)
+        goes_on = begins_inside(rows, self.seq_len, self.stream.starts) & ~first
+        places = (asked % self.slots).tolist()
+        return replace(self.batch_rows(rows), slots=places, goes_on=goes_on.tolist())
 
     def in_order(self) -> Rows:
         """The same rows in file order."""
@@ -183,11 +198,19 @@ def _open(
     prepared = prepare(config.model_copy(update={"data": page}), tokenizer)
     L, pad = page.seq_len, prepared.manifest.eot
     streams = {split: prepared.stream(split) for split in prepared.manifest.splits}
-    rows = {name: Rows(s, L, seed if name == "train" else None, pad) for name, s in streams.items()}
+    rows = {name: Rows(s, L, None, pad) for name, s in streams.items()}
+    rows["train"] = Rows(streams["train"], L, seed, pad, slots(config))
     if streams["train"].tokens <= L:
         raise UserError(
             f"data.train: {streams['train'].tokens} tokens do not fill one row of data.seq_len={L}",
             "give more text, or set a smaller data.seq_len",
+        )
+    total, places = rows["train"].total, rows["train"].slots
+    if places is not None and total < 2 * places:
+        raise UserError(
+            f"data.carry_state: the {total} rows of data.train are fewer than two for each of the {places} "
+            "rows of a step, so nothing would be carried",
+            "give more text, or set a smaller trainer.global_batch or data.seq_len",
         )
     meta = {
         name: {

@@ -30,6 +30,28 @@ def permute(position: np.ndarray | int, n: int, seed: int, epoch: int) -> np.nda
     return out.astype(np.int64).reshape(np.shape(position))
 
 
+def walk(numbers: np.ndarray, n: int, slots: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of range(n) that sample numbers (B,) stand for where each slot reads rows that follow each other.
+
+    Sample number s is of slot s mod slots. In an epoch of n // slots steps each slot reads one of as many
+    stretches of the circle of rows, all equally long; fewer rows than slots are left out. Where the first
+    stretch begins, and which one a slot reads, follow from (seed, epoch). Returns rows, int64 (B,), and
+    whether each is the first of its stretch, bool (B,). ValueError when there are fewer rows than slots.
+    """
+    length = n // slots
+    if length < 1:
+        raise ValueError(f"{n} rows are too few for {slots} slots")
+    epoch, within = np.divmod(np.asarray(numbers, np.int64), slots * length)
+    step, slot = np.divmod(within, slots)
+    rows, key = np.empty_like(step), key_of("ssmtrain slots", seed)
+    for e in np.unique(epoch):
+        here = epoch == e
+        first = key_of("ssmtrain stretches", seed, int(e)) % n
+        stretch = permute(slot[here], slots, key, int(e))
+        rows[here] = (first + stretch * length + step[here]) % n
+    return rows, step == 0
+
+
 def key_of(*words: str | int) -> int:
     """A number below 2**63 that follows from some words, as a seed of their own."""
     digest = hashlib.blake2b("\0".join(map(str, words)).encode(), digest_size=8).digest()

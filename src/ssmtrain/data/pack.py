@@ -29,6 +29,13 @@ def document_starts(rows: np.ndarray, seq_len: int, starts: np.ndarray) -> tuple
     return which, position
 
 
+def begins_inside(rows: np.ndarray, seq_len: int, starts: np.ndarray) -> np.ndarray:
+    """Whether each row (B,) begins inside a document, not with one; bool (B,)."""
+    begin = rows.astype(np.int64) * seq_len
+    at = np.searchsorted(starts, begin, side="right") - 1
+    return np.asarray(starts[at] != begin)
+
+
 def number_documents(rows: int, seq_len: int, which: np.ndarray, position: np.ndarray) -> np.ndarray:
     """doc_ids (rows, seq_len) int32, row-major from 0: a document opens at each row and each start."""
     opens = np.zeros((rows, seq_len), np.int32)

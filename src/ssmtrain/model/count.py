@@ -120,6 +120,13 @@ def count_params(model: ModelConfig, vocab_size: int) -> Params:
     return Params(total + embedding + head, active + embedding + head, embedding, head)
 
 
+def carried_bytes(model: ModelConfig, slots: int) -> int:
+    """Bytes of the states that so many slots carry from row to row; fp32 runs have windows twice as large."""
+    blocks = [model.blocks[name] for name in expand(model.layout, model.n_layers)]
+    states = [b.mixer.state_bytes(model.d_model, slots, 1) for b in blocks if b.mixer is not None]
+    return sum(state.conv + state.ssm for state in states)
+
+
 def count_flops(model: ModelConfig, vocab_size: int, seq_len: int) -> Flops:
     """Training FLOPs per token in documents of seq_len tokens."""
     mixer = ffn = 0

@@ -32,6 +32,8 @@ class Output:
     """(B, L, V) when there were no labels."""
     answers: Tensor | None = None
     """(n,) int64: the likeliest id at each valid label, row by row; None when not asked for."""
+    states: list[State | None] | None = None
+    """Final states by block, where the context carries states."""
 
 
 def layout_names(config: ModelConfig) -> list[str]:
@@ -94,6 +96,7 @@ class HybridModel(nn.Module):
             out.loss_sum, out.n_labels = self.head.loss(x, labels, self.input.weight)
             if answers:
                 out.answers = self.head.answers(x, labels, self.input.weight)
+        out.states = ctx.states
         return out
 
     def init_states(

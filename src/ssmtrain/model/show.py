@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+from ssmtrain.config.carry import slots
 from ssmtrain.config.layout import expand, strip
 from ssmtrain.config.model import BlockConfig
 from ssmtrain.config.origin import describe
 from ssmtrain.config.schema import RunConfig
 from ssmtrain.layers.base import LayerConfig
-from ssmtrain.model.count import Counts, count
+from ssmtrain.model.count import Counts, carried_bytes, count
 from ssmtrain.model.spread import count_sent, held
 
 
@@ -73,10 +74,20 @@ def report(config: RunConfig, vocab: int) -> tuple[Counts, list[str]]:
         f"training    about {human_bytes(t.total)} a device: weights {human_bytes(t.weights)}, "
         f"gradients {human_bytes(t.gradients)}, optimiser {human_bytes(t.optimizer)}, "
         f"activations {human_bytes(t.activations)}",
+        *_carried(config),
         *_messages(config, p.total),
         *(f"origin      {line}" for line in describe(config.origin)),
     ]
     return counts, lines
+
+
+def _carried(config: RunConfig) -> list[str]:
+    """What the rows of a step hand on to those of the next."""
+    total = slots(config)
+    if total is None:
+        return []
+    size = human_bytes(carried_bytes(config.model, total))
+    return [f"carried     states of the {total:,} rows of a step, together {size}, in every checkpoint too"]
 
 
 def _messages(config: RunConfig, total: int) -> list[str]:

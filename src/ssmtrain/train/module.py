@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from ssmtrain.checkpoint import faults
 from ssmtrain.checkpoint.weights import load_weights
+from ssmtrain.config.carry import slots
 from ssmtrain.config.errors import NonFinite
 from ssmtrain.config.growth import lengths
 from ssmtrain.config.parallel import Fsdp, Zero1, Zero3
@@ -33,6 +34,7 @@ from ssmtrain.parallel.apply import apply
 from ssmtrain.parallel.shard import shard
 from ssmtrain.train import nonfinite, optim, room, snapshot, spikes
 from ssmtrain.train.attempts import Attempts
+from ssmtrain.train.carry import Carry
 from ssmtrain.train.clock import Clock
 from ssmtrain.train.ema import Ema
 from ssmtrain.train.engine import Engine, TorchEngine
@@ -100,6 +102,7 @@ class LitLM(LightningModule):
         """Why no further step is taken: "finished", "signal" or "seconds"."""
         self.graphs: Graphs | None = None
         self.ema: Ema | None = None
+        self.carry: Carry | None = None
         self.pace: Pace | None = None
         """Of several ranks."""
         self.on_gradients: list[Callable[[], None]] = []
@@ -164,6 +167,10 @@ class LitLM(LightningModule):
         """Continue from the checkpoint, or seed the generators."""
         if self.config.ema is not None:
             self.ema = Ema(self.config.ema, dict(self.model.named_parameters()))
+        if (total := slots(self.config)) is not None:
+            mine, bf16 = self.shares(), self.config.trainer.precision == "bf16"
+            own, dtype = range(mine[0].start, mine[-1].stop), torch.bfloat16 if bf16 else torch.float32
+            self.carry = Carry(self.model, own, total, dtype, self.device)
         if self.checkpoint is not None:
             self.state = snapshot.restore(self, self.checkpoint)
         elif self.origin is not None and self.config.origin and self.config.origin.kind == "fork":
@@ -207,14 +214,17 @@ class LitLM(LightningModule):
     def rows(self) -> list[Batch]:
         """This rank's micro-batches of the next step."""
         done, length = self.state.rows, self.lengths.at(self.state.tokens)
+        if self.carry is not None:
+            self.carry.follow(done)
         whole = [self.text.train.batch(range(done + r.start, done + r.stop)) for r in self.shares()]
         return [cut(batch, length) for batch in whole]
 
     def run_model(self, batch: Batch) -> Output:
         """The model's sums for one batch, in the run's precision."""
+        states = self.carry.begin(batch) if self.carry is not None else None
         batch = batch.to(self.device)
         with self.autocast():
-            ctx = Context(doc_ids=batch.doc_ids, n_docs=batch.n_docs)
+            ctx = Context(doc_ids=batch.doc_ids, n_docs=batch.n_docs, states=states)
             return self.engine.forward(batch.inputs, batch.labels, ctx)
 
     def autocast(self) -> Any:
@@ -281,6 +291,8 @@ class LitLM(LightningModule):
         state.step += 1
         state.rows += tokens // config.data.seq_len
         state.tokens += tokens
+        if self.carry is not None and finite:
+            self.carry.advance(state.rows)
         self.tokens_here += tokens
         state.seconds = self.clock.total
         if self.horizon.reached(state.step, state.tokens):
@@ -315,6 +327,8 @@ class LitLM(LightningModule):
         returns its sums (2,) and the tokens per expert by block."""
         out = self.run_model(batch)
         assert out.loss_sum is not None
+        if self.carry is not None and out.states is not None:
+            self.carry.keep(batch, out.states)
         faults.point("after_forward")
         loss = out.loss_sum * (scale.to(out.loss_sum) if isinstance(scale, Tensor) else scale)
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)

@@ -52,7 +52,7 @@ def rows_at_once(lit: LitLM) -> int:
 
 def _fits(lit: LitLM, rows: int) -> bool:
     """Whether a pass over so many rows finds memory beside what the optimisers will hold."""
-    begin = lit.state.rows
+    begin = lit.state.rows + lit.shares()[0].start
     try:
         held = _reserve(lit)
         batch = lit.text.train.batch(range(begin, begin + rows))

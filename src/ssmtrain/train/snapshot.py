@@ -13,6 +13,7 @@ from torch import Tensor
 from ssmtrain.checkpoint import store
 from ssmtrain.checkpoint.parts import Part
 from ssmtrain.checkpoint.weights import refuse_nonfinite
+from ssmtrain.config.carry import slots
 from ssmtrain.config.errors import UserError
 from ssmtrain.config.mixing import past
 from ssmtrain.parallel import ranks
@@ -42,6 +43,9 @@ def take(lit: LitLM) -> tuple[Shares, dict[str, Any]]:
     averages = lit.ema.tensors() if lit.ema is not None else {}
     if averages:
         shares["ema"] = _parts(averages)
+    if lit.carry is not None:
+        lit.carry.follow(lit.state.rows)
+        shares["carry"] = lit.carry.parts()
     state = {
         "step": lit.state.step,
         "tokens": lit.state.tokens,
@@ -50,6 +54,7 @@ def take(lit: LitLM) -> tuple[Shares, dict[str, Any]]:
         "mixture": lit.text.plan,
         "ema": bool(averages),
         "seq_len": lit.config.data.seq_len,
+        "slots": slots(lit.config),
         "tokenizer": lit.text.tokenizer,
         "world": ranks.world(),
         "versions": environment(lit.device),
@@ -80,6 +85,7 @@ def restore(lit: LitLM, checkpoint: Path) -> RunState:
     _follow_mixture(lit, checkpoint, state, run)
     _load_optimizers(lit, checkpoint, run)
     _load_averages(lit, checkpoint, state)
+    _load_carried(lit, checkpoint, run)
     _load_generators(lit, checkpoint, run.step)
     changed = changes(state.get("versions"), environment(lit.device))
     if changed:
@@ -132,6 +138,7 @@ def begin(lit: LitLM, checkpoint: Path) -> RunState:
     if state.get("tokenizer", tokenizer) != tokenizer:
         raise UserError("tokenizer: its content has changed since the run forked from was trained")
     same = state.get("text") == fingerprint(lit) and state.get("seq_len") == lit.config.data.seq_len
+    same = same and state.get("slots") == slots(lit.config)
     same = same and past(state.get("mixture") or [], run.rows) == past(lit.text.plan, run.rows)
     if not same:
         log.info("the data is not that of the run forked from: it is read from its beginning")
@@ -142,6 +149,8 @@ def begin(lit: LitLM, checkpoint: Path) -> RunState:
     else:
         _load_optimizers(lit, checkpoint, run)
         _load_averages(lit, checkpoint, state)
+        if same:
+            _load_carried(lit, checkpoint, run)
         _load_generators(lit, checkpoint, run.step)
     data = "kept" if same else "from its beginning"
     lit.journal.write("fork", run.step, path=str(checkpoint), data=data, rows=run.rows, tokens=run.tokens)
@@ -171,6 +180,19 @@ def _load_averages(lit: LitLM, checkpoint: Path, state: dict[str, Any]) -> None:
         lit.ema.load(store.load_tensors(checkpoint, "ema"))
     except ValueError as error:
         raise UserError(f"{checkpoint}: {error}") from None
+
+
+def _load_carried(lit: LitLM, checkpoint: Path, run: RunState) -> None:
+    """The states that the next rows go on from, of this rank's slots."""
+    if lit.carry is None:
+        return
+    saved = store.load_tensors(checkpoint, "carry")
+    if not lit.config.trainer.load_nonfinite:
+        refuse_nonfinite(checkpoint, saved)
+    try:
+        lit.carry.load(saved, run.rows)
+    except ValueError as error:
+        raise store.Damaged(checkpoint, [f"carry.safetensors: {error}"]) from None
 
 
 def _load_generators(lit: LitLM, checkpoint: Path, step: int) -> None:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import ssmtrain
+from ssmtrain.config.carry import slots
 from ssmtrain.config.errors import UserError
 from ssmtrain.config.growth import lengths
 from ssmtrain.config.model import ModelConfig
@@ -158,8 +159,13 @@ def run_blocks(config: RunConfig, vocab: int, found: list[Batch], device: torch.
         apply_to(block, trainer, m.residual)
         for batch in found:
             stream = Stream(*map(new, leaves[before]))
+            ctx, state = _context(batch, device), None
+            if slots(config) is not None:
+                dtype = torch.bfloat16 if trainer.precision == "bf16" else torch.float32
+                state = block.init_state(batch.n_docs, 1, dtype, device)
+                ctx.states = [state]
             with _autocast(config, device):
-                out, _, stats = block(stream, _context(batch, device))
+                out, _, stats = block(stream, ctx, state)
             extra = [stats["aux"] + stats["z"]] if stats else []
             parts = [part for part in out if part is not None]
             leaves[name] = [(part.shape, part.dtype) for part in parts]
@@ -232,7 +238,7 @@ def _key(config: RunConfig, vocab: int, found: list[Batch], device: torch.device
     text = [
         *cache.fingerprint(device, _sources()),
         dump(config)["model"],
-        [vocab, trainer.precision, trainer.recompute, trainer.kernels],
+        [vocab, trainer.precision, trainer.recompute, trainer.kernels, slots(config) is not None],
         [(list(batch.inputs.shape), str(_kind(batch))) for batch in found],
     ]
     return hashlib.sha256(json.dumps(text, sort_keys=True).encode()).hexdigest()[:32]

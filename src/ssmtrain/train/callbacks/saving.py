@@ -14,8 +14,10 @@ from lightning.pytorch import Callback
 from ssmtrain.checkpoint import joint, store
 from ssmtrain.checkpoint.best import Best
 from ssmtrain.checkpoint.runs import Run
+from ssmtrain.config.carry import slots
 from ssmtrain.config.errors import UserError
 from ssmtrain.config.trainer import TrainerConfig
+from ssmtrain.model.count import carried_bytes
 from ssmtrain.parallel import ranks
 from ssmtrain.parallel.shard import shape_of
 from ssmtrain.train import optim, snapshot
@@ -77,6 +79,7 @@ class Saving(Callback):
         weights = sum(shape_of(parameter).numel() * parameter.element_size() for parameter in named.values())
         copies = 2 if lit.config.ema is not None else 1
         size = copies * weights + optim.state_bytes(named, lit.config.optim)
+        size += carried_bytes(lit.config.model, slots(lit.config) or 0)
         free = shutil.disk_usage(self.run.folder).free
         if free >= ROOM * size:
             return None
