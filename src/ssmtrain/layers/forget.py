@@ -97,8 +97,9 @@ def forgetting() -> Iterator[None]:
 
 def forgets(tensor: Tensor) -> bool:
     """Whether `forgetting` is in force for a tensor."""
-    here = _ledger.get() is not None and not torch.compiler.is_compiling()
-    return here and tensor.requires_grad and tensor.device.type in DEVICES
+    if torch.compiler.is_compiling():
+        return False  # a compiler decides itself what to compute again
+    return _ledger.get() is not None and tensor.requires_grad and tensor.device.type in DEVICES
 
 
 def forget(result: Tensor, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
@@ -108,9 +109,10 @@ def forget(result: Tensor, function: Callable[..., Tensor], *inputs: Any) -> Ten
     tensors among the inputs should be such as autograd keeps anyway, and be given as inputs: what the
     function closes over is kept with its gradients' history.
     """
+    if not forgets(result):
+        return result
     ledger = _ledger.get()
-    if ledger is None or not forgets(result):
-        return result  # a compiler decides itself what to compute again
+    assert ledger is not None
     storage = result.untyped_storage()
     if storage.nbytes() != result.nbytes:
         return result  # a part of something

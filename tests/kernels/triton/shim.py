@@ -12,6 +12,8 @@
 | tl.range over 64-bit bounds | a step that adds to int32 as int32 | a 64-bit step |
 | a load or store outside of the launch's tensors | what is there, or a crash | an error |
 | a call between kernels | patches triton.language again, half of a test's time | once a launch and module |
+| integers are added | and again in 64 bits, to see an overflow | once: such an offset is out of bounds |
+| an array's type | is looked up in a table made each time | is looked up |
 | a launch's end | copies each CPU tensor onto itself | nothing: a tensor may be mostly untouched memory |
 
 test_shim.py has a canary for each trap, which fails once upstream mends it and the repair can go.
@@ -37,8 +39,9 @@ POISON = 0x3FFFFFF7
 
 upstream_options = interpreter.interpreter_builder.options
 PRECISIONS = (*upstream_options.allowed_dot_input_precisions, "bf16x3", "bf16x6")
-OPTIONS = replace(upstream_options, allowed_dot_input_precisions=PRECISIONS)
+OPTIONS = replace(upstream_options, allowed_dot_input_precisions=PRECISIONS, sanitize_overflow=False)
 
+_upstream_type = interpreter._get_np_dtype
 _upstream_convert = interpreter._convert_float
 _upstream_dot = interpreter.InterpreterBuilder.create_dot
 _upstream_binary = interpreter.InterpreterBuilder.binary_op
@@ -58,6 +61,7 @@ def repaired() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter.ScanOps, "generic_scan", _scan)
         patch.setattr(interpreter, "_convert_float", _convert)
+        patch.setattr(interpreter, "_get_np_dtype", _type)
         patch.setattr(interpreter, "_patch_lang_tensor", _patch_tensor)
         patch.setattr(interpreter, "_patch_lang_core", _patch_core)
         patch.setattr(interpreter.InterpretedFunction, "__call__", _call)
@@ -158,6 +162,21 @@ def _atomic(self: Any, op: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) ->
     """create_atomic_rmw that stays in bounds."""
     _check_bounds(ptrs, mask, "atomic")
     return _upstream_atomic(self, op, ptrs, value, mask, *rest)
+
+
+_types: dict[str, np.dtype] = {}
+"""numpy's types by the names of Triton's."""
+
+
+def _type(kind: tl.dtype) -> np.dtype:
+    """_get_np_dtype."""
+    element = kind.element_ty if isinstance(kind, tl.block_type) else kind
+    found = None if isinstance(element, tl.pointer_type) else _types.get(element.name)
+    if found is None:
+        found = _upstream_type(element)
+        if not isinstance(element, tl.pointer_type):
+            _types[element.name] = found
+    return found
 
 
 _extents: list[tuple[int, int]] = []

@@ -6,6 +6,7 @@ once no supported release needs it.
 
 from __future__ import annotations
 
+import inspect
 import math
 from types import ModuleType, SimpleNamespace
 
@@ -294,3 +295,9 @@ class TestCanaries:
     def test_ranges_refuse_bounds_known_at_run_time(self) -> None:
         with pytest.raises(Exception, match="TypeError"):
             _count[(1,)](torch.zeros(1, dtype=torch.int32), 5)
+
+    def test_integers_are_added_twice(self) -> None:
+        assert shim.upstream_options.sanitize_overflow
+
+    def test_types_are_looked_up_in_a_new_table(self) -> None:
+        assert "np_types = {" in inspect.getsource(shim._upstream_type)
