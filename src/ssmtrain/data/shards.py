@@ -221,17 +221,25 @@ class TokenStream:
             self.read(start + len(piece), out[len(piece) :])
 
 
-def sizes_match(folder: Path, entry: SplitEntry, dtype: str, shard_tokens: int) -> bool:
-    """Whether the manifest's counts agree, and every file of the split is there and as long as it says."""
+def ailing(folder: Path, entry: SplitEntry, dtype: str, shard_tokens: int) -> str | None:
+    """What is wrong with a split's counts, or with its files' names and sizes; None where nothing is."""
     items = [s.items for s in entry.shards]
-    whole = not items or (all(n == shard_tokens for n in items[:-1]) and items[-1] <= shard_tokens)
-    if not whole or sum(items) != entry.tokens or not items or entry.documents != entry.starts.items:
-        return False
+    whole = items and all(n == shard_tokens for n in items[:-1]) and items[-1] <= shard_tokens
+    if not whole or sum(items) != entry.tokens or entry.documents != entry.starts.items:
+        return "manifest.json: its counts do not agree"
+    names = [s.file for s in (*entry.shards, entry.starts)]
+    again = next((name for i, name in enumerate(names) if name in names[:i]), None)
+    if again is not None:
+        return f"manifest.json: it lists {again} twice"
     widths = [(s, np.dtype(dtype).itemsize) for s in entry.shards] + [(entry.starts, 8)]
-    try:
-        return all((folder / s.file).stat().st_size == s.items * width for s, width in widths)
-    except OSError:
-        return False
+    for shard, width in widths:
+        try:
+            size = (folder / shard.file).stat().st_size
+        except OSError as error:
+            return f"{shard.file}: {error.strerror}"
+        if size != shard.items * width:
+            return f"{shard.file}: {size:,} bytes, the manifest says {shard.items * width:,}"
+    return None
 
 
 def verify(folder: Path, entry: SplitEntry, dtype: str, vocab_size: int) -> None:
@@ -249,12 +257,23 @@ def verify(folder: Path, entry: SplitEntry, dtype: str, vocab_size: int) -> None
         _check_hash(folder / shard.file, tokens, shard.sha256)
     starts = _map(folder, entry.starts, "<i8")
     steps = np.diff(starts, append=entry.tokens)
-    if starts[0] != 0 or steps.min() < 1:
-        at = 0 if starts[0] != 0 else int(np.argmax(steps < 1))
+    # Each is looked at by itself too: a difference of two far numbers may wrap round.
+    wrong = (steps < 1) | (starts < 0) | (starts >= entry.tokens)
+    if starts[0] != 0 or wrong.any():
+        at = 0 if starts[0] != 0 else int(np.argmax(wrong))
         raise _damaged(folder / entry.starts.file, f"document {at} starts at {starts[at]}, out of order")
     _check_hash(folder / entry.starts.file, starts, entry.starts.sha256)
     if entry.sha256 != _digest([*entry.shards, entry.starts]):
         raise _damaged(folder / "manifest.json", "its digest of a split is not that of the split's files")
+
+
+def verify_file(path: Path, expected: str) -> None:
+    """Read a small file of a prepared folder through; UserError when it is not the one that was written."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise _damaged(path, error.strerror or "cannot be read") from None
+    _check_hash(path, np.frombuffer(data, np.uint8), expected)
 
 
 def _digest(files: Sequence[ShardEntry]) -> str:
