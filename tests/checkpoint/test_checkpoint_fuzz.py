@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from fuzz import replaced
+from fuzz import replaced, tries
 from ssmtrain.checkpoint import store
 from ssmtrain.checkpoint.runs import _tokens
 from ssmtrain.checkpoint.weights import load_model
@@ -27,12 +27,7 @@ from train.conftest import page
 
 STEP = 3
 MODEL, STATE, MANIFEST = "model.safetensors", "state.json", "manifest.json"
-BOUNDED = settings(
-    max_examples=80,
-    deadline=None,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+BOUNDED = tries(80)
 
 JSON = st.recursive(
     st.none()
