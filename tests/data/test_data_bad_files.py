@@ -16,9 +16,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from fuzz import tries
 from ssmtrain.config.errors import UserError
 from ssmtrain.data import jsonl, unpack
 from ssmtrain.data.prepare import prepare
@@ -90,6 +91,7 @@ def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """A line of kilobytes is too long, and what grows two hundredfold is soon a bomb."""
     monkeypatch.setattr(jsonl, "MAX_LINE", 2**17)
     monkeypatch.setattr(unpack, "FREE", 2**14)
+    monkeypatch.setattr(os, "fsync", lambda handle: None)  # nothing here waits for the disk
 
 
 @pytest.mark.parametrize(("number", "name", "content", "says"), CASES, ids=[c[0] for c in CASES])
@@ -150,7 +152,7 @@ fragments = st.one_of(
         ]
     ),
 )
-quick = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+quick = tries(25)
 
 
 @quick

@@ -120,7 +120,7 @@ def passed(folder: Path) -> bool:
     """Whether the folder's files are those that last passed verification: same sizes and times."""
     try:
         return json.loads((folder / "verified.json").read_bytes()) == _times(folder)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
 
 

@@ -234,6 +234,6 @@ def _counts(units: int | str) -> str:
 def _read_note(folder: Path) -> Note | None:
     try:
         note = Note.model_validate(json.loads((folder / NOTE).read_bytes()))
-    except (OSError, ValueError, ValidationError):
+    except (OSError, ValueError, ValidationError, RecursionError):
         return None
     return note if note.unit_bytes == work.UNIT else None

@@ -140,7 +140,7 @@ def json_of(path: Path) -> dict[str, Any]:
     """A small JSON file of a run, without secrets; empty where it cannot be read."""
     try:
         found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return redacted(found) if isinstance(found, dict) else {}
 

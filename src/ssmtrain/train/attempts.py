@@ -159,7 +159,7 @@ def read(path: Path) -> list[Attempt]:
                 end if isinstance(end, str) else None,
                 data.get("turned") is True,
             )
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             continue
     return [found[number] for number in sorted(found)]
 
