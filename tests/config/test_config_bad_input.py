@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ssmtrain.config.errors import UserError
-from ssmtrain.config.load import load
+from ssmtrain.config.load import load, to_yaml
 
 GOOD = """\
 model:
@@ -284,6 +284,14 @@ def test_what_the_environment_may_give(folder: Path, monkeypatch: pytest.MonkeyP
 def test_the_good_page_is_good(folder: Path) -> None:
     (folder / "page.yaml").write_text(GOOD)
     assert load(["config=page.yaml"]).model.d_model == 64
+
+
+@pytest.mark.parametrize("name", ["my page", "é", "_x", "." * 3, "p" * 200])
+def test_the_run_of_a_page_can_be_continued_whatever_the_page_is_called(name: str, folder: Path) -> None:
+    (folder / f"{name}.yaml").write_text(GOOD)
+    config = load([f"config=./{name}.yaml"])
+    (folder / "config.yaml").write_text(to_yaml(config))
+    assert load(["config=./config.yaml"]).name == config.name and len(config.name or "") < 101
 
 
 def test_16_underscores_in_numbers_are_allowed(folder: Path) -> None:

@@ -139,7 +139,7 @@ def loads(folder: Path, page: str | bytes, words: list[str]) -> None:
     assert load(["config=again.yaml"]) == config
 
 
-@tries(300)
+@tries(200)
 @given(text=TEXTS)
 def test_texts_that_are_hardly_yaml(text: str) -> None:
     """Plain containers of few values, or an error that names the line."""

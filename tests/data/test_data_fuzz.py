@@ -54,7 +54,7 @@ def in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unpack, "FREE", 2**14)
 
 
-@tries(200)
+@tries(100)
 @given(parts=st.lists(fragments, max_size=12), size=st.integers(1, 200))
 def test_lines_in_any_pieces(write, parts: list[bytes], size: int) -> None:
     """A line's text, or what is wrong with it, does not depend on where the file is divided."""
@@ -85,7 +85,7 @@ PACKED = {
 }
 
 
-@tries(200)
+@tries(100)
 @given(ending=st.sampled_from(sorted(PACKED)), how=HOW, at=st.floats(0, 1), piece=PIECE)
 def test_packed_files_harmed_at_random(write, ending: str, how: str, at: float, piece: bytes) -> None:
     """What is unpacked of them is bounded by what is read."""
@@ -172,7 +172,7 @@ def rehash(manifest: Any, folder: Path) -> None:
         split["sha256"] = hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
-@tries(150)
+@tries(80)
 @given(draw=st.data(), forge=st.booleans())
 def test_manifests_with_something_replaced(made: Prepared, tmp_path: Path, draw: Any, forge: bool) -> None:
     """They load the same tokens, or fewer whole ones of its files, or are refused."""
@@ -197,7 +197,7 @@ def test_manifests_with_something_replaced(made: Prepared, tmp_path: Path, draw:
     assert {path.name for path in folder.iterdir()} == names
 
 
-@tries(150)
+@tries(80)
 @given(draw=st.data(), how=HOW, at=st.floats(0, 1), piece=PIECE)
 def test_shards_that_are_forged(
     made: Prepared, tmp_path: Path, draw: Any, how: str, at: float, piece: bytes
@@ -258,7 +258,7 @@ def stopped(page, write, monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> It
 def test_notes_of_a_killed_preparation_with_something_replaced(
     stopped: tuple[Any, Path, Any], tmp_path: Path, draw: Any
 ) -> None:
-    """It is gone on with, begun anew, or refused: other tokens never come of it."""
+    """It is begun anew, or gone on with where nothing has changed: other tokens never come of it."""
     config, left, expected = stopped
     kept = tmp_path / "kept"
     if not kept.exists():
@@ -267,11 +267,7 @@ def test_notes_of_a_killed_preparation_with_something_replaced(
     shutil.copytree(kept, left)
     note = replaced(json.loads((left / making.NOTE).read_text()), draw)
     (left / making.NOTE).write_text(json.dumps(note))
-    try:
-        with bounded():
-            found = prepare(config, workers=1)
-    except UserError as error:
-        told(error)
-        return
+    with bounded():
+        found = prepare(config, workers=1)
     assert tokens(found) == expected
     shutil.rmtree(found.folder)

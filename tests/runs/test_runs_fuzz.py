@@ -27,7 +27,7 @@ def run(make_run: MakeRun) -> Path:
     return make_run("one", 4, records=records)
 
 
-@tries(80)
+@tries(25)
 @given(draw=st.data(), name=st.sampled_from(FILES))
 def test_files_with_something_replaced(
     run: Path, draw: Any, name: str, capsys: pytest.CaptureFixture[str]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -50,6 +51,13 @@ class Note(Config):
     digests: int
     """Digests of documents in their file."""
     writers: dict[str, WriterState]
+    sha256: str = ""
+    """SHA-256 of the note without it: one that is damaged is none."""
+
+    def seal(self) -> str:
+        """What its sha256 must be."""
+        bare = self.model_copy(update={"sha256": ""})
+        return hashlib.sha256(bare.model_dump_json().encode()).hexdigest()
 
 
 class Maker:
@@ -199,7 +207,8 @@ class Maker:
             np.save(file, counts)
             file.flush()
             os.fsync(file.fileno())
-        cache.write_file(self.folder / f"{NOTE}.new", note.model_dump_json().encode())
+        sealed = note.model_copy(update={"sha256": note.seal()})
+        cache.write_file(self.folder / f"{NOTE}.new", sealed.model_dump_json().encode())
         (self.folder / f"{NOTE}.new").replace(self.folder / NOTE)
         cache.sync_folder(self.folder)
         for old in self.folder.glob(_counts("*")):
@@ -236,4 +245,4 @@ def _read_note(folder: Path) -> Note | None:
         note = Note.model_validate(json.loads((folder / NOTE).read_bytes()))
     except (OSError, ValueError, ValidationError, RecursionError):
         return None
-    return note if note.unit_bytes == work.UNIT else None
+    return note if note.unit_bytes == work.UNIT and note.sha256 == note.seal() else None

@@ -57,9 +57,10 @@ class Damaged(Exception):
 
 
 class _HashedFile:
-    """A file that is hashed as it is written; begun anew, or gone on with after its first `items`."""
+    """A file that is hashed as it is written; begun anew, or gone on with after its first `items`, whose hash
+    must be what was noted."""
 
-    def __init__(self, path: Path, dtype: np.dtype, items: int = 0) -> None:
+    def __init__(self, path: Path, dtype: np.dtype, items: int = 0, noted: str = "") -> None:
         self.path, self.items = path, items
         self._hash = hashlib.sha256()
         self._file: BinaryIO = path.open("r+b" if items else "wb")
@@ -70,7 +71,14 @@ class _HashedFile:
                 raise Damaged(path)
             self._hash.update(data)
             left -= len(data)
+        if items and self.sha256 != noted:
+            raise Damaged(path)
         self._file.truncate()
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of what was written so far."""
+        return self._hash.hexdigest()
 
     def write(self, items: np.ndarray) -> None:
         data = items.view(np.uint8).data if len(items) else b""
@@ -87,7 +95,7 @@ class _HashedFile:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        return ShardEntry(file=self.path.name, items=self.items, sha256=self._hash.hexdigest())
+        return ShardEntry(file=self.path.name, items=self.items, sha256=self.sha256)
 
     def abandon(self) -> None:
         self._file.close()
@@ -105,6 +113,10 @@ class WriterState(Config):
     begins: int = 0
     """Where the document that is being written begins."""
     done: list[ShardEntry] = []
+    starts_sha256: str = ""
+    """SHA-256 of the starts so far."""
+    file_sha256: str = ""
+    """SHA-256 of the shard that is being written, empty where none is."""
 
 
 class SplitWriter:
@@ -126,18 +138,24 @@ class SplitWriter:
         self.duplicates, self.skipped, self._begins = at.duplicates, at.skipped, at.begins
         self._done = list(at.done)
         self._eot = np.array([eot], self.dtype)
-        self._starts = _HashedFile(folder / f"{split}-documents.bin", np.dtype("<i8"), at.documents)
+        self._starts = _HashedFile(
+            folder / f"{split}-documents.bin", np.dtype("<i8"), at.documents, at.starts_sha256
+        )
         self._file: _HashedFile | None = None
         inside = at.tokens - sum(s.items for s in at.done)
         if inside:
-            self._file = _HashedFile(self._path(), self.dtype, inside)
+            self._file = _HashedFile(self._path(), self.dtype, inside, at.file_sha256)
 
     def state(self) -> WriterState:
         """Where it stands."""
-        counts = {
-            name: getattr(self, name) for name in WriterState.model_fields if name not in ("begins", "done")
-        }
-        return WriterState(**counts, begins=self._begins, done=list(self._done))
+        names = ("tokens", "bytes", "documents", "empty", "duplicates", "skipped")
+        return WriterState(
+            **{name: getattr(self, name) for name in names},
+            begins=self._begins,
+            done=list(self._done),
+            starts_sha256=self._starts.sha256,
+            file_sha256=self._file.sha256 if self._file is not None else "",
+        )
 
     def handles(self) -> list[int]:
         """Descriptors of the files that are being written, for whoever syncs and closes them."""
