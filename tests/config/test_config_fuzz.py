@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,7 @@ def keys() -> list[str]:
 
 KEYS = st.sampled_from(keys())
 RAW = st.one_of(
+    st.sampled_from(["1", "2", "64", "128", "0.5", "1e-3", "auto", "true", "null", "bf16", "[1,2]", "a,b"]),
     VALUES.map(lambda value: yaml.safe_dump(value, default_flow_style=True, width=math.inf).split("\n")[0]),
     TEXTS,
     st.lists(
@@ -116,6 +118,57 @@ WORDS = st.one_of(
     st.text(max_size=12),
     TEXTS,
 )
+
+
+LARGE = [1, 2, 3, 4, 7, 64, 128, 1024, 10**6, 2**31, 2**53 + 1, 2**63 - 1, 10**30, 10**400]
+NUMBERS = [0.0, 1e-300, 1e-9, 0.1, 0.5, 0.999, 1.0, 3.7, 1e30, 1.7e308]
+
+
+def fits(at: Any) -> st.SearchStrategy[Any]:
+    """Values of the type that a piece of the schema asks for, small and far beyond reason."""
+    schema = schema_file.load()
+    at = schema_file.resolve(schema, at)
+    choices = []
+    for option in schema_file.options(schema, at):
+        words = [option["const"]] if "const" in option else option.get("enum")
+        kind = option.get("type")
+        if words:
+            choices.append(st.sampled_from(words))
+        elif kind == "integer":
+            choices.append(st.sampled_from([0, -1, *LARGE]) | st.integers(0, 40))
+        elif kind == "number":
+            choices.append(st.sampled_from(NUMBERS) | st.integers(0, 9))
+        elif kind == "boolean":
+            choices.append(st.booleans())
+        elif kind == "string":
+            texts = ["a", "x.txt", "10:15", "M2A", "0", "~/x", *option.get("examples", [])]
+            choices.append(st.sampled_from(texts) | st.text(max_size=5))
+        elif kind == "array" and "prefixItems" in option:
+            choices.append(st.tuples(*map(fits, option["prefixItems"])).map(list))
+        elif kind == "array":
+            choices.append(st.lists(fits(option.get("items", {"type": "string"})), max_size=3))
+        elif kind == "object" and isinstance(option.get("additionalProperties"), dict):
+            inner = fits(option["additionalProperties"])
+            choices.append(st.dictionaries(st.sampled_from(["a", "b", "M", "A"]), inner, max_size=3))
+        elif kind == "object":
+            choices.append(st.deferred(lambda option=option: fields(option)))
+    return st.one_of(*choices, st.none()) if choices else st.none()
+
+
+def fields(option: Any) -> st.SearchStrategy[Any]:
+    """A mapping with what it must have and some of what it may have."""
+    known = {key: fits(piece) for key, piece in option.get("properties", {}).items()}
+    must = {key: known[key] for key in option.get("required", [])}
+    must |= {key: known[key] for key in ("kind",) if key in known}
+    some = st.lists(st.sampled_from(sorted(known)), max_size=3, unique=True) if known else st.just([])
+    return some.flatmap(lambda keys: st.fixed_dictionaries(must | {key: known[key] for key in keys}))
+
+
+@cache
+def groups() -> dict[str, st.SearchStrategy[Any]]:
+    """What each top-level key takes."""
+    found = schema_file.load()["properties"]
+    return {key: fits(found[key]) for key in sorted(found) if key not in ("recipe", "origin")}
 
 
 @pytest.fixture
@@ -158,16 +211,31 @@ def test_texts_that_are_hardly_yaml(text: str) -> None:
     assert count <= MAX_NODES
 
 
-@tries(30)
+@tries(20)
 @given(draw=st.data())
 def test_pages_with_something_replaced(folder: Path, draw: Any) -> None:
     tree = draw.draw(st.sampled_from([TREE, TREE, MIX]))
     for _ in range(draw.draw(st.integers(1, 3))):
-        tree = replaced(tree, draw, VALUES)
+        key = draw.draw(st.sampled_from(sorted(tree)))
+        tree = {**tree, key: replaced(tree[key], draw, VALUES)}
     loads(folder, yaml.safe_dump(tree, allow_unicode=True, sort_keys=False), [])
 
 
 @tries(20)
+@given(draw=st.data())
+def test_pages_of_the_right_types(folder: Path, draw: Any) -> None:
+    """Every value is of a type that its key takes: what is left to refuse is what they mean together."""
+    tree = copy.deepcopy(draw.draw(st.sampled_from([TREE, TREE, MIX])))
+    for key in draw.draw(st.lists(st.sampled_from(sorted(groups())), min_size=1, max_size=2, unique=True)):
+        value, before = draw.draw(groups()[key]), tree.get(key)
+        keep = isinstance(value, dict) and isinstance(before, dict) and draw.draw(st.integers(0, 3))
+        if keep and value.get("kind", "") in ("", before.get("kind", "")):
+            value = {**before, **{name: inner for name, inner in value.items() if inner is not None}}
+        tree[key] = value
+    loads(folder, yaml.safe_dump(tree, allow_unicode=True, sort_keys=False), [])
+
+
+@tries(15)
 @given(at=st.integers(0, len(GOOD)), length=st.integers(0, 12), text=TEXTS, tail=st.binary(max_size=3))
 def test_pages_with_a_piece_overwritten(folder: Path, at: int, length: int, text: str, tail: bytes) -> None:
     page = GOOD[:at] + text + GOOD[at + length :]

@@ -141,7 +141,7 @@ def test_tokenizers_with_something_replaced(bpe: Path, tmp_path: Path, draw: Any
     assert not len(ids) or (ids.min() >= 0 and ids.max() < tokenizer.vocab_size)
     assert type(tokenizer.decode(ids)) is str
     for token in definition.get("added_tokens") or []:
-        assert tokenizer._backend.token_to_id(token["content"]) == token["id"]
+        assert tokenizer._backend.token_to_id(token["content"]) in (token["id"], None)
 
 
 @pytest.fixture

@@ -114,7 +114,7 @@ class FileTokenizer:
         try:
             backend = Backend.from_str(definition.decode("utf-8"))
             listed = json.loads(definition).get("added_tokens") or []
-        except (KeyboardInterrupt, SystemExit):
+        except (KeyboardInterrupt, SystemExit, MemoryError):
             raise
         except BaseException as error:  # the library raises bare Exceptions, and BaseException when it panics
             why = " ".join(str(error).split())[:300]
@@ -128,11 +128,11 @@ class FileTokenizer:
         vocab = backend.get_vocab(with_added_tokens=True)
         for token in listed:
             # The library numbers added tokens anew where their ids have a gap, without a word.
-            if vocab.get(token["content"]) != token["id"]:
+            given = vocab.get(token["content"], token["id"])
+            if given != token["id"]:
                 raise UserError(
                     f"tokenizer.path: {path}: the added token {token['content']!r} has the id {token['id']}, "
-                    f"which follows no other; the tokenizers library would read it as "
-                    f"{vocab.get(token['content'])}",
+                    f"which follows no other; the tokenizers library would read it as {given}",
                     "number the added tokens without gaps after the vocabulary",
                 )
         self.vocab_size = 1 + max(vocab.values(), default=-1)  # ids may have gaps
