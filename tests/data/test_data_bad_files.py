@@ -63,6 +63,7 @@ CASES = [
     ("80 no footer", "a.parquet", parquet(text=["a"])[:-5], "a.parquet: cannot be read as Parquet"),
     ("80 cut short", "a.parquet", parquet(text=["abc"] * 9)[:-200], "a.parquet: cannot be read as Parquet"),
     ("80 damaged", "a.parquet", parquet(text=["abc"] * 9)[:20] + b"\xff" * 9 + parquet(text=["abc"] * 9)[29:], "a.parquet: cannot be read as Parquet"),
+    ("80 name that is no text", "a.parquet", parquet(text=["a"] * 3).replace(b"text", b"te\xff\xff"), "a.parquet: cannot be read as Parquet"),
     ("80 other schema", "a.parquet", parquet(body=["a"]), "a.parquet: there is no column 'text', only body"),
     ("80 other type", "a.parquet", parquet(text=[1, 2]), "a.parquet: the column 'text' holds int64, expected string"),
     ("80 null", "a.parquet", parquet(text=["a", None]), "a.parquet: record 2: its text is null"),
