@@ -115,7 +115,7 @@ def test_what_was_left_may_be_damaged(
         note = json.loads((work / "progress.json").read_text())
         (work / "progress.json").write_text(json.dumps(note | {"unit_bytes": 99, "units": 10**6}))
     else:
-        name = {"counts": "counts-*.npy", "digests": "digests.bin", "shard": "train-documents.bin"}[harm]
+        name = {"counts": "counts-*.bin", "digests": "digests.bin", "shard": "train-documents.bin"}[harm]
         path = next(work.glob(name))
         path.write_bytes(path.read_bytes()[:20])
     assert files(prepare(config)) == expected
