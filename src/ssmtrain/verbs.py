@@ -102,7 +102,11 @@ VERBS: dict[str, Verb] = {
             **_JSON,
         },
         "ssmtrain data show run=quickstart-1a2b3c step=120",
-        {"step": "=N the step", "rows": "=I,J:K of its rows only these, from 0"},
+        {
+            "step": "=N the step",
+            "rows": "=I,J:K of its rows only these, from 0",
+            "source": "=NAME only what this source of a mixture gives",
+        },
     ),
     "replay": Verb(
         "take a step of a run once more, to the bit, and say what its loss and gradient are made of",

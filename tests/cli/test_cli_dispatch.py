@@ -239,6 +239,15 @@ def test_help_explains_everything() -> None:
         assert page(key)[0].startswith(f"{key}"), key
 
 
+def test_help_of_a_kind_that_may_be_a_source_too_is_that_of_its_page() -> None:
+    for kind in ("text", "mqar"):
+        lines = page(kind)
+        assert any(line.startswith("  seq_len: ") for line in lines)
+        assert not any(line.startswith("  weight: ") for line in lines)
+    assert "Share of the tokens" in "\n".join(page("mqar.weight"))
+    assert " mqar, muon," in " ".join("\n".join(page("")).split())
+
+
 def test_help_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["help", "mamba2", "--json"]) == 0
     assert "d_state" in json.loads(capsys.readouterr().out)["mamba2"]["properties"]

@@ -185,8 +185,8 @@ def test_an_installed_package_brings_its_recipes(tmp_path: Path) -> None:
 
 def test_ctrl_c_before_anything_started() -> None:
     code = (
-        "import os, signal\nfrom ssmtrain import cli\n"
-        "cli.run = lambda args: os.kill(os.getpid(), signal.SIGINT)\n"
+        "import signal\nfrom ssmtrain import cli\n"
+        "cli.run = lambda args: signal.raise_signal(signal.SIGINT)\n"
         "raise SystemExit(cli.main(['fit']))"
     )
     done = subprocess.run(

@@ -16,6 +16,11 @@ from ssmtrain.config.tasks import FileCheck, MqarCheck, MqarData
 
 TEXT = "config=quickstart"
 TASK = "config=recall"
+MIXED = [
+    "config=recall",
+    "data={kind: mix, seq_len: 32, sources: {recall: {kind: mqar, vocab_size: 64, n_pairs: 8, weight: 3},"
+    " again: {kind: copy}}}",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +78,21 @@ def test_checks_are_added_on_the_line_or_the_page(folder: Path) -> None:
         ([TASK, "checks={a: {kind: file, path: notes.txt}}"], "with tokenizer.kind = ids no text can be read"),
         ([TEXT, "checks={a: {kind: file, path: gone.txt}}"], "checks.a.path = 'gone.txt': there is no such file"),
         ([TEXT, "checks={a: {kind: file}}"], "checks.a.path is missing"),
+        ([*MIXED, "tokenizer=bytes"], "tokenizer.kind = bytes: data.sources.recall.kind = mqar makes ids and no text"),
+        ([*MIXED, "+data.sources.own={kind: text, train: notes.txt}"], "data.sources.own.kind = text: text, beside the task data.sources.recall"),
+        ([*MIXED, "+data.sources.own={kind: text, train: notes.txt}"], "as in checks.recall.kind=mqar"),
+        ([*MIXED, "data.sources.recall.n_pairs=17"], "data.seq_len = 32: data.sources.recall.n_pairs = 17 take four tokens each"),
+        ([*MIXED, "data.sources.again.min_len=40"], "two strings of data.sources.again.min_len = 40 and two marks take 82"),
+        ([*MIXED, "data.sources.recall.val_lengths=[16]"], "data.sources.recall.val_lengths = 16: data.sources.recall.n_pairs = 8"),
+        ([*MIXED, "model.vocab_size=49"], "model.vocab_size = 49: smaller than data.sources.recall.vocab_size = 64"),
+        ([*MIXED, "data.cache_dir=x"], "data.cache_dir = 'x': no effect, as nothing is prepared"),
+        ([*MIXED, "data.seq_len_warmup=[{until_tokens: 9, seq_len: 8}]"], "data.seq_len_warmup: what a row of data.sources.recall"),
+        ([*MIXED, "data.sources.again.max_epochs=2"], "data.sources.again.max_epochs = 2: no effect without data.sources.again.train_rows"),
+        ([*MIXED, "data.sources.again.weight=0", "data.sources.recall.weight=0"], "no source has a weight above 0"),
+        ([*MIXED, "data.sources.lengths={kind: parity}"], "data.sources.lengths: not a name for figures"),
+        ([*MIXED, "data.sources.again.n_pairs=2"], "data.sources.again.n_pairs"),
+        ([*MIXED, "checks={a: {kind: mqar}}"], "checks.a.vocab_size = 8192: the model has 64 ids"),
+        ([*MIXED, "generate.prompt=It is"], "expected numbers"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_said(line: list[str], says: str) -> None:
@@ -81,8 +101,18 @@ def test_what_does_not_fit_is_said(line: list[str], says: str) -> None:
     assert says in "\n".join(caught.value.lines), caught.value.lines
 
 
+def test_a_mixture_of_tasks_has_the_ids_of_the_largest() -> None:
+    from ssmtrain.data.tokenizer import tokenizer_of, vocab_rows
+
+    config = load([*MIXED, "data.sources.again.train_rows=9", "data.sources.again.max_epochs=3"])
+    assert config.data.kind == "mix" and config.data.sources["recall"].weight == 3
+    assert vocab_rows(config) == tokenizer_of(config).vocab_size == 64
+
+
 def test_a_task_has_nothing_to_prepare() -> None:
+    from ssmtrain.cli import main
     from ssmtrain.data.prepare import prepare
 
+    assert main(["prepare", *MIXED]) == 2
     with pytest.raises(UserError, match="its rows are made as they are read"):
         prepare(load([TASK]))

@@ -1,14 +1,17 @@
 """A tokenizer that is trained on the training text: the same each time, kept, and a part of its data."""
 
+import json
 import logging
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from ssmtrain.config.data import BpeTokenizer
+from ssmtrain.config.data import BpeTokenizer, MixData
 from ssmtrain.config.errors import UserError
+from ssmtrain.config.schema import RunConfig
 from ssmtrain.data import bpe, units
+from ssmtrain.data.module import open_data
 from ssmtrain.data.prepare import prepare
 from ssmtrain.data.tokenizer import FileTokenizer, load_tokenizer, vocab_rows
 
@@ -70,8 +73,67 @@ def test_the_sample_is_spread_and_bounded(config, monkeypatch: pytest.MonkeyPatc
     total = sum(p.stat().st_size for p in Path(config.data.train).iterdir())
     with pytest.raises(UserError, match="not a tokenizer"):
         bpe.trained(config.tokenizer.model_copy(update={"sample_bytes": total // 2}), config.data)
-    assert [text.split("\n")[0] for text in read] == [f"file {i}" for i in (1, 3, 5, 7, 9)]
+    assert [text.split("\n")[0] for text in read] == [f"file {i}" for i in (0, 2, 4, 6, 8)]
     assert "zyzzyva" not in "".join(read)
+
+
+def test_a_sample_smaller_than_the_first_part_of_a_text_is_its_beginning(config, page, write) -> None:
+    text = str(write("long.txt", TEXT * 20))
+    small = config.tokenizer.model_copy(update={"sample_bytes": 50_000})
+    path = bpe.trained(small, page(train=text, val=text).data)
+    assert FileTokenizer(path).vocab_size == 400
+
+
+CODE = "".join(f"xylophone_{i} = {i * i}\n" for i in range(60))
+
+
+def mixed(write, **code) -> RunConfig:
+    """Two sources that share no word, of twelve files and of two."""
+    for i in range(12):
+        prose = write(f"prose/{i}.txt", TEXT[: len(CODE)]).parent
+    for i in range(2):
+        folder = write(f"code/{i}.txt", CODE).parent
+    sources = {"prose": {"train": str(prose)}, "code": {"train": str(folder), **code}}
+    val = str(write("v.txt", CODE * 2))
+    data = {"sources": {n: {"kind": "text", "val": val, **s} for n, s in sources.items()}, "seq_len": 16}
+    tokenizer = BpeTokenizer(vocab_size=330, sample_bytes=7 * len(CODE))
+    return RunConfig.model_construct(seed=3, data=MixData.model_validate(data), tokenizer=tokenizer)
+
+
+def test_one_for_all_sources_of_a_mixture(write, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trained on each in proportion to its text, whatever the weights; every source is prepared with it."""
+    read: list[str] = []
+    real = bpe.train
+
+    def train(texts, size):
+        read.extend(texts)
+        return real(iter(read), size)
+
+    monkeypatch.setattr(bpe, "train", train)
+    monkeypatch.setattr(units, "DOCUMENTS", 1)
+    config = mixed(write)
+    data = open_data(config)
+    assert [text[:3] for text in read] == ["the"] * 6 + ["xyl"]
+    tokenizer = load_tokenizer(config.tokenizer, config.data)
+    assert tokenizer.vocab_size == 330 and data.tokenizer == tokenizer.hash
+    assert len(tokenizer.encode("xylophone")) < 4 and len(tokenizer.encode(" number")) < 4
+    made = [json.loads(p.read_text()) for p in own_cache.glob("*/manifest.json")]
+    assert len(made) == 2 and {one["tokenizer"] for one in made} == {tokenizer.hash}
+    assert [p.name.rsplit("-", 1)[0] for p in own_cache.glob("[!.]*bpe*")] == ["mix-of-2-bpe-330"]
+    monkeypatch.setattr(bpe, "train", lambda *args: pytest.fail("it is there"))
+    sources = config.data.sources | {"code": config.data.sources["code"].model_copy(update={"weight": 9.0})}
+    heavier = config.data.model_copy(update={"sources": sources})
+    assert bpe.trained(config.tokenizer, heavier) == bpe.trained(config.tokenizer, config.data)
+
+
+def test_it_is_another_with_another_text_and_names_a_source_that_is_gone(write) -> None:
+    config = mixed(write)
+    first = load_tokenizer(config.tokenizer, config.data).hash
+    other = mixed(write, train=str(write("more.txt", CODE.replace("xylo", "mega"))))
+    assert load_tokenizer(other.tokenizer, other.data).hash != first
+    gone = mixed(write, train="nowhere.txt")
+    with pytest.raises(UserError, match=r"data\.sources\.code: data\.train"):
+        load_tokenizer(gone.tokenizer, gone.data)
 
 
 def test_too_little_text(page, write) -> None:

@@ -248,7 +248,7 @@ def test_rows_repeat_by_epochs_in_another_order_where_they_are_counted() -> None
     epochs = [data.train.batch(range(20 * e, 20 * e + 20)).sample_ids for e in range(2)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(20)) and epochs[0] != epochs[1]
     assert open_data(page(kind="mqar", train_rows=None)).train.batch([10**12]).sample_ids == [10**12]
-    assert training_rows(page(kind="mqar", train_rows=20, val_rows=7)).per_epoch == 7
+    assert training_rows(page(kind="mqar", train_rows=20, val_rows=7))[""].per_epoch == 7
 
 
 def test_validation_is_the_same_for_every_seed_and_training_is_not() -> None:
@@ -260,8 +260,8 @@ def test_validation_is_the_same_for_every_seed_and_training_is_not() -> None:
 
 def test_other_lengths_have_sequences_as_long_as_they_allow() -> None:
     data = open_data(page(kind="parity", val_lengths=[64, 256], val_rows=9))
-    assert {n: rows.per_epoch for n, rows in data.lengths.items()} == {64: 9, 256: 9}
-    batch = data.lengths[256].batch_rows(range(9))
+    assert {n: rows.per_epoch for n, rows in data.lengths.items()} == {"64": 9, "256": 9}
+    batch = data.lengths["256"].batch_rows(range(9))
     assert (batch.labels[:, :-1] == -100).all() and (batch.labels[:, -1] >= 0).all()
     strings = TaskRows(at_length(Copy(), 402), "val", 0).batch(range(5)).inputs
     assert (strings[:, 201] == 2).all()

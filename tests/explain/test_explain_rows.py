@@ -15,7 +15,10 @@ from ssmtrain.config.load import to_yaml
 from ssmtrain.data.module import open_data
 from ssmtrain.data.tokenizer import ByteTokenizer, FileTokenizer
 from ssmtrain.explain.documents import Documents
+from ssmtrain.explain.reads import Reads
 from ssmtrain.explain.rows import chosen, escaped, rows_of, shortened
+from ssmtrain.explain.steps import Begin
+from ssmtrain.explain.subject import Subject
 
 Capture = pytest.CaptureFixture[str]
 
@@ -52,7 +55,7 @@ def test_every_part_names_the_bytes_of_its_file(spiky: Path) -> None:
     config = config_of(spiky.parents[1])
     data = open_data(config)
     tokenizer = ByteTokenizer()
-    rows = rows_of(data, Documents(config, data, tokenizer), tokenizer, range(data.train.per_epoch))
+    rows = rows_of(data, Reads(data, tokenizer), range(data.train.per_epoch), 32)
     parts = [part for row in rows for part in row.parts]
     for part in parts:
         assert part.place.file is not None and part.place.byte is not None
@@ -145,18 +148,27 @@ def test_offsets_of_a_file_tokenizer_and_documents_without_tokens(tmp_path: Path
     tokenizer = FileTokenizer(tmp_path / "tokenizer.json")
     config = config_of(tmp_path, **changes)
     data = open_data(config, tokenizer)
-    place = Documents(config, data, tokenizer).place(0, 3)
+    place = Documents(data.train, tokenizer).place(0, 3)
     assert (place.document, place.byte, place.exact) == (0, len("a bb ccc"), False)
     (texts / "1.txt").write_text("    ")
     data = open_data(config, tokenizer)
-    place = Documents(config, data, tokenizer).place(0, 3)
+    place = Documents(data.train, tokenizer).place(0, 3)
     assert (place.document, place.file, place.byte) == (0, None, None)
 
 
-def test_steps_of_a_fork_are_counted_from_where_it_began(spiky: Path, tmp_path: Path) -> None:
-    from ssmtrain.explain.subject import Subject
+def test_a_tokenizer_that_is_trained_on_the_text_is_at_hand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    config = config_of(tmp_path, tokenizer={"kind": "bpe", "vocab_size": 280})
+    (tmp_path / "page.yaml").write_text(to_yaml(config))
+    found = as_json(capsys, f"config={tmp_path / 'page.yaml'}", "step=1", "--full")
+    ids = [i for row in found["rows"] for part in row["parts"] for i in part["ids"]]
+    assert len(ids) == 128 and max(ids) > 256
 
-    fork = Subject(config_of(spiky.parents[1], trainer__max_steps=20), None, begin=(8, 0))
+
+def test_steps_of_a_fork_are_counted_from_where_it_began(spiky: Path, tmp_path: Path) -> None:
+    fork = Subject(config_of(spiky.parents[1], trainer__max_steps=20), None, begin=Begin(8, 0, 8 * 128))
     assert fork.numbers(9) == range(4) and fork.numbers(11) == range(8, 12)
     with pytest.raises(UserError) as caught:
         fork.numbers(8)

@@ -53,7 +53,8 @@ def test_every_test_of_this_folder_is_named() -> None:
 
 
 def test_there_are_no_workers() -> None:
-    """Nobody forks or feeds rows from another process, so none can die unseen; `prepare` watches its own."""
+    """Nobody forks or feeds rows from another process, so none can die unseen; text that is prepared is
+    encoded by processes that are watched."""
     words = re.compile(r"\b(DataLoader|num_workers|os\.fork|import multiprocessing|from multiprocessing)\b")
     found = [str(path) for path in (ROOT / "src").rglob("*.py") if words.search(path.read_text())]
-    assert found == [str(ROOT / "src" / "ssmtrain" / "data" / "encode.py")]
+    assert found == [str(ROOT / "src/ssmtrain/data/encode.py")]

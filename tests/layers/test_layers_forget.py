@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ssmtrain.config.model import BlockConfig
+from ssmtrain.kernels import backend, tuned
 from ssmtrain.layers import conv, forget, linear, mamba1, mamba2, mlp, norm
 from ssmtrain.layers.base import Context
 from ssmtrain.model.block import Block
@@ -214,3 +215,26 @@ def test_a_function_that_makes_something_else_is_told() -> None:
         loss = forget.forget(x.exp(), lambda x: x.exp().double(), x).square().sum()
     with pytest.raises(RuntimeError, match="second time"):
         loss.backward()
+
+
+def test_a_gated_norm_and_its_projection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where kernels run, the norm's own backward pass makes it again: nothing else does."""
+    if not tuned.interpreting():
+        pytest.skip("for the interpreter")
+    monkeypatch.setattr(linear, "DEVICES", {"cpu"})
+    monkeypatch.setattr(backend, "_current", backend._current)
+    backend.configure("triton", "cpu")
+    block, made = build("mamba2"), []
+    kept = gradients(block, block.forward, True, True)
+    real = forget._Recipe.serve
+
+    def serve(recipe: Any) -> Tensor:
+        made.append(recipe.function.__qualname__)
+        return real(recipe)
+
+    monkeypatch.setattr(forget._Recipe, "serve", serve)
+    found = gradients(block, forgetful(block.forward), True, True)
+    assert made and not [name for name in made if "GatedNorm" in name]
+    assert found.keys() == kept.keys()
+    for key, one in kept.items():
+        assert torch.equal(one, found[key]), key

@@ -42,8 +42,11 @@ def test_a_fork_without_changes_goes_on_as_its_parent_did(parent: Path) -> None:
     assert [r["step"] for r in records(folder, "train")] == [6, 8]
     assert [(a.begin, a.step) for a in read(folder / "attempts.jsonl")] == [(4, 8)]
     assert records(folder, "fork") == [
-        {"kind": "fork", "step": 4, "path": str(parent / "checkpoints/step-00000004"), "data": "kept"}
-    ]
+        {
+            "kind": "fork", "step": 4, "path": str(parent / "checkpoints/step-00000004"), "data": "kept",
+            "rows": 16, "tokens": 512,
+        }
+    ]  # fmt: skip
 
 
 def test_the_decay_branch_starts_at_the_forks_rate(parent: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from ssmtrain.checkpoint import faults
 from ssmtrain.checkpoint.records import read_config
+from ssmtrain.cli import main
 from ssmtrain.config.errors import UserError
 from ssmtrain.config.schema import RunConfig
 from ssmtrain.data.module import open_data
@@ -175,7 +176,7 @@ def test_phases_to_come_may_change_and_those_that_have_begun_may_not(
 
 
 def test_a_fork_may_change_the_mixture_from_where_it_begins(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     changes = mixed(tmp_path) | {"trainer__val_every": 0, "trainer__save_every": 9}
     _, trunk = train(name="trunk", **changes)
@@ -196,6 +197,15 @@ def test_a_fork_may_change_the_mixture_from_where_it_begins(
     begin = sum(TOKENS[:9]) // 32
     assert rows == mixture.names(mixture.samples(range(begin, sum(TOKENS) // 32)).tolist())
     assert all(one.startswith("code:") for one in rows)
+    # Its steps are shown and replayed from where it began, in the middle of the warm-ups.
+    capsys.readouterr()
+    assert main(["data", "show", f"run={run.folder}", "step=10", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert [f"{row['source']}:{row['row']}" for row in shown["rows"] if row["begin"] == 0] == rows[:2]
+    assert shown["samples"] == [begin, begin + 2] and shown["seq_len"] == 16
+    assert main(["replay", f"run={run.folder}", "step=13", "--json"]) == 0
+    verdict = json.loads(capsys.readouterr().out)["verdict"]
+    assert (verdict["steps"], verdict["differ"]) == ([10, 11, 12, 13], [])
 
 
 def test_a_source_is_not_read_more_often_than_it_may(train: Train, tmp_path: Path) -> None:

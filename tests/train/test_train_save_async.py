@@ -129,5 +129,6 @@ def test_memory_is_taken_before_it_is_wanted(train: Train, monkeypatch: pytest.M
     monkeypatch.setattr(Hold, "reserve", reserve)
     monkeypatch.setattr(Hold, "copy", note)
     assert train(**ASYNC)[0] == 0
-    (thread, reserved), first = *taken, copied[0]
+    (thread, reserved), first = taken[0], copied[0]
     assert thread.startswith("ssmtrain-save") and reserved == first and len(first) > 20
+    assert all(places == reserved for _, places in taken), "a copy takes no more of it"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -176,3 +177,12 @@ def test_a_run_that_went_back_is_replayed_with_the_rows_that_it_kept(
     assert main(["replay", f"run={folder}", "step=10", "--json"]) == 0
     verdict = json.loads(capsys.readouterr().out)["verdict"]
     assert verdict["differ"] == [] and verdict["steps"] == [9, 10]
+    # Also before a later checkpoint says so, and in what --find finds.
+    for step in (12, 16):
+        shutil.rmtree(folder / "checkpoints" / f"step-{step:08d}")
+    assert main(["data", "show", f"run={folder}", "step=11", "--json"]) == 0
+    rows = [row["row"] for row in json.loads(capsys.readouterr().out)["rows"]]
+    assert rows == ledger(folder)[10]["samples"]
+    assert main(["data", "show", f"run={folder}", "--find", "text.txt", "--json"]) == 0
+    hits = json.loads(capsys.readouterr().out)["steps"]
+    assert [hit["row"] for hit in hits] == [row for line in ledger(folder) for row in line["samples"]]

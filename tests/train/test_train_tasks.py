@@ -11,8 +11,12 @@ import pytest
 import torch
 
 from ssmtrain.checkpoint import faults
+from ssmtrain.checkpoint.records import read_config
+from ssmtrain.cli import main
 from ssmtrain.config.errors import UserError
 from ssmtrain.config.request import Request
+from ssmtrain.data.mixture import Mixture
+from ssmtrain.data.module import open_data
 from ssmtrain.data.tasks import TaskRows
 from ssmtrain.eval.command import command
 from train.conftest import ledger, page, records, same, weights
@@ -96,6 +100,101 @@ def test_a_run_on_a_task_resumes_to_the_bit_with_its_checks(
         assert records(parts, kind) == records(whole, kind)
 
 
+def test_several_tasks_in_one_run_are_scored_each_and_resume_to_the_bit(
+    train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One in epochs, one whose rows never come twice; the weights change half-way."""
+    sources = {
+        "recall": {**without(RECALL, "seq_len"), "train_rows": 9, "val_rows": 16, "val_lengths": [12]},
+        "again": {"kind": "copy", "vocab_size": 6, "weight": 3, "val_rows": 24},
+    }
+    phases = [{"from_step": 4, "weights": {"recall": 3, "again": 1}}]
+    task = {
+        **TASK, "data": {"kind": "mix", "seq_len": 8, "sources": sources, "phases": phases},
+        "trainer__global_batch": 64,
+    }  # fmt: skip
+    code, whole = train(name="whole", **task)
+    assert code == 0
+    mixture = open_data(read_config(whole)).train
+    rows = [row for line in ledger(whole) for row in line["samples"]]
+    assert rows == mixture.names(mixture.samples(range(64)).tolist())
+    recall, again = ([int(r.split(":")[1]) for r in rows if r.startswith(n)] for n in ("recall", "again"))
+    assert (len(recall), len(again)) == (32, 32) and again == list(range(32))
+    assert all(sorted(recall[i : i + 9]) == list(range(9)) for i in (0, 9, 18)) and recall[:9] != recall[9:18]
+    report, last = json.loads((whole / "report.json").read_text()), records(whole, "val")[-1]
+    sets = [last["recall"], last["again"]]
+    labels = [one["labels"] for one in sets]
+    assert labels[0] == 32 and last["labels"] == sum(labels) and last["lengths"].keys() == {"recall/12"}
+    right = sum(one["accuracy"] * n for one, n in zip(sets, labels, strict=True))
+    assert report["val_accuracy"] == last["accuracy"] == pytest.approx(right / sum(labels))
+    assert last["row_accuracy"] == pytest.approx(
+        sum(s["row_accuracy"] * n for s, n in zip(sets, (16, 24))) / 40
+    )
+    assert report["val_bpb"] is None and report["val_sets"]["again"] == last["again"]
+    shown = capsys.readouterr().out
+    for words in (
+        "% right",
+        "rows of recall/12: loss",
+        "             again: loss",
+        "recall: ",
+        "again: loss",
+    ):
+        assert words in shown
+    for split in ("val", "train"):
+        assert command(Request("eval", None, str(whole), [], {"json": True, "split": split})) == 0
+        scored = json.loads(capsys.readouterr().out)
+        assert scored["sets"].keys() == sources.keys() and scored["sets"]["recall"]["labels"] == (
+            32 if split == "val" else 18
+        )
+        if split == "val":
+            assert scored["sets"]["again"]["accuracy"] == last["again"]["accuracy"]
+            assert scored["lengths"].keys() == {"recall/12"}
+    assert command(Request("eval", None, str(whole), [], {})) == 0
+    assert "\nagain: " in capsys.readouterr().out
+
+    faults.arm("step_end:3:TERM")
+    assert train(name="parts", **task)[0] == 75
+    faults.arm()
+    torch.rand(3)
+    code, parts = train(name="parts", **task)
+    assert code == 0 and ledger(parts) == ledger(whole)
+    for stem in ("model", "optim", "rng"):
+        assert same(weights(parts, 8, stem), weights(whole, 8, stem)), stem
+    assert records(parts, "val") == records(whole, "val")
+    capsys.readouterr()
+    assert main(["replay", f"run={whole}", "step=6"]) == 0
+    page = capsys.readouterr().out
+    assert "equal to the bit" in page and " of recall, mqar with seed " in page and "  asked       " in page
+    assert main(["data", "show", f"run={whole}", "source=recall", "--find", "4", "--json"]) == 0
+    hits = json.loads(capsys.readouterr().out)["steps"]
+    at = [i for i, row in enumerate(rows) if row == "recall:4"]
+    assert [(hit["step"], hit["index"]) for hit in hits] == [(i // 8 + 1, i % 8) for i in at] and len(at) > 2
+
+
+def without(page: dict[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in page.items() if name != key}
+
+
+def test_a_tasks_rows_hang_on_its_name_and_the_seed_alone(tmp_path: Path) -> None:
+    """Another source beside it, or another weight, changes neither its rows nor their order."""
+    source = {**without(RECALL, "seq_len"), "train_rows": 30}
+
+    def opened(sources: dict[str, Any], seed: int = 0) -> Mixture:
+        task = {**TASK, "data": {"kind": "mix", "seq_len": 8, "sources": sources}, "seed": seed}
+        found = open_data(page(tmp_path, **task)).train
+        assert isinstance(found, Mixture)
+        return found
+
+    alone, other = opened({"a": source}), opened({"b": source, "a": {**source, "weight": 9}})
+    assert isinstance(alone.sources["a"], TaskRows) and isinstance(other.sources["a"], TaskRows)
+    one, two = (mix.sources["a"].batch(range(40)) for mix in (alone, other))
+    assert one.inputs.equal(two.inputs) and one.sample_ids == two.sample_ids
+    assert not one.inputs.equal(other.sources["b"].batch(range(40)).inputs)
+    assert not one.inputs.equal(opened({"a": source}, seed=1).sources["a"].batch(range(40)).inputs)
+    far = 10**15
+    assert other.batch([far]).inputs.equal(other.batch([far, far + 1]).inputs[:1])
+
+
 def test_a_run_refuses_to_continue_on_another_task(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     faults.arm("step_end:3:TERM")
     assert train(**TASK)[0] == 75
@@ -111,7 +210,6 @@ def test_a_check_whose_file_is_no_text_says_so(train: Train, tmp_path: Path) -> 
 
 
 def test_the_rows_of_a_check_are_apart_from_those_of_the_run(tmp_path: Path) -> None:
-    from ssmtrain.data.module import open_data
     from ssmtrain.data.tasks.source import check_rows
 
     config = page(tmp_path, **TASK, checks={"same": {**RECALL, "vocab_size": 64}})
@@ -125,7 +223,6 @@ def test_the_rows_of_a_check_are_apart_from_those_of_the_run(tmp_path: Path) -> 
 
 
 def test_kernels_are_warmed_up_on_the_rows_of_a_task(tmp_path: Path) -> None:
-    from ssmtrain.data.module import open_data
     from ssmtrain.train.warm import batches
 
     (batch,) = batches(open_data(page(tmp_path, **TASK)), 4)

@@ -324,7 +324,7 @@ def gpu_step(config: RunConfig, vocab: int, batch: Batch) -> None:
 def test_after_it_a_step_compiles_nothing(precision: str, tmp_path: Path) -> None:
     """In one process that warms a fresh cache up, and in another that finds it warm."""
     root = Path(__file__).parents[2]
-    path = os.pathsep.join([str(root / "src"), str(root / "tests")])
+    path = os.pathsep.join([str(root / "src"), str(root / "tests"), os.environ.get("PYTHONPATH", "")])
     env = {**os.environ, "PYTHONPATH": path, "TRITON_CACHE_DIR": str(tmp_path / "cache")}
     env["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path / "inductor")
     env.pop("TRITON_INTERPRET", None)

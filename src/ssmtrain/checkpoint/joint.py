@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ssmtrain.checkpoint import faults
+from ssmtrain.checkpoint.cut import cut, write
 from ssmtrain.checkpoint.durable import Written, json_bytes, write_file
 from ssmtrain.checkpoint.parts import Part, write_parts
 from ssmtrain.checkpoint.store import STATE, SaveFailed, publishing, step_name, temporary_of, write_manifest
@@ -77,8 +78,13 @@ def lead(
 
 
 def _write_shares(temporary: Path, rank: int, shares: Shares) -> dict[str, Written]:
-    names = {kind: f"{kind}_{rank:05d}.safetensors" for kind in shares if shares[kind]}
-    return {name: write_parts(temporary / name, shares[kind]) for kind, name in names.items()}
+    files = {
+        f"{base}.safetensors": parts
+        for kind in shares
+        if shares[kind]
+        for base, parts in cut(f"{kind}_{rank:05d}", shares[kind])
+    }
+    return write(files, lambda name, parts: write_parts(temporary / name, parts))
 
 
 def _note(temporary: Path, rank: int) -> Path:

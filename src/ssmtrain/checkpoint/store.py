@@ -1,8 +1,8 @@
 """Checkpoints on disk: written aside, made durable, published by one rename, found again by their manifest.
 
 A checkpoint is a folder `step-00000100` of safetensors shards, `state.json`, and `manifest.json`, which
-lists every file with its size and sha256 and is written last. There is no pickle anywhere. One process writes
-one file for each kind of tensors; several write theirs side by side (joint.py).
+lists every file with its size and sha256 and is written last. There is no pickle anywhere. A kind of tensors
+is one file, or several that are written side by side, by threads (cut.py) and by processes (joint.py).
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import shutil
 import stat
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -26,11 +25,12 @@ from typing import Any
 from torch import Tensor
 
 from ssmtrain.checkpoint import faults
+from ssmtrain.checkpoint.cut import cut, side_by_side, write
 from ssmtrain.checkpoint.durable import Written, json_bytes, make_folder, sync_folder, write_file
 from ssmtrain.checkpoint.names import checkpoints, step_name, step_of
 from ssmtrain.checkpoint.names import is_name as is_name
-from ssmtrain.checkpoint.parts import read_parts
-from ssmtrain.checkpoint.shard import read_shard, write_shard
+from ssmtrain.checkpoint.parts import Part, read_parts, write_parts
+from ssmtrain.checkpoint.shard import read_shard
 from ssmtrain.config.errors import UserError
 
 FORMAT = 1
@@ -42,7 +42,6 @@ _STEM = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _FILE = re.compile(r"[a-z][a-z0-9_]{0,63}\.(safetensors|json)")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _JSON_LIMIT = 64 * 2**20
-_WORTH_THREADS = 8 * 2**20
 
 
 class SaveFailed(Exception):
@@ -134,12 +133,9 @@ def verify(path: Path, hashes: bool = True) -> list[str]:
         files = _manifest(path)
     except (OSError, ValueError) as error:
         return [_reason(MANIFEST, error)]
-    # Hashing leaves the interpreter's lock, but for small files a thread costs more than its work.
-    threads = 4 if hashes and sum(entry["size"] for entry in files.values()) > _WORTH_THREADS else 1
-    with ThreadPoolExecutor(threads) if threads > 1 else contextlib.nullcontext() as pool:
-        check = pool.map if pool else map
-        found = check(lambda item: _check_file(path / item[0], item[1], hashes), files.items())
-        return [problem for problem in found if problem]
+    sizes = {name: entry["size"] if hashes else 0 for name, entry in files.items()}
+    found = side_by_side(lambda name: _check_file(path / name, files[name], hashes), sizes)
+    return [problem for problem in found.values() if problem]
 
 
 def extras(path: Path) -> list[str]:
@@ -174,7 +170,9 @@ def load_tensors(path: Path, stem: str) -> dict[str, Tensor]:
         listed = _manifest(path)
         if name in listed:
             return read_shard(path / name)
-        parts = sorted(one for one in listed if re.fullmatch(rf"{stem}_[0-9]{{5}}\.safetensors", one))
+        parts = sorted(
+            one for one in listed if re.fullmatch(rf"{stem}(_[0-9]{{5}}){{1,2}}\.safetensors", one)
+        )
         if not parts:
             raise ValueError(f"the manifest lists no {name}")
         return read_parts(path / one for one in parts)
@@ -228,9 +226,9 @@ def _write(
 ) -> None:
     """Shards, state, manifest, each durable before the next."""
     faults.point("before_tensors")
-    written: dict[str, Written] = {}
-    for stem, named in tensors.items():
-        written[f"{stem}.safetensors"] = write_shard(temporary / f"{stem}.safetensors", named)
+    shares = {stem: {name: Part(one) for name, one in named.items()} for stem, named in tensors.items()}
+    files = {f"{base}.safetensors": parts for stem in shares for base, parts in cut(stem, shares[stem])}
+    written = write(files, lambda name, parts: write_parts(temporary / name, parts))
     faults.point("after_tensors")
     written[STATE] = write_file(temporary / STATE, [state_text])
     write_manifest(temporary, step, written)

@@ -333,11 +333,6 @@ def _ignored(config: Any) -> Iterator[str]:
         held = getattr(text, "val_fraction", None)
         if held != fraction.get("default") and getattr(text, "val", None) is not None:
             yield f"{key}.val_fraction = {held}: no effect beside {key}.val; leave one out"
-    if data.kind == "mix" and config.tokenizer.kind == "bpe":
-        yield (
-            "tokenizer.kind = bpe: each source of a mixture would train one of its own; make one with "
-            "ssmtrain prepare on one source's page, and take tokenizer=file tokenizer.path=<what it printed>"
-        )
     if generate.temperature == 0 and (generate.top_k or generate.top_p < 1):
         which = "top_k" if generate.top_k else "top_p"
         yield (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args
 
 from pydantic import Field, create_model
 
@@ -87,11 +87,14 @@ class _Share(Config):
     """How often its text may be read through; a run that would read it more often is refused."""
 
 
-PAGES: dict[str, type[_Data]] = {"embedded": EmbeddedData, "text": TextData, "hub": HubData}
-"""The kinds that can be a source of a mixture."""
+PAGES: dict[str, type[Rows]] = {
+    "embedded": EmbeddedData, "text": TextData, "hub": HubData,
+    **{page.model_fields["kind"].default: page for page in get_args(AnyTaskData)},
+}  # fmt: skip
+"""The kinds that can be a source of a mixture, of texts or of tasks."""
 
 
-def _as_source(page: type[_Data]) -> Any:
+def _as_source(page: type[Rows]) -> Any:
     """The page's own settings as a source of a mixture: what all rows share stands on the mixture's page."""
     own = {name: field for name, field in page.model_fields.items() if name not in _Data.model_fields}
     fields: dict[str, Any] = {name: (field.annotation, field) for name, field in own.items()}
@@ -121,7 +124,7 @@ class Phase(Config):
 
 
 class MixData(_Data):
-    """Several sources, each with a share of the tokens, an order, epochs and validation of its own."""
+    """Several texts or tasks, each with a share of the tokens, an order, epochs and validation of its own."""
 
     kind: Literal["mix"] = "mix"
     sources: dict[str, AnySource]
@@ -131,11 +134,12 @@ class MixData(_Data):
     when a run is continued. Absent: the sources' weights throughout."""
 
 
-def source_page(mix: MixData, source: AnySource) -> EmbeddedData | TextData | HubData:
+def source_page(mix: MixData, source: AnySource) -> EmbeddedData | TextData | HubData | AnyTaskData:
     """A source of a mixture as the page of its own that it would be without the others."""
     page: Any = PAGES[source.kind]
     own = {name: getattr(source, name) for name in page.model_fields if name in type(source).model_fields}
-    return page(**own, seq_len=mix.seq_len, cache_dir=mix.cache_dir)
+    cache = {"cache_dir": mix.cache_dir} if issubclass(page, _Data) else {}
+    return page(**own, seq_len=mix.seq_len, **cache)
 
 
 AnyData = Annotated[EmbeddedData | TextData | HubData | MixData | AnyTaskData, Field(discriminator="kind")]

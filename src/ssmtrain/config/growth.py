@@ -19,17 +19,17 @@ class Staged:
         """The value for a step that begins after so many tokens."""
         return next((value for until, value in self.stages if tokens < until), self.final)
 
-    def tokens_after(self, steps: int) -> int:
-        """Tokens of the first `steps` steps, where the value is the tokens of a step."""
-        tokens = 0
+    def tokens_after(self, steps: int, seen: int = 0) -> int:
+        """Tokens seen after so many steps more than `seen`, where the value is the tokens of a step."""
+        tokens = seen
         for until, value in self.stages:
             here = min(steps, max(0, -(-(until - tokens) // value)))
             tokens, steps = tokens + here * value, steps - here
         return tokens + steps * self.final
 
-    def steps_to(self, tokens: int) -> int:
-        """Steps until at least so many tokens are seen, where the value is the tokens of a step."""
-        steps = seen = 0
+    def steps_to(self, tokens: int, seen: int = 0) -> int:
+        """Steps from `seen` until at least so many tokens, where the value is the tokens of a step."""
+        steps = 0
         for until, value in self.stages:
             here = max(0, -(-(min(until, tokens) - seen) // value))
             steps, seen = steps + here, seen + here * value

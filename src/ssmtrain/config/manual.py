@@ -61,7 +61,7 @@ def _overview() -> list[str]:
     for name, piece in schema.get("properties", {}).items():
         if name != "defaults":
             lines.append(f"  {name.ljust(width)}  {_about(schema, piece)}")
-    kinds = ", ".join(sorted(kind for kind, _ in _kinds(schema)))
+    kinds = ", ".join(sorted({kind for kind, _ in _kinds(schema)}))
     return [*lines, "", *textwrap.wrap(f"kinds: {kinds}", WIDTH, subsequent_indent="  ")]
 
 
@@ -97,8 +97,10 @@ def _about(schema: Schema, piece: Schema) -> str:
 
 
 def _kinds(schema: Schema) -> Iterator[tuple[str, Schema]]:
-    """Every kind with its definition."""
-    for definition in schema.get("$defs", {}).values():
+    """Every kind with its definitions; what it is as a source of a mixture comes before its own page."""
+    definitions = schema.get("$defs", {})
+    for name in sorted(definitions, key=lambda name: not name.endswith("Source")):
+        definition = definitions[name]
         kind = definition.get("properties", {}).get("kind", {})
         if "const" in kind:
             yield kind["const"], definition

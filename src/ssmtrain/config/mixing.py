@@ -11,7 +11,9 @@ from typing import Any
 from ssmtrain.config.growth import batches
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}")
-RESERVED = ("accuracy", "bpb", "kind", "labels", "loss", "perplexity", "step", "tokens")
+RESERVED = (
+    "accuracy", "bpb", "kind", "labels", "lengths", "loss", "perplexity", "row_accuracy", "step", "tokens",
+)  # fmt: skip
 """Keys that a validation record has beside its sets' names."""
 
 Phases = list[tuple[int, dict[str, float]]]

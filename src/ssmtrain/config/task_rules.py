@@ -20,18 +20,33 @@ _NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
 _TAKEN = ("kind", "step")
 
 
+def tasks(data: Any) -> dict[str, Any]:
+    """The tasks of a data page, or its namespace, by key: the page itself, or sources of a mixture."""
+    if data.kind == "mix":
+        sources = {f"data.sources.{name}": source for name, source in data.sources.items()}
+        return {key: source for key, source in sources.items() if source.kind in TASKS}
+    return {"data": data} if data.kind in TASKS else {}
+
+
+def vocabulary(data: Any) -> int | None:
+    """Ids of a page's tasks, which share them; None where it has none."""
+    return max((task.vocab_size for task in tasks(data).values()), default=None)
+
+
 def problems(config: Any, text_vocabulary: int | None) -> Iterator[str]:
     """What is wrong with a run's task and checks, a line each; `text_vocabulary` is its tokenizer's, if it
     has one."""
     data, vocab = config.data, config.model.vocab_size
-    if data.kind in TASKS:
-        yield from _task_data(config)
-        vocab = vocab or data.vocab_size
-        if vocab < data.vocab_size:
-            yield (
-                f"model.vocab_size = {vocab}: smaller than data.vocab_size = {data.vocab_size}; "
-                f"expected at least {data.vocab_size}, or leave it out"
-            )
+    found = tasks(data)
+    if found:
+        yield from _task_data(config, found)
+        for key, task in found.items():
+            if vocab is not None and vocab < task.vocab_size:
+                yield (
+                    f"model.vocab_size = {vocab}: smaller than {key}.vocab_size = {task.vocab_size}; "
+                    f"expected at least {vocabulary(data)}, or leave it out"
+                )
+        vocab = vocab or vocabulary(data)
     elif config.tokenizer.kind == "ids":
         yield (
             f"tokenizer.kind = ids: data.kind = {data.kind} is text, which ids cannot stand for; take "
@@ -41,18 +56,32 @@ def problems(config: Any, text_vocabulary: int | None) -> Iterator[str]:
         yield from _check(config, name, check, vocab or text_vocabulary)
 
 
-def _task_data(config: Any) -> Iterator[str]:
+def _task_data(config: Any, found: dict[str, Any]) -> Iterator[str]:
     data, kind = config.data, config.tokenizer.kind
+    first, task = next(iter(found.items()))
+    if data.kind == "mix":
+        texts = [name for name, source in data.sources.items() if source.kind not in TASKS]
+        for name in texts:
+            yield (
+                f"data.sources.{name}.kind = {data.sources[name].kind}: text, beside the task {first}; no "
+                "tokenizer is for both. A mixture is of texts or of tasks; a task is scored beside texts as "
+                f"one of checks, as in checks.{first.removeprefix('data.sources.')}.kind={task.kind}"
+            )
+        if texts:
+            return
+        yield from _mixed(data, found)
     if kind != "ids":
         yield (
-            f"tokenizer.kind = {kind}: data.kind = {data.kind} makes ids and no text, so it would be "
+            f"tokenizer.kind = {kind}: {first}.kind = {task.kind} makes ids and no text, so it would be "
             "ignored; take tokenizer=ids"
         )
-    for length in [data.seq_len, *data.val_lengths]:
-        yield from _fit("data", data, length)
-    twice = sorted({n for n in data.val_lengths if data.val_lengths.count(n) > 1})
-    if twice:
-        yield f"data.val_lengths: {twice[0]} stands twice"
+    for key, task in found.items():
+        yield from _fit(key, task, data.seq_len, "data.seq_len")
+        for length in task.val_lengths:
+            yield from _fit(key, task, length, f"{key}.val_lengths")
+        twice = sorted({n for n in task.val_lengths if task.val_lengths.count(n) > 1})
+        if twice:
+            yield f"{key}.val_lengths: {twice[0]} stands twice"
     prompt = config.generate.prompt
     if kind == "ids" and not all(word.isdecimal() for word in prompt.split()):
         yield (
@@ -61,9 +90,26 @@ def _task_data(config: Any) -> Iterator[str]:
         )
 
 
-def _fit(where: str, task: Any, length: int) -> Iterator[str]:
-    """Why the rows of a task cannot be made at a length."""
-    row = f"{where}.seq_len = {length}" if length == task.seq_len else f"{where}.val_lengths = {length}"
+def _mixed(data: Any, found: dict[str, Any]) -> Iterator[str]:
+    """What is said of a mixture of tasks that only texts have."""
+    if data.cache_dir is not None:
+        yield f"data.cache_dir = {show_value(data.cache_dir)}: no effect, as nothing is prepared; delete it"
+    if data.seq_len_warmup:
+        yield (
+            f"data.seq_len_warmup: what a row of {next(iter(found))} asks for would be cut off from where it "
+            "stood; leave it out"
+        )
+    for key, task in found.items():
+        if task.max_epochs is not None and task.train_rows is None:
+            yield (
+                f"{key}.max_epochs = {task.max_epochs}: no effect without {key}.train_rows, as no row comes "
+                "twice; leave one out"
+            )
+
+
+def _fit(where: str, task: Any, length: int, key: str) -> Iterator[str]:
+    """Why the rows of a task cannot be made at the length that a key has."""
+    row = f"{key} = {length}"
     if task.kind == "mqar":
         if 4 * task.n_pairs > length:
             yield (
@@ -99,7 +145,7 @@ def _check(config: Any, name: str, check: Any, vocab: int | None) -> Iterator[st
             f"letter, and neither {' nor '.join(_TAKEN)}"
         )
     if check.kind != "file":
-        yield from _fit(where, check, check.seq_len)
+        yield from _fit(where, check, check.seq_len, f"{where}.seq_len")
         if vocab is not None and check.vocab_size > vocab:
             yield (
                 f"{where}.vocab_size = {check.vocab_size}: the model has {vocab} ids; expected at most as "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -78,6 +78,18 @@ def cut(batch: Batch, length: int) -> Batch:
     opens[:, 0] = True
     inputs, labels = batch.inputs.view(shape), batch.labels.view(shape)
     return replace(batch, inputs=inputs, labels=labels, **_numbered(opens))
+
+
+def apart(batch: Batch) -> Iterator[Batch]:
+    """Each row as a batch of its own; those that were cut from one share its sample id."""
+    rows, opens = len(batch.inputs), _opens(batch)
+    if rows == 1:
+        yield batch
+        return
+    for i in range(rows):
+        at = slice(i, i + 1)
+        sample = batch.sample_ids[i * len(batch.sample_ids) // rows]
+        yield Batch(batch.inputs[at], batch.labels[at], sample_ids=[sample], **_numbered(opens[at]))
 
 
 def _opens(batch: Batch) -> Tensor:

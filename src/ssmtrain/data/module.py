@@ -13,7 +13,7 @@ import torch
 
 from ssmtrain.config.errors import UserError
 from ssmtrain.config.mixing import phases
-from ssmtrain.config.task_rules import TASKS
+from ssmtrain.config.task_rules import tasks
 from ssmtrain.data.batch import Batch, Samples
 from ssmtrain.data.mixture import Joined, Mixture, Ordered
 from ssmtrain.data.order import key_of, permute
@@ -138,11 +138,11 @@ class Data:
     prepared: Prepared | None
     """The folder that the rows are read from, if they are text; of several sources, the first one's."""
     sources: dict[str, Rows] = field(default_factory=dict)
-    """The training text of each source of a mixture."""
-    sets: dict[str, Rows] = field(default_factory=dict)
+    """The training text of each source of a mixture of texts."""
+    sets: dict[str, Ordered] = field(default_factory=dict)
     """The validation sets by name, where there are several or the data is a mixture."""
-    lengths: dict[int, Ordered] = field(default_factory=dict)
-    """A task's rows of other lengths to validate on."""
+    lengths: dict[str, Ordered] = field(default_factory=dict)
+    """A task's rows of other lengths to validate on, as "64", or in a mixture "recall/64"."""
 
     @property
     def tokenizer(self) -> str:
@@ -165,19 +165,19 @@ class Data:
 
 def open_data(config: RunConfig, tokenizer: Tokenizer | None = None) -> Data:
     """Prepare the run's data if need be and open it; UserError when it does not fill one row."""
-    if config.data.kind in TASKS:
+    if tasks(config.data):
         from ssmtrain.data.tasks.source import open_task
 
         return open_task(config)
     if config.data.kind == "mix":
-        return _open_mix(config, tokenizer or load_tokenizer(config.tokenizer))
+        return _open_mix(config, tokenizer or load_tokenizer(config.tokenizer, config.data))
     prepared, rows, meta = _open(config, config.data, config.seed, tokenizer)
     train, sets = rows.pop("train"), {set_name(split): part for split, part in rows.items()}
     _warn_of_copies({"data.train": meta["train"]}, {f"data.{split}": meta[split] for split in rows})
     if "val" in rows:
         return Data(train, rows["val"], meta, prepared)
     meta = {"train": meta["train"], "val": _summed(meta, list(rows)), **meta}
-    return Data(train, Joined(list(sets.values())), _slashed(meta), prepared, sets=sets)
+    return Data(train, Joined(list(sets.values())), _slashed(meta), prepared, sets={**sets})
 
 
 def _open(
@@ -208,7 +208,8 @@ def _open(
 
 def _open_mix(config: RunConfig, tokenizer: Tokenizer) -> Data:
     """All sources of a mixture, each in an order of its own; UserError names the source."""
-    folders, sources, sets = [], {}, {}
+    folders, sources = [], {}
+    sets: dict[str, Ordered] = {}
     meta: dict[str, dict[str, Any]] = {}
     for name, page in pages(config.data).items():
         seed = key_of("ssmtrain source", config.seed, name)

@@ -11,6 +11,7 @@ from ssmtrain.config.errors import FINISHED, UserError
 from ssmtrain.data.pack import count_rows
 from ssmtrain.data.prepare import LIST, Prepared, prepare
 from ssmtrain.data.sources import pages
+from ssmtrain.data.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from ssmtrain.config.request import Request
@@ -33,7 +34,8 @@ def command(request: Request) -> int:
     began = time.perf_counter()
     processes = None if workers is None else int(workers)
     alone = {name: config.model_copy(update={"data": page}) for name, page in pages(config.data).items()}
-    found = {name: prepare(one, workers=processes) for name, one in alone.items()}
+    tokenizer = load_tokenizer(config.tokenizer, config.data)  # one for all sources
+    found = {name: prepare(one, tokenizer, processes) for name, one in alone.items()}
     seconds = time.perf_counter() - began
     if request.as_json:
         told = {name: summary(prepared, config) for name, prepared in found.items()}

@@ -223,7 +223,7 @@ class TokenStream:
     """One prepared split, memory-mapped: its tokens end to end, and where documents start."""
 
     def __init__(self, folder: Path, entry: SplitEntry, dtype: str, shard_tokens: int) -> None:
-        self.entry = entry
+        self.folder, self.entry = folder, entry
         self.tokens = entry.tokens
         self._cap = shard_tokens
         self._shards = [_map(folder, s, dtype) for s in entry.shards]

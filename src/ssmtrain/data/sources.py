@@ -30,7 +30,7 @@ def pages(data: AnyData) -> dict[str, AnyText]:
     """The page of each source by name; a page that is no mixture is its only one, under no name."""
     if data.kind != "mix":
         return {"": textual(data)}
-    return {name: source_page(data, source) for name, source in data.sources.items()}
+    return {name: textual(source_page(data, source)) for name, source in data.sources.items()}
 
 
 def set_name(split: str) -> str:
@@ -94,7 +94,8 @@ def divided(source: Source, unit: Unit) -> bool:
 
 
 def texts(source: Source, split: str, share: float = 1.0) -> Iterator[str]:
-    """The text of a split in pieces, documents end to end, of about `share` of the units, evenly spaced."""
+    """The text of a split in pieces, documents end to end, of about `share` of the units, evenly spaced, the
+    first among them."""
     before, split_of = 0, source.entry_splits
 
     def taken(val: bool, unit: Unit) -> bool:
@@ -102,7 +103,7 @@ def texts(source: Source, split: str, share: float = 1.0) -> Iterator[str]:
         return split == ("val" if val and held == "train" else held)
 
     for i, unit in enumerate(units(source)):
-        chosen = int((i + 1) * share) > int(i * share)
+        chosen = math.ceil((i + 1) * share) > math.ceil(i * share)
         if not chosen and not divided(source, unit):
             continue
         documents = list(unit.documents())

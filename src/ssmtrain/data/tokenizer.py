@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from ssmtrain.config.errors import UserError
+from ssmtrain.config.task_rules import vocabulary
 
 if TYPE_CHECKING:
     from ssmtrain.config.data import AnyData, AnyTokenizer
@@ -176,7 +177,7 @@ def tokenizer_of(config: RunConfig, run: Path | None = None) -> Tokenizer:
 
     `run` is the run's folder, which keeps one that was trained for it.
     """
-    vocab = getattr(config.data, "vocab_size", None)
+    vocab = vocabulary(config.data)
     if vocab is not None:
         return IdsTokenizer(vocab)
     return load_tokenizer(config.tokenizer, config.data, run)

@@ -12,7 +12,7 @@ from ssmtrain.checkpoint.weights import load_model
 from ssmtrain.config.errors import FINISHED, UserError
 from ssmtrain.config.request import Request
 from ssmtrain.config.schema import RunConfig
-from ssmtrain.config.task_rules import TASKS
+from ssmtrain.config.task_rules import tasks
 from ssmtrain.data.batch import Samples
 from ssmtrain.data.mixture import Ordered
 from ssmtrain.data.module import Data, Rows, open_data, text_rows
@@ -47,7 +47,7 @@ def command(request: Request) -> int:
     texts, lengths, what = _texts(config, tokenizer, split, file)
     vocab = config.model.vocab_size or tokenizer.vocab_size
     model = load_model(opened.checkpoint, config, vocab, opened.device, opened.ema)
-    bf16, task = config.trainer.precision == "bf16", config.data.kind in TASKS
+    bf16, task = config.trainer.precision == "bf16", bool(tasks(config.data))
 
     def score(rows: Ordered) -> Score:
         at_once = config.trainer.micro_rows or max(1, 16384 // rows.seq_len)
@@ -68,7 +68,9 @@ def command(request: Request) -> int:
     if sets:
         report["sets"] = sets
     if lengths:
-        report["lengths"] = {n: _figures(score(rows), rows.per_epoch * n, 0) for n, rows in lengths.items()}
+        report["lengths"] = {
+            n: _figures(score(rows), rows.per_epoch * rows.seq_len, 0) for n, rows in lengths.items()
+        }
     if request.as_json:
         print(json.dumps(report, indent=2))
         return FINISHED
@@ -99,6 +101,7 @@ def _of_text(report: dict[str, Any], where: str) -> list[str]:
 def _of_task(report: dict[str, Any], whole: Score, where: str) -> list[str]:
     """The report of a task for a reader."""
     lines = [f"{report['text']}: {_right(report)}"]
+    lines += [f"{name}: {_right(one)}" for name, one in report.get("sets", {}).items()]
     lines += [f"rows of {n}: {_right(one)}" for n, one in report.get("lengths", {}).items()]
     return [*lines, f"{whole.labels:,} answers in {whole.rows:,} rows of {report['seq_len']} tokens; {where}"]
 
@@ -119,14 +122,16 @@ def _figures(score: Score, tokens: int, n_bytes: int) -> dict[str, Any]:
 
 def _texts(
     config: RunConfig, tokenizer: Tokenizer, split: str, file: str | None
-) -> tuple[list[_Text], dict[int, Ordered], str]:
+) -> tuple[list[_Text], dict[str, Ordered], str]:
     """What is scored, at which further lengths, and what it is called: a file or a split."""
     if file is None:
         return *_split(config, open_data(config, tokenizer), split), f"split {split}"
-    if config.data.kind in TASKS:
+    found = tasks(config.data)
+    if found:
+        key, task = next(iter(found.items()))
         raise UserError(
-            f"--file={file}: the run's data is the task {config.data.kind}, so it can read no text",
-            "leave --file out to score the task, or set data.val_lengths=[…] for other lengths",
+            f"--file={file}: the run's data is the task {task.kind}, so it can read no text",
+            f"leave --file out to score the task, or set {key}.val_lengths=[…] for other lengths",
         )
     text = read_text(file, "--file")
     whole = text_rows([text], tokenizer, config.data.seq_len)
@@ -134,12 +139,14 @@ def _texts(
     return [one], {}, str(Path(file).expanduser())
 
 
-def _split(config: RunConfig, data: Data, split: str) -> tuple[list[_Text], dict[int, Ordered]]:
+def _split(config: RunConfig, data: Data, split: str) -> tuple[list[_Text], dict[str, Ordered]]:
     """A split, of several sets or sources each."""
-    if config.data.kind in TASKS:
-        rows = data.val if split == "val" else training_rows(config)
+    if tasks(config.data):
+        sets: dict[str, Ordered] = dict(data.sets) or {"": data.val}
+        if split == "train":
+            sets = {**training_rows(config)}
         lengths = data.lengths if split == "val" else {}
-        return [_Text("", rows, rows.per_epoch * rows.seq_len, 0)], lengths
+        return [_Text(name, rows, rows.per_epoch * rows.seq_len, 0) for name, rows in sets.items()], lengths
     parts: dict[str, Ordered] = dict(data.sets) or {"": data.val}
     if split == "train":
         # The training split's rows are shuffled in training; their set is the same in file order.

@@ -33,8 +33,16 @@ class Score:
     @classmethod
     def of(cls, sets: dict[str, Score]) -> Score:
         """The score of several texts together."""
-        losses, labels = (one.loss_sum for one in sets.values()), (one.labels for one in sets.values())
-        return cls(sum(losses), sum(labels), sets=sets)
+        parts = list(sets.values())
+        counted = [one.right for one in parts if one.right is not None]
+        return cls(
+            sum(one.loss_sum for one in parts),
+            sum(one.labels for one in parts),
+            sum(counted) if len(counted) == len(parts) else None,
+            sum(one.rows for one in parts),
+            sum(one.rows_right for one in parts),
+            sets,
+        )
 
     @property
     def loss(self) -> float:

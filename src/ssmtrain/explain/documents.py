@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ssmtrain.config.schema import RunConfig
-from ssmtrain.data.module import Data, Rows
+from ssmtrain.data.module import Rows
 from ssmtrain.data.prepare import LIST
+from ssmtrain.data.shards import TokenStream
 from ssmtrain.data.tokenizer import ByteTokenizer, Tokenizer
 
 PACKED = (".gz", ".xz", ".zst", ".jsonl", ".parquet")
@@ -40,12 +40,12 @@ class Place:
 
 
 class Documents:
-    """The documents of the training split, in the order of its stream."""
+    """The documents of a training split, in the order of its stream."""
 
-    def __init__(self, config: RunConfig, data: Data, tokenizer: Tokenizer) -> None:
-        assert isinstance(data.train, Rows) and data.prepared, "mixtures and tasks are refused before"
-        self.stream, self.seq_len, self.tokenizer = data.train.stream, config.data.seq_len, tokenizer
-        lines = (data.prepared.folder / LIST).read_text().splitlines()
+    def __init__(self, rows: Rows, tokenizer: Tokenizer) -> None:
+        assert isinstance(rows.stream, TokenStream), "a run reads what was prepared"
+        self.stream, self.seq_len, self.tokenizer = rows.stream, rows.seq_len, tokenizer
+        lines = (rows.stream.folder / LIST).read_text().splitlines()
         entries = [entry for entry in map(json.loads, lines) if entry["split"] == "train"]
         if sum(entry["documents"] for entry in entries) != len(self.stream.starts):
             entries = []  # some gave no tokens, or validate: which is not kept
@@ -107,13 +107,15 @@ class Documents:
                 found.append(number)
         return found
 
-    def rows_of(self, number: int) -> range:
-        """The rows, by file order, that hold tokens of a document."""
+    def rows_of(self, number: int) -> Iterator[tuple[int, int, int]]:
+        """The rows, by file order, that hold tokens of a document: each with its positions [first, stop)."""
         start, stop = self.bounds(number)
-        return range(start // self.seq_len, -(-stop // self.seq_len))
+        L = self.seq_len
+        for row in range(start // L, -(-stop // L)):
+            yield row, max(start - row * L, 0), min(stop - row * L, L)
 
-    def places_of(self, text: str) -> Iterator[tuple[int, Place]]:
-        """Each row in which a text begins, by file order, and where it first does."""
+    def places_of(self, text: str) -> Iterator[tuple[int, int]]:
+        """Each row in which a text begins, by file order, and the position at which it first does."""
         L, decode = self.seq_len, self.tokenizer.decode
         more = len(self.tokenizer.encode(text)) + 8  # where it stands it may be cut otherwise
         for row in range(-(-(self.stream.tokens - 1) // L)):
@@ -122,7 +124,7 @@ class Documents:
             if 0 <= at < len(decode(ids[:L])):
                 # The token that the character belongs to: the first prefix that reaches beyond it.
                 position = bisect_right(range(L), at, key=lambda k: len(decode(ids[:k]))) - 1
-                yield row, self.place(row, position)
+                yield row, position
 
     def _bytes(self, start: int, at: int, exact: bool) -> int | None:
         if exact:

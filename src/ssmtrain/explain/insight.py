@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ssmtrain.data.batch import apart, cut
+from ssmtrain.explain.reads import row_of
 from ssmtrain.train.callbacks.health import gradient_norms, kind_of, parameter_kinds
 from ssmtrain.train.module import LitLM
 
@@ -20,8 +22,12 @@ class RowFigures:
 
     index: int
     """Its place in the step."""
+    source: str
+    """Which of a mixture's; empty where there is one alone."""
     row: int
-    """Its place in the split's file order."""
+    """Its place in the split's file order; of a task its number."""
+    begin: int
+    """Which token of that row is its first."""
     labels: int
     loss: float
     """Nats per label of this row."""
@@ -39,6 +45,8 @@ class Insight:
 
     numbers: range = range(0)
     """The step's sample numbers."""
+    length: int = 0
+    """Tokens of its rows."""
     rows: list[RowFigures] = field(default_factory=list)
     kinds: dict[str, float] = field(default_factory=dict)
     """Norm of the step's gradient by kind of layer."""
@@ -57,7 +65,9 @@ class Insight:
         parameters = [p for p in lit.model.parameters() if p.requires_grad]
         shares = lit.shares()  # all the rows, as there is one process
         self.numbers = range(lit.state.rows + shares[0].start, lit.state.rows + shares[-1].stop)
-        batches = [lit.text.train.batch([number]) for number in self.numbers]
+        train, self.length = lit.text.train, lit.lengths.at(lit.state.tokens)
+        whole = [cut(train.batch([number]), self.length) for number in self.numbers]
+        batches = [one for batch in whole for one in apart(batch)]
         total = max(1, sum(int((b.labels != -100).sum()) for b in batches))
         for index, batch in enumerate(batches):
             labels = int((batch.labels != -100).sum())
@@ -72,7 +82,9 @@ class Insight:
                 self._keep(name, float(value), index)
             largest = {name: float(value) for name, value in found.items()}
             at = max(largest, key=lambda name: _rank(largest[name]))
-            row = RowFigures(index, batch.sample_ids[0], labels, loss / max(labels, 1), norm, largest[at], at)
+            source, number = row_of(train, batch.sample_ids[0])
+            begin, mean = index * self.length % train.seq_len, loss / max(labels, 1)
+            row = RowFigures(index, source, number, begin, labels, mean, norm, largest[at], at)
             self.rows.append(row)
 
     def worst(self, count: int) -> list[RowFigures]:

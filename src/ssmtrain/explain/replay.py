@@ -16,9 +16,9 @@ from ssmtrain.config.reference import parse
 from ssmtrain.config.request import Request
 from ssmtrain.config.schema import RunConfig
 from ssmtrain.data.module import open_data
-from ssmtrain.data.tokenizer import load_tokenizer
-from ssmtrain.explain.documents import Documents
-from ssmtrain.explain.insight import Insight
+from ssmtrain.data.tokenizer import tokenizer_of
+from ssmtrain.explain.insight import Insight, RowFigures
+from ssmtrain.explain.reads import Reads
 from ssmtrain.explain.rows import Row, described, rows_of
 from ssmtrain.explain.subject import Subject, open_subject, records, step_of
 from ssmtrain.train.journal import finite
@@ -97,11 +97,11 @@ def command(request: Request) -> int:
     ledger = {r["step"]: r for r in records(run.ledger)}
     world, kind = ranks_of(run, step, ledger), subject.config.parallel.kind
     config = alone(subject.config, world)
-    tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer = tokenizer_of(config, subject.folder)
     data = open_data(config, tokenizer)
     insight = Insight()
     begin, until = run.begins_at, last_step(step, set(train), set(ledger))
-    replay = Replay(step, until, set(train), subject.numbers(begin + 1).start, insight.look)
+    replay = Replay(step, until, set(train), subject.numbers(begin + 1).start, insight.look, world)
     if not request.as_json:
         how_many = replay.until - begin
         print(f"from step {begin:,} ({run.checkpoint or 'the start'}), {how_many:,} steps", flush=True)
@@ -109,7 +109,7 @@ def command(request: Request) -> int:
     others = {len(ledger[one.step]["params"]) for one in replay.taken if one.step in ledger}
     exact = kind in ("auto", "ddp") and {world} | others == {1}
     verdict = compared(replay, train, ledger, exact, config)
-    rows = rows_of(data, Documents(config, data, tokenizer), tokenizer, insight.numbers)
+    rows = rows_of(data, Reads(data, tokenizer), insight.numbers, insight.length)
     worst = [rows[one.index] for one in insight.worst(WORST)]
     if request.as_json:
         print(json.dumps(finite(plain(subject, step, replay, insight, verdict, worst)), indent=2))
@@ -204,10 +204,12 @@ def page(step: int, replay: Replay, insight: Insight, verdict: Verdict) -> list[
         figures = f"loss {found.loss!r}, gradient norm {found.grad_norm!r}, lr {found.lr:.3e}"
         lines.append(f"step {step:,}: {figures}{skipped}")
     lines += [*replay.nonfinite, *verdict.said(step)]
-    lines += ["", f"{'row':>5}{'of split':>10}{'labels':>8}{'loss':>10}{'gradient':>12}{'largest':>11}"]
-    for row in insight.worst(16):
+    shown = [(row, _sample(row)) for row in insight.worst(16)]
+    wide = max([10, *(2 + len(sample) for _, sample in shown)])
+    lines += ["", f"{'row':>5}{'of split':>{wide}}{'labels':>8}{'loss':>10}{'gradient':>12}{'largest':>11}"]
+    for row, sample in shown:
         lines.append(
-            f"{row.index:>5}{row.row:>10,}{row.labels:>8,}{row.loss:>10.4f}{row.grad_norm:>12.4g}"
+            f"{row.index:>5}{sample:>{wide}}{row.labels:>8,}{row.loss:>10.4f}{row.grad_norm:>12.4g}"
             f"{row.largest:>11.4g}  {row.largest_at}"
         )
     if len(insight.rows) > 16:
@@ -220,3 +222,9 @@ def page(step: int, replay: Replay, insight: Insight, verdict: Verdict) -> list[
         largest = f"{pair[0]:>12.4g} (row {pair[1]})" if pair is not None else ""
         lines.append(f"  {name:<34}{norm:>12.4g}{largest}")
     return lines
+
+
+def _sample(row: RowFigures) -> str:
+    """Which row of the data, and from which of its tokens on."""
+    sample = f"{row.source}:{row.row}" if row.source else f"{row.row:,}"
+    return f"{sample}+{row.begin:,}" if row.begin else sample

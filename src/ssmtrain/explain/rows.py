@@ -1,4 +1,4 @@
-"""A step's rows as plain data: documents, masks and text of each."""
+"""A step's rows as plain data: source, documents, masks and text of each."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 
 from ssmtrain.config.errors import UserError
-from ssmtrain.data.module import Batch, Data
+from ssmtrain.data.batch import Batch, cut
+from ssmtrain.data.module import Data
 from ssmtrain.data.pack import IGNORE
-from ssmtrain.data.tokenizer import Tokenizer
+from ssmtrain.explain.asked import Asked, asked
 from ssmtrain.explain.documents import Documents, Place
+from ssmtrain.explain.reads import Reads, row_of
 
 
 @dataclass(frozen=True)
@@ -36,53 +38,71 @@ class Row:
 
     index: int
     """Its place in the step, from 0."""
+    source: str
+    """Which of a mixture's; empty where there is one alone."""
     row: int
-    """Its place in the split's file order."""
+    """Its place in the file order of the split; of a task its number."""
+    begin: int
+    """Which token of that row is its first: above 0 where rows are cut to the length of the step."""
     labels: int
     """Positions that have something to predict."""
     ignored: list[tuple[int, str]]
-    """Positions that have none, and why."""
+    """Positions of a text that have none, and why."""
     padding: int
     """Positions after the end of the split."""
     parts: list[Part]
+    task: Asked | None = None
+    """What a task asks; it has no parts."""
 
     def plain(self, full: bool) -> dict[str, Any]:
-        """For JSON; token ids only where asked for."""
+        """For JSON; token ids of texts only where asked for."""
         found = asdict(self)
         for part in found["parts"] if not full else ():
             del part["ids"]
         return found
 
 
-def rows_of(data: Data, documents: Documents, tokenizer: Tokenizer, numbers: Sequence[int]) -> list[Row]:
-    """The rows of some sample numbers, as the step is given them."""
-    batch = data.train.batch(numbers)
-    return [_row(batch, i, documents, tokenizer) for i in range(len(batch.sample_ids))]
+def rows_of(data: Data, reads: Reads, numbers: Sequence[int], length: int) -> list[Row]:
+    """The rows of some sample numbers, as a step with rows of this length is given them."""
+    if not numbers:
+        return []
+    batch, rows = cut(data.train.batch(numbers), length), []
+    pieces = data.train.seq_len // length
+    for i in range(len(batch.inputs)):
+        whole, piece = divmod(i, pieces)
+        name, row = row_of(data.train, batch.sample_ids[whole])
+        part = reads.parts[name]
+        if isinstance(part, Documents):
+            rows.append(_of_text(batch, i, name, row, piece * length, part))
+        else:
+            found = asked(part, batch, i)
+            rows.append(Row(i, name, row, 0, len(found.answers), [], 0, [], found))
+    return rows
 
 
-def _row(batch: Batch, index: int, documents: Documents, tokenizer: Tokenizer) -> Row:
-    row, inputs = batch.sample_ids[index], batch.inputs[index].numpy()  # (L,)
-    labels, L = batch.labels[index].numpy(), batch.inputs.shape[1]
-    real = int(min(L, documents.stream.tokens - row * L))  # the rest is padding
+def _of_text(batch: Batch, index: int, name: str, row: int, begin: int, documents: Documents) -> Row:
+    inputs, labels = batch.inputs[index].numpy(), batch.labels[index].numpy()  # (l,)
+    length, left = len(inputs), documents.stream.tokens - row * documents.seq_len  # of the split
+    real = max(0, min(length, left - begin))  # the rest is padding
     opens = [0]
     if batch.doc_ids is not None:
         opens += (1 + np.flatnonzero(np.diff(batch.doc_ids[index].numpy()))).tolist()
     ignored = []
-    for at in np.flatnonzero(labels == IGNORE).tolist():
-        if at + 1 < real:
-            ignored.append((at, "the next token starts a document"))
-        elif at < real:
-            over = row * L + real >= documents.stream.tokens
-            ignored.append((at, "the split ends" if over else "the next row starts a document"))
+    for at in np.flatnonzero(labels[:real] == IGNORE).tolist():
+        if begin + at + 1 >= left:
+            ignored.append((at, "the split ends"))
+        else:
+            at_end = begin + at + 1 == documents.seq_len
+            ignored.append((at, f"the next {'row' if at_end else 'token'} starts a document"))
     parts = []
-    for first, stop in zip(opens, [*opens[1:], L], strict=True):
+    for first, stop in zip(opens, [*opens[1:], length], strict=True):
         ids = inputs[first : min(stop, real)].tolist()
         if ids:
-            ends = ids[-1] == tokenizer.eot
-            text = tokenizer.decode(ids[:-1] if ends else ids)
+            ends = ids[-1] == documents.tokenizer.eot
+            text = documents.tokenizer.decode(ids[:-1] if ends else ids)
             last = first + len(ids) - 1
-            parts.append(Part(first, last, documents.place(row, first), ids, text, ends))
-    return Row(index, row, int((labels != IGNORE).sum()), ignored, L - real, parts)
+            parts.append(Part(first, last, documents.place(row, begin + first), ids, text, ends))
+    return Row(index, name, row, begin, int((labels != IGNORE).sum()), ignored, length - real, parts)
 
 
 def chosen(text: str | None, count: int) -> list[int]:
@@ -117,18 +137,30 @@ def shortened(text: str, limit: int | None) -> str:
 
 def described(row: Row, limit: int | None) -> list[str]:
     """A row for a reader."""
-    lines = [f"row {row.index} (row {row.row:,} of the split): {row.labels:,} labels" + _masks(row)]
+    lines = [f"row {row.index} ({where(row)}): {row.labels:,} labels" + _masks(row)]
     for part in row.parts:
         place = part.place
-        where = f"document {place.document:,}"
+        at = f"document {place.document:,}"
         if place.file is not None:
-            where = f"{escaped(place.file)}, {where}"
+            at = f"{escaped(place.file)}, {at}"
         whole = "from its start" if place.token == 0 else f"from its token {place.token:,}"
         about = "" if place.exact else "about "
         byte = "" if place.byte is None else f", {about}byte {place.byte:,} of the file"
-        lines.append(f"  {f'{part.first}-{part.last}':<11} {where}, {whole} of {place.tokens:,}{byte}")
+        lines.append(f"  {f'{part.first}-{part.last}':<11} {at}, {whole} of {place.tokens:,}{byte}")
         lines.append(f"  {'':<11} {shortened(part.text, limit)}{' <end of text>' if part.ends else ''}")
+    if row.task is not None:
+        lines.append(f"  {f'0-{len(row.task.ids) - 1}':<11} {row.task.tokens(limit)}")
+        lines.append(f"  {'asked':<11} {row.task.said(limit)}")
     return lines
+
+
+def where(row: Row) -> str:
+    """What a row is, of which source."""
+    of = f" {row.source}" if row.source else ""
+    if row.task is not None:
+        return f"row {row.row:,} of{of or ' the task'}, {row.task.kind} with seed {row.task.seed}"
+    cut_off = f"from token {row.begin:,} of " if row.begin else ""
+    return f"{cut_off}row {row.row:,} of{of or ' the split'}"
 
 
 def _masks(row: Row) -> str:

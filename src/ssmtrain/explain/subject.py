@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ssmtrain.checkpoint import store
 from ssmtrain.checkpoint.records import CONFIG, read_status
 from ssmtrain.config.errors import UserError
-from ssmtrain.config.growth import lengths
+from ssmtrain.config.growth import batches, lengths
 from ssmtrain.config.identity import differences, may_change
 from ssmtrain.config.load import load_run_config
 from ssmtrain.config.reference import parse
 from ssmtrain.config.request import Request
 from ssmtrain.config.schema import RunConfig
-from ssmtrain.config.task_rules import TASKS
+from ssmtrain.explain.steps import ZERO, Begin, Stretch, stretches
 
 
 @dataclass(frozen=True)
@@ -27,47 +29,65 @@ class Subject:
     folder: Path | None
     done: int = 0
     """Steps that the run has taken."""
-    begin: tuple[int, int] = (0, 0)
-    """A step and the rows consumed before the one that follows it: where a fork began."""
+    begin: Begin = ZERO
+    """Where a fork began."""
 
     @property
     def name(self) -> str:
         """The run's, or the recipe's."""
         return f"run {self.folder.name}" if self.folder else f"recipe {self.config.recipe}"
 
-    @property
+    @cached_property
     def last(self) -> int:
         """The step at which the run ends."""
-        trainer = self.config.trainer
+        trainer, steps = self.config.trainer, batches(self.config.trainer)
         limits = [trainer.max_steps] if trainer.max_steps else []
-        limits += [-(-trainer.max_tokens // trainer.global_batch)] if trainer.max_tokens else []
+        if trainer.max_tokens:
+            limits.append(self.begin.step + steps.steps_to(trainer.max_tokens, self.begin.tokens))
+            limits += [] if trainer.max_steps else [steps.steps_to(trainer.max_tokens)]
         return min(limits, default=max(self.done, 1))
 
-    @property
-    def rows_per_step(self) -> int:
-        """Rows of the global batch."""
-        return self.config.trainer.global_batch // self.config.data.seq_len
+    @cached_property
+    def stretches(self) -> list[Stretch]:
+        """All its steps."""
+        saved = store.checkpoints(self.folder / "checkpoints") if self.folder else []
+        known = [(store.step_of(path), int(store.load_state(path)["run"]["rows"])) for path in saved]
+        grown, row = batches(self.config.trainer), self.config.data.seq_len
+        last = max(self.last, self.done)
+        return stretches(grown, row, self.begin, known, last, self._left_out(known))
 
-    def numbers(self, step: int) -> range:
-        """The sample numbers of a step; UserError where the run has no such step."""
-        since, rows = self.begin
-        if step <= since:
+    def _left_out(self, known: Sequence[tuple[int, int]]) -> int:
+        """Rows that the run left out when it went back to its last checkpoint."""
+        if self.folder is None or not known:
+            return 0
+        turns = records(self.folder / "metrics.jsonl", "rollback")
+        return sum(int(turn["rows_left_out"]) for turn in turns[-1:] if turn["step"] == known[-1][0] + 1)
+
+    def stretch(self, step: int) -> Stretch:
+        """The stretch that a step is in; UserError where the run has no such step."""
+        if step <= self.begin.step:
             origin = self.config.origin
             raise UserError(
-                f"step={step}: this run was forked at step {since:,}",
+                f"step={step}: this run was forked at step {self.begin.step:,}",
                 f"earlier steps are those of run={origin.run if origin else '…'}",
             )
-        if step > max(self.last, self.done):
+        found = next((one for one in self.stretches if step <= one.before + one.steps), None)
+        if found is None:
             raise UserError(
                 f"step={step}: {self.name} ends at step {self.last:,}", "give a step=… up to that"
             )
-        saved = store.checkpoints(self.folder / "checkpoints") if self.folder else []
-        if saved:
-            # The next checkpoint knows what was read up to it, rows that the run left out not counted.
-            path = next((path for path in saved if store.step_of(path) >= step), saved[-1])
-            since, rows = store.step_of(path), int(store.load_state(path)["run"]["rows"])
-        first = rows + (step - 1 - since) * self.rows_per_step
-        return range(first, first + self.rows_per_step)
+        return found
+
+    def numbers(self, step: int) -> range:
+        """The sample numbers of a step; UserError where the run has no such step."""
+        return self.stretch(step).numbers(step)
+
+    def length(self, step: int, within: Stretch | None = None) -> int:
+        """Tokens of its rows, which a warm-up cuts shorter than data.seq_len; `within` is its stretch, where
+        that is known."""
+        row, found = self.config.data.seq_len, within or self.stretch(step)
+        seen = found.tokens + (step - 1 - found.before) * found.rows * row
+        return lengths(self.config.data).at(seen)
 
 
 def open_subject(request: Request) -> Subject:
@@ -76,13 +96,11 @@ def open_subject(request: Request) -> Subject:
     A run needs no checkpoint to be read.
     """
     if request.config is not None:
-        _refuse(request.config)
         if request.config.origin is not None and request.config.origin.kind == "fork":
             raise UserError("this page is a fork's: give its run, as in run=runs/<name>")
         return Subject(request.config, None)
     where = _where(request.run or "")
     config = load_run_config(where, request.overrides)
-    _refuse(config)
     folder = _folder(where, request.overrides)
     changed = [key for key in differences(load_run_config(folder / CONFIG), config) if not may_change(key)]
     if changed:
@@ -90,21 +108,6 @@ def open_subject(request: Request) -> Subject:
             f"{', '.join(changed[:3])}: with another value it would be another run", "leave it as it is"
         )
     return Subject(config, folder, int(read_status(folder)["step"]), _begin(config, folder))
-
-
-def _refuse(config: RunConfig) -> None:
-    """UserError where a step's rows are not the next of one source."""
-    given = {
-        f"data.kind={config.data.kind}": config.data.kind in ("mix", *TASKS),
-        "data.seq_len_warmup": bool(lengths(config.data).stages),
-        "trainer.global_batch_warmup": config.trainer.global_batch_warmup is not None,
-    }
-    for key, there in given.items():
-        if there:
-            raise UserError(
-                f"{key}: the rows of a step cannot be shown yet",
-                "with SSMTRAIN_LEDGER=1 the run's ledger.jsonl names the rows of every step",
-            )
 
 
 def _where(run: str) -> Path:
@@ -122,16 +125,20 @@ def _folder(where: Path, overrides: list[str]) -> Path:
     raise UserError(f"run={where}: this is no run's folder", "give its page as config=… instead")
 
 
-def _begin(config: RunConfig, folder: Path) -> tuple[int, int]:
+def _begin(config: RunConfig, folder: Path) -> Begin:
+    """Where a fork began, as it wrote down; UserError where it did not."""
     origin = config.origin
     if origin is None or origin.kind != "fork":
-        return 0, 0
+        return ZERO
+    noted = [record for record in records(folder / "metrics.jsonl", "fork") if "rows" in record]
+    if noted:
+        return Begin(noted[-1]["step"], noted[-1]["rows"], noted[-1]["tokens"])
     found = store.checkpoints(folder / "checkpoints")
-    if not found:
-        raise UserError(f"{folder} is a fork that has saved nothing yet: where its rows begin is not known")
+    if not found or config.trainer.global_batch_warmup:
+        raise UserError(f"{folder} is a fork that has not written down where its rows begin")
     run = store.load_state(found[-1])["run"]
-    per_step = config.trainer.global_batch // config.data.seq_len
-    return origin.step, int(run["rows"]) - (int(run["step"]) - origin.step) * per_step
+    tokens = (int(run["step"]) - origin.step) * config.trainer.global_batch
+    return Begin(origin.step, int(run["rows"]) - tokens // config.data.seq_len, int(run["tokens"]) - tokens)
 
 
 def step_of(request: Request) -> int:

@@ -95,6 +95,12 @@ def forgetting() -> Iterator[None]:
         _ledger.reset(token)
 
 
+def forgets(tensor: Tensor) -> bool:
+    """Whether `forgetting` is in force for a tensor."""
+    here = _ledger.get() is not None and not torch.compiler.is_compiling()
+    return here and tensor.requires_grad and tensor.device.type in DEVICES
+
+
 def forget(result: Tensor, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
     """Return result, which function(*inputs) gives again, to the bit: the backward pass may compute it anew.
 
@@ -102,11 +108,9 @@ def forget(result: Tensor, function: Callable[..., Tensor], *inputs: Any) -> Ten
     tensors among the inputs should be such as autograd keeps anyway, and be given as inputs: what the
     function closes over is kept with its gradients' history.
     """
-    if torch.compiler.is_compiling():
-        return result  # a compiler decides itself what to compute again
     ledger = _ledger.get()
-    if ledger is None or not result.requires_grad or result.device.type not in DEVICES:
-        return result
+    if ledger is None or not forgets(result):
+        return result  # a compiler decides itself what to compute again
     storage = result.untyped_storage()
     if storage.nbytes() != result.nbytes:
         return result  # a part of something

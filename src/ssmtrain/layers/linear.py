@@ -35,7 +35,7 @@ class Linear(Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map the last axis of x from `in` to `out`."""
-        if not torch.compiler.is_compiling() and _mixes(x, self.weight):
+        if not torch.compiler.is_compiling() and mixes(x, self.weight):
             return _Mixed.apply(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
 
@@ -45,12 +45,12 @@ class Linear(Layer):
         The other reader's gradient of x is written over by the sum of both, so it must be an op that makes it
         anew, as the kernels do.
         """
-        if not torch.compiler.is_compiling() and _mixes(x, self.weight):
+        if not torch.compiler.is_compiling() and mixes(x, self.weight):
             return _Beside.apply(x, self.weight, self.bias)
         return x, self(x)
 
 
-def _mixes(x: Tensor, weight: Tensor) -> bool:
+def mixes(x: Tensor, weight: Tensor) -> bool:
     """Whether autocast would round an fp32 weight, and with it the gradient."""
     device = x.device.type
     return (

@@ -12,14 +12,14 @@ from pydantic import Field
 from torch import Tensor
 
 from ssmtrain.kernels.digits import keep
-from ssmtrain.kernels.gated_norm import gated_norm
+from ssmtrain.kernels.gated_norm import gated_norm, projected_norm, projects
 from ssmtrain.kernels.parts import parts
 from ssmtrain.kernels.ssd import ssd, ssd_step
 from ssmtrain.layers.base import Context, Layer, Mixer, MixerConfig, ParamSpec, State, StateBytes
 from ssmtrain.layers.conv import CausalConv1d
-from ssmtrain.layers.forget import forget
+from ssmtrain.layers.forget import forget, forgets
 from ssmtrain.layers.init import constant, dt_bias, log_uniform
-from ssmtrain.layers.linear import Linear
+from ssmtrain.layers.linear import Linear, mixes
 
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
@@ -141,6 +141,20 @@ class GatedNorm(Layer):
 
         return forget(normed(x, z), normed, x, z)
 
+    def then(self, linear: Linear, x: Tensor, z: Tensor) -> Tensor:
+        """linear(self(x, z)); what would be forgotten between is then made again at less cost."""
+        low = torch.get_autocast_dtype(x.device.type)
+        if not (forgets(x) and mixes(x, linear.weight) and x.dtype == z.dtype == low and projects(x)):
+            return linear(self(x, z))
+        keep("norm", weight=self.weight)
+        groups, order = self.n_groups, self.norm_before_gate
+        return projected_norm(
+            *(x, z, self.weight, linear.weight, linear.bias),
+            eps=self.eps,
+            n_groups=groups,
+            norm_before_gate=order,
+        )
+
 
 class Mamba2(Mixer):
     """z, x, B, C, dt = in(u); x, B, C = silu(conv(.)); y = ssd(x, dt, A, B, C); out(norm(y * silu(z)))."""
@@ -189,8 +203,8 @@ class Mamba2(Mixer):
             initial_state=state["ssm"] if state else None,
             return_final_state=ctx.carry,
         )  # (B, L, H, P)
-        y = self.norm(y.flatten(-2), z)  # (B, L, E)
-        return self.out_proj(y), {"conv": window, "ssm": ssm} if ctx.carry else None
+        y = self.norm.then(self.out_proj, y.flatten(-2), z)  # (B, L, D)
+        return y, {"conv": window, "ssm": ssm} if ctx.carry else None
 
     def step_sizes(self, x: Tensor, ctx: Context) -> Tensor:
         """The step sizes (B, L, H) that the scan takes on x (B, L, D), fp32."""

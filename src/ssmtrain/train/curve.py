@@ -37,11 +37,12 @@ def read(path: Path) -> tuple[Points, Points]:
 
 
 def read_sets(path: Path) -> dict[str, Points]:
-    """The validation curve of each set of a metrics.jsonl that has several, in bits per byte."""
+    """The validation curve of each set of a metrics.jsonl that has several, in bits per byte; of tasks in
+    nats."""
     found: dict[str, Points] = {}
     for record in _records(path):
         for name, one in sets_of(record).items():
-            found.setdefault(name, []).append((record["step"], float(one["bpb"])))
+            found.setdefault(name, []).append((record["step"], float(one.get("bpb", one["loss"]))))
     return found
 
 
@@ -50,7 +51,8 @@ def sets_of(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
     if record.get("kind") != "val":
         return {}
     sets = {name: one for name, one in record.items() if isinstance(one, dict)}
-    return {name: one for name, one in sets.items() if isinstance(one.get("bpb"), (int, float))}
+    figures = {name: one.get("bpb", one.get("loss")) for name, one in sets.items()}
+    return {name: sets[name] for name, figure in figures.items() if isinstance(figure, (int, float))}
 
 
 def last_loss(path: Path) -> float | None:

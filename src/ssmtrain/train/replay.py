@@ -15,7 +15,7 @@ from ssmtrain.config.logger import NoLogger
 from ssmtrain.config.parallel import AutoParallel
 from ssmtrain.config.schema import RunConfig
 from ssmtrain.data.module import Data
-from ssmtrain.data.tokenizer import load_tokenizer
+from ssmtrain.data.tokenizer import tokenizer_of
 from ssmtrain.kernels import backend
 from ssmtrain.train.clock import Clock
 from ssmtrain.train.fit import make_trainer, place
@@ -34,7 +34,8 @@ class Taken:
     grad_norm: float
     lr: float
     skipped: bool
-    samples: list[int]
+    samples: list[Any]
+    """Rows as the ledger has them, of a mixture as "source:row"."""
 
 
 @dataclass(eq=False)
@@ -50,7 +51,11 @@ class Replay(Callback):
     """Rows consumed before the first step: more than the checkpoint's where the run went back to it."""
     watch: Callable[[LitLM], None]
     """Called at the step, the gradient in place and the weights those that it was taken with."""
+    world: int = 1
+    """Ranks that took the steps: as many parts are taken in turn, however large the step is."""
     taken: list[Taken] = field(default_factory=list)
+    micro: int = 0
+    """Rows of a micro-batch of a step of the whole size."""
     nonfinite: list[str] = field(default_factory=list)
     """Where the first number that is not finite is, when that ended the run."""
 
@@ -65,6 +70,16 @@ class Replay(Callback):
         lit.on_gradients.append(look)
         lit.state.rows = self.rows
 
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        """Cut a step of a growing batch as its ranks did: `alone` knows of those of the whole size only."""
+        lit: LitLM = pl_module
+        page, rows = lit.config.trainer, lit.config.data.seq_len
+        if self.world > 1 and page.global_batch_warmup and page.micro_rows is not None:
+            mine = max(1, lit.horizon.batches.at(lit.state.tokens) // rows // self.world)
+            self.micro = self.micro or page.micro_rows
+            trainer_page = page.model_copy(update={"micro_batch": min(self.micro, mine)})
+            lit.config = lit.config.model_copy(update={"trainer": trainer_page})
+
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         """Keep the step's figures; the window of losses is that of callbacks/metrics.py."""
         lit: LitLM = pl_module
@@ -74,9 +89,8 @@ class Replay(Callback):
             state.window_loss += last.loss
             state.window_steps += 1
         mean = state.window_loss / state.window_steps if state.window_steps else float("nan")
-        self.taken.append(
-            Taken(state.step, last.loss, mean, last.grad_norm, last.lr, last.skipped, last.samples)
-        )
+        samples = lit.text.train.names(last.samples)
+        self.taken.append(Taken(state.step, last.loss, mean, last.grad_norm, last.lr, last.skipped, samples))
         if state.step in self.recorded:
             state.window_loss, state.window_steps = 0.0, 0
         if state.step >= self.until:
@@ -108,7 +122,7 @@ def run_again(config: RunConfig, data: Data, run: Run, replay: Replay) -> None:
         backend.configure(config.trainer.kernels, "cuda" if accelerator == "gpu" else "cpu")
     except backend.BackendError as error:
         raise UserError(f"trainer.kernels: {error}") from None
-    vocab = config.model.vocab_size or load_tokenizer(config.tokenizer).vocab_size
+    vocab = config.model.vocab_size or tokenizer_of(config, run.folder).vocab_size
     signals = Signals()
     lit = LitLM(config, vocab, data, signals, Clock(), run.checkpoint, run.origin)
     try:

@@ -15,7 +15,7 @@ from ssmtrain.checkpoint.runs import Run
 from ssmtrain.config.origin import describe
 from ssmtrain.config.redact import redact, redacted
 from ssmtrain.config.schema import RunConfig
-from ssmtrain.config.task_rules import TASKS
+from ssmtrain.config.task_rules import tasks
 from ssmtrain.data.sources import cost, open_source, pages, split_text
 from ssmtrain.data.yardsticks import yardsticks
 from ssmtrain.train.attempts import line
@@ -120,7 +120,9 @@ def score_lines(figures: dict[str, Any]) -> list[str]:
             f"perplexity {figures['val_perplexity']:.4g}) on all of {figures['val_bytes']:,} bytes"
         ]
     sets = figures.get("val_sets") or {}
-    if sets:
+    if figures["val_bpb"] is None:
+        lines += [f"{name}: {scored(one)}" for name, one in sets.items()]
+    elif sets:
         each = [f"{name} {one['bpb']:.3f} (loss {one['loss']:.4f})" for name, one in sets.items()]
         lines.append(f"bits per byte of {', '.join(each)}")
     for n, found in figures.get("val_lengths", {}).items():
@@ -161,7 +163,7 @@ def next_commands(run: Run) -> list[tuple[str, str]]:
         else f"trainer.max_tokens={2 * (run.config.trainer.max_tokens or 0)}"
     )
     call, recipe = program(), run.config.recipe
-    if run.config.data.kind in TASKS:
+    if tasks(run.config.data):
         prompt = "'1 2 3'"
         text = ("score it again", f"{call} eval run={folder}")
     else:

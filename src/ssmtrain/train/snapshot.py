@@ -143,7 +143,8 @@ def begin(lit: LitLM, checkpoint: Path) -> RunState:
         _load_optimizers(lit, checkpoint, run)
         _load_averages(lit, checkpoint, state)
         _load_generators(lit, checkpoint, run.step)
-    lit.journal.write("fork", run.step, path=str(checkpoint), data="kept" if same else "from its beginning")
+    data = "kept" if same else "from its beginning"
+    lit.journal.write("fork", run.step, path=str(checkpoint), data=data, rows=run.rows, tokens=run.tokens)
     return run
 
 

@@ -12,6 +12,8 @@ from kernels.triton.shim import poisoned
 from ssmtrain.kernels import tuned
 from ssmtrain.kernels.gated_norm import reference
 from ssmtrain.kernels.gated_norm import triton as ours
+from ssmtrain.kernels.gated_norm.projected import projected_norm
+from ssmtrain.kernels.parts import parts
 
 GATES = ("none", "first", "last")
 OPTIONS = {"eps": 1e-5, "n_groups": 1}
@@ -551,3 +553,57 @@ def test_more_than_two_billion_elements(device: torch.device) -> None:
         assert torch.equal(torch.cat([found[name][:8], found[name][-8:]]), truth[name])
         assert not found[name][8:-8].any()
     assert distance(found["dweight"], truth["dweight"]) < 1e-6
+
+
+def run_projected(
+    tensors: dict[str, Tensor], gate: str, projection: Tensor, bias: Tensor, fused: bool, n_groups: int
+) -> dict[str, Tensor]:
+    """A norm and a product behind it, and all gradients; z is a part of something wider."""
+    leaves = {"x": tensors["x"].detach().requires_grad_(), "weight": tensors["weight"].detach().clone()}
+    leaves["wide"] = torch.cat([tensors["z"], tensors["z"][..., :8]], -1).requires_grad_()
+    leaves["weight"].requires_grad_()
+    leaves["projection"], leaves["bias"] = (t.detach().clone().requires_grad_() for t in (projection, bias))
+    z, _ = parts(leaves["wide"], [tensors["z"].shape[-1:], (8,)])
+    options = {"eps": 1e-5, "n_groups": n_groups, "norm_before_gate": gate == "last"}
+    rest = leaves["projection"], leaves["bias"]
+    if fused:
+        out = projected_norm(leaves["x"], z, leaves["weight"], *rest, **options)
+    else:
+        y = ours.gated_norm(leaves["x"], z, leaves["weight"], **options)
+        out = torch.nn.functional.linear(y, *(t.to(y.dtype) for t in rest))
+    out.backward(tensors["dy"][..., : len(projection)])
+    return {"out": out.detach()} | {f"d{name}": leaf.grad for name, leaf in leaves.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("gate,n_groups", [("first", 1), ("first", 2), ("last", 1)])
+def test_with_the_product_behind_it(
+    gate: str, n_groups: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """The bits of norm and product apart, but for the projection's gradient, which is not rounded."""
+    tensors = draw((2, 6, 48), gate, device, dtype)
+    draws = torch.Generator().manual_seed(5)
+    projection, bias = (torch.randn(shape, generator=draws).to(device) for shape in ((20, 48), (20,)))
+    found = run_projected(tensors, gate, projection, bias, True, n_groups)
+    apart = run_projected(tensors, gate, projection, bias, False, n_groups)
+    assert found.keys() == apart.keys()
+    for name, one in apart.items():
+        assert found[name].dtype == one.dtype, name
+        if name not in ("dprojection", "dbias"):
+            assert torch.equal(found[name], one), name
+    y = exact(tensors, gate, n_groups=n_groups)["y"].flatten(0, 1)
+    rows = tensors["dy"][..., :20].double().flatten(0, 1)
+    tolerance = 1e-6 if dtype == torch.float32 else 4e-3
+    assert distance(found["dprojection"], rows.t() @ y) < tolerance
+    assert distance(found["dbias"], rows.sum(0)) < 1e-6
+
+
+def test_a_group_in_slices_with_the_product_behind_it(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch, BLOCK=16, PIECES=2, ROWS=1)
+    tensors = draw((3, 72), "first", device)
+    projection = torch.randn(9, 72, generator=torch.Generator().manual_seed(5)).to(device)
+    args = tensors, "first", projection, torch.zeros(9, device=device)
+    found, apart = (run_projected(*args, fused, 1) for fused in (True, False))
+    assert_all_close(found, {name: one.double() for name, one in apart.items()}, 1e-6)

@@ -46,6 +46,37 @@ def gated_norm(
         )
 
 
+def projects(x: Tensor) -> bool:
+    """Whether `projected_norm` is to be had for x."""
+    return not torch.compiler.is_compiling() and backend.chosen("gated_norm", x.device.type) == "triton"
+
+
+def projected_norm(
+    x: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    projection: Tensor,
+    bias: Tensor | None,
+    *,
+    eps: float = 1e-5,
+    n_groups: int = 1,
+    norm_before_gate: bool = False,
+) -> Tensor:
+    """F.linear(gated_norm(x, z, weight), projection, bias), which keeps x and z alone for the backward pass.
+
+    x, z (..., E), weight (E,), projection (D, E), bias (D,); returns (..., D) of x's dtype. Projection and
+    bias have gradients of their own dtype, an fp32 projection's without rounding between. Only where
+    `projects`; errors as in `gated_norm`.
+    """
+    _check("projected_norm", x, weight, n_groups)
+    from ssmtrain.kernels.gated_norm.projected import projected_norm as run
+
+    with torch.autocast(x.device.type, enabled=False):
+        return run(
+            *(x, z, weight, projection, bias), eps=eps, n_groups=n_groups, norm_before_gate=norm_before_gate
+        )
+
+
 def stream_norm(
     x: Tensor,
     weight: Tensor,

@@ -224,6 +224,7 @@ def _backward(
     add,  # (rows, E): what dx is added to; or None
     dx,  # (rows, E) contiguous
     dz,  # (rows, E): of the gate's logits, or factor * dx; or None
+    again,  # (rows, E) contiguous: the norm once more; or None
     parts,  # (runs, E)
     rows,
     run,
@@ -307,6 +308,13 @@ def _backward(
             inside = live & (at < room)
             plain, grad, gate, opening, more = kept[piece]
             inner_grad = grad * (weights[piece] * scale)
+            if again is not None:
+                inner = plain
+                if GATE == "first":
+                    inner = plain * gate
+                _finish(
+                    again + out + at, weight + channel + at, inner, gate, scale, live, at < room, WHOLE, GATE
+                )
             if GATE == "first":
                 inner_grad -= plain * (gate * pull)
                 slope = opening + gate * (1.0 - opening)
@@ -509,11 +517,12 @@ def _norm_back(
     n_groups: int,
     norm_before_gate: bool,
     room: Tensor | None = None,
+    again: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, z (in `room` if given, empty without a gate) and weight."""
+    """Gradients of x, z (in `room` if given, empty without a gate) and weight; the norm itself in `again`."""
     dz = _like(z, x) if room is None else room
     gate = _gate(z, norm_before_gate)
-    dx, dweight = _launch_back(dy, x, z, weight, scales, None, None if z is None else dz, 1.0, gate)
+    dx, dweight = _launch_back(dy, x, z, weight, scales, None, None if z is None else dz, 1.0, gate, again)
     return dx, dz, dweight
 
 
@@ -548,8 +557,9 @@ def _launch_back(
     dz: Tensor | None,
     factor: float,
     gate: str,
+    again: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Write dz; return the gradients of x, with `add` added, and weight."""
+    """Write dz and, if given, the norm again; return the gradients of x, with `add` added, and weight."""
     dx, dweight, n_groups = x.new_empty(x.shape), torch.empty_like(weight), scales.shape[1]
     grad, plain = _rows(dy), _rows(x)
     logits, more = (plain if other is None else _rows(other) for other in (z, add))
@@ -577,7 +587,7 @@ def _launch_back(
                 num_warps=config["num_warps"],
             )
         _backward[(runs * n_groups * slices,)](
-            *(*inputs, None if add is None else more, dx, dz, parts, rows, run, *strides, factor),
+            *(*inputs, None if add is None else more, dx, dz, again, parts, rows, run, *strides, factor),
             **shape | config,
         )
         _add[(triton.cdiv(width, 16),)](parts, dweight, runs, WIDTH=width, BLOCK=16, ROWS=256, num_warps=8)

@@ -83,9 +83,13 @@ class Console(Callback):
                 self.say(f"step {record['step']:>6,}  " + "  ".join(figures(record)))
         elif kind == "val":
             self.say(f"step {record['step']:>6,}  validation {scored(record)}")
-            sets = [f"{name} {one['bpb']:.4f}" for name, one in sets_of(record).items()]
-            if sets:
-                self.say(f"{'':13}bits per byte of {', '.join(sets)}")
+            sets = sets_of(record)
+            if "accuracy" in record:
+                for name, one in sets.items():
+                    self.say(f"{'':13}{name}: {scored(one)}")
+            elif sets:
+                each = [f"{name} {one['bpb']:.4f}" for name, one in sets.items()]
+                self.say(f"{'':13}bits per byte of {', '.join(each)}")
             for length, found in record.get("lengths", {}).items():
                 self.say(f"{'':13}rows of {length}: {scored(found)}")
         elif kind == "check":

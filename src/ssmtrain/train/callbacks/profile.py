@@ -103,7 +103,7 @@ class Profile(Callback):
         trace, plain = self.folder / f"{stem}.trace.json.gz", self.folder / f".{stem}.json"
         self.profiler.export_chrome_trace(str(plain))
         packed = self.folder / f".{stem}.gz"
-        with plain.open("rb") as source, gzip.open(packed, "wb", compresslevel=3) as target:
+        with plain.open("rb") as source, gzip.GzipFile(packed, "wb", compresslevel=3) as target:
             shutil.copyfileobj(source, target)
         plain.unlink()
         packed.replace(trace)

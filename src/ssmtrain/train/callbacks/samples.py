@@ -35,8 +35,14 @@ def draw(lit: LitLM, tokenizer: Tokenizer, max_tokens: int | None = None) -> str
     with forked_rng(lit.device), lit.autocast(), on_first(lit.model) as model:
         if model is None:
             return ""
-        if isinstance(lit.text.val, TaskRows):
-            return answers(model, lit.text.val.batch_rows([0]).to(lit.device))
+        sets = lit.text.sets or {"": lit.text.val}
+        said = {
+            name: answers(model, rows.batch_rows([0]).to(lit.device))
+            for name, rows in sets.items()
+            if isinstance(rows, TaskRows)
+        }
+        if said:
+            return "\n".join(f"{name}: {text}" if name else text for name, text in said.items())
         try:
             text = sample(model, tokenizer, page.prompt, page, lit.config.seed + lit.state.step)
         except NonFinite as error:  # what to do about it is for the steps to say

@@ -36,7 +36,7 @@ def figures(lit: LitLM, found: Score, text: str = "val") -> dict[str, Any]:
 def lengths(lit: LitLM, max_tokens: int | None = None) -> dict[str, dict[str, float]]:
     """Figures of a task's rows of other lengths, the first max_tokens of each, by length."""
     return {
-        str(n): scoring.figures(score(lit, rows, max_tokens and math.ceil(max_tokens / n)), None)
+        n: scoring.figures(score(lit, rows, max_tokens and math.ceil(max_tokens / rows.seq_len)), None)
         for n, rows in lit.text.lengths.items()
     }
 

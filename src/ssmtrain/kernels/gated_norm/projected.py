@@ -1,0 +1,74 @@
+"""A gated norm and the matrix product behind it, whose backward passes share a reading of memory.
+
+The product's weight has its gradient from the norm's result, which is forgotten to save memory. To make it
+again for that is to read two arrays and write one; but the norm's own backward pass, which comes next, has
+what it is made of in registers. So the product's gradient to the norm is computed first, the norm's backward
+pass writes the norm beside its gradients, and the weight's gradient comes last.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ssmtrain.kernels.gated_norm import triton
+from ssmtrain.kernels.matmul import mm
+from ssmtrain.kernels.parts import place_of
+
+
+def projected_norm(
+    x: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    projection: Tensor,
+    bias: Tensor | None,
+    *,
+    eps: float,
+    n_groups: int,
+    norm_before_gate: bool,
+) -> Tensor:
+    """F.linear(gated_norm(x, z, weight), projection, bias), the product in x's dtype.
+
+    x, z (..., E); weight (E,); projection (D, E) and bias (D,) in any dtype, in which they have their
+    gradients: an fp32 projection's is the sum unrounded. Returns (..., D). Triton only.
+    """
+    options = eps, n_groups, norm_before_gate
+    return _Projected.apply(x, z, weight.float().contiguous(), projection, bias, *options)
+
+
+class _Projected(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        z: Tensor,
+        weight: Tensor,
+        projection: Tensor,
+        bias: Tensor | None,
+        *options: Any,
+    ) -> Tensor:
+        y, scales = triton._norm(x, z, weight, *options, None)
+        narrow = projection.to(y.dtype)
+        ctx.place, ctx.options = place_of(z), options[1:]
+        ctx.dtypes = projection.dtype, None if bias is None else bias.dtype
+        ctx.save_for_backward(x, z, weight, scales, narrow)
+        return F.linear(y, narrow, None if bias is None else bias.to(y.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, z, weight, scales, narrow = ctx.saved_tensors
+        of_projection, of_bias = ctx.dtypes
+        rows = grad.flatten(0, -2)  # (T, D)
+        dy = (rows @ narrow).view(x.shape)
+        y = x.new_empty(x.shape)
+        room = None if ctx.place is None else ctx.place.room()
+        dx, dz, d_weight = triton._norm_back.body(dy, x, z, weight, scales, *ctx.options, room, y)
+        del dy
+        d_projection = mm(rows.t(), y.flatten(0, -2), of_projection)
+        d_bias = None if of_bias is None else rows.sum(0, dtype=torch.float32).to(of_bias)
+        return dx, dz, d_weight, d_projection, d_bias, None, None, None
