@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 JOBS   ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart demo-recall docs test test-gpu test-faults check format schema check-kernels
+.PHONY: help install quickstart demo-recall docs test test-gpu test-faults fuzz check format schema check-kernels
 .PHONY: mutate clean
 
 help: ## This list
@@ -33,6 +33,9 @@ test-gpu: install ## The tests that need one GPU, or two
 
 test-faults: install ## Sixty and fifty kills of training runs, at random moments and inside saves; N=1000 of each
 	$(if $(N),SSMTRAIN_FAULT_KILLS=$(N) )$(BIN)/python -m pytest -m faults $(ARGS)
+
+fuzz: install ## Inputs made at random for whatever reads a page, a text, a shard or a checkpoint; N=20000 of each
+	FUZZ=$(or $(N),2000) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --timeout 7200 $(wildcard tests/*/test_*_fuzz.py) $(ARGS)
 
 docs: install ## Build the documentation into site/, every link checked
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build

@@ -199,6 +199,13 @@ def test_the_law_catches() -> None:
         law_of("ssmtrain.helpers")
 
 
+def test_the_map_names_every_room() -> None:
+    text = (ROOT.parents[1] / "CONTRIBUTING.md").read_text()
+    rooms = [path.parent.name for path in ROOT.glob("*/__init__.py")]
+    files = [path.name for path in ROOT.glob("*.py") if not path.name.startswith("__")]
+    assert [name for name in (*(f"{room}/" for room in rooms), *files) if f"`{name}`" not in text] == []
+
+
 def test_no_room_of_leftovers() -> None:
     names = {file.stem for file in FILES} | {file.parent.name for file in FILES}
     assert not names & {"utils", "util", "common", "helpers", "helper", "misc"}

@@ -32,6 +32,10 @@ PIPE_CLOSED = 141
 """What a shell reports for a program whose reader went away (128 + SIGPIPE)."""
 
 
+LONGEST = 2000
+"""Characters of a line that is said on standard error: what is wrong may be a megabyte long."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (without the program's name) and return its exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
@@ -289,7 +293,8 @@ def _unexpected(error: BaseException) -> int:
     if "BackendError" in names:
         _say(str(error))
         return WRONG_INPUT
-    disk = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+    disk = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
+    disk |= {errno.ENAMETOOLONG, errno.ELOOP}
     if isinstance(error, OSError) and error.errno in disk:
         _say(f"{error.filename or 'the disk'}: {error.strerror}")
         return WRONG_INPUT
@@ -316,7 +321,8 @@ def _say(*lines: str, details: Sequence[str] = ()) -> None:
     told = [f"{'       ' if i else 'error: '}{line}" for i, line in enumerate(lines)]
     try:
         for line in [*told, *details]:
-            print(redact("".join(c if c.isprintable() else repr(c)[1:-1] for c in line)), file=sys.stderr)
+            shown = redact("".join(c if c.isprintable() else repr(c)[1:-1] for c in line))
+            print(shown if len(shown) <= LONGEST else f"{shown[:LONGEST]}…", file=sys.stderr)
         sys.stderr.flush()
     except OSError:
         pass

@@ -283,7 +283,8 @@ CASES = [
     case("126 no weights at all", lambda at: [edit(lambda m: m["files"].pop(MODEL))(at), (at / MODEL).unlink()], "the manifest lists no model.safetensors"),
     resumed("random states of another size", tensors(RNG, lambda t: t.update({"rank0/torch": torch.zeros(3, dtype=torch.uint8)})), "the random states of rank 0"),
     resumed("random states of another kind", tensors(RNG, lambda t: t.pop("rank0/numpy_rest")), "the random states of rank 0"),
-    resumed("another text", state(text={"sha256": "0", "tokens": 1, "rows": 1}), "the text or the tokenizer has changed"),
+    resumed("97 tokenizer swapped", state(tokenizer="0" * 64), "tokenizer: its content has changed since the run started", "put the former file back"),
+    resumed("88 text added", state(text={"sha256": "0", "tokens": 1, "rows": 1}), "the text or the tokenizer has changed"),
 ]  # fmt: skip
 
 

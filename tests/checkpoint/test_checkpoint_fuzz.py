@@ -7,13 +7,13 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from fuzz import replaced, tries
 from ssmtrain.checkpoint import store
 from ssmtrain.checkpoint.runs import _tokens
 from ssmtrain.checkpoint.weights import load_model
@@ -27,12 +27,7 @@ from train.conftest import page
 
 STEP = 3
 MODEL, STATE, MANIFEST = "model.safetensors", "state.json", "manifest.json"
-BOUNDED = settings(
-    max_examples=80,
-    deadline=None,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+BOUNDED = tries(80)
 
 JSON = st.recursive(
     st.none()
@@ -109,26 +104,6 @@ def altered(data: bytes, how: str, at: float, piece: bytes) -> bytes:
     return data[:start] + piece + data[start + (len(piece) if how == "over" else 0) :]
 
 
-def replaced(tree: Any, draw: st.DataObject) -> Any:
-    """A JSON value with one thing in it, at any depth, replaced, removed, or put beside it."""
-    inside = isinstance(tree, (dict, list)) and tree and draw.draw(st.integers(0, 3))
-    if not inside:
-        return draw.draw(JSON)
-    keys = list(tree) if isinstance(tree, dict) else list(range(len(tree)))
-    key = draw.draw(st.sampled_from(keys))
-    copied = dict(tree) if isinstance(tree, dict) else list(tree)
-    deed = draw.draw(st.sampled_from(["inside", "inside", "remove", "add"]))
-    if deed == "remove":
-        del copied[key]
-    elif deed == "add" and isinstance(copied, dict):
-        copied[draw.draw(st.text(max_size=12) | st.sampled_from(["../a.json", "evil.json"]))] = draw.draw(
-            JSON
-        )
-    else:
-        copied[key] = replaced(tree[key], draw)
-    return copied
-
-
 @BOUNDED
 @given(
     name=st.sampled_from([MODEL, STATE, MANIFEST, "rng.safetensors"]),
@@ -157,7 +132,7 @@ def test_damage_is_never_taken(
 @given(draw=st.data())
 def test_a_forged_manifest(whole: tuple[RunConfig, Path], copy: Path, draw: st.DataObject) -> None:
     path = again(whole, copy)
-    manifest = replaced(json.loads((path / MANIFEST).read_text()), draw)
+    manifest = replaced(json.loads((path / MANIFEST).read_text()), draw, JSON)
     (path / MANIFEST).write_text(json.dumps(manifest) + "\n")
     model = taken(whole[0], path)
     assert model is None or is_original(whole, model)
@@ -171,7 +146,7 @@ def test_a_forged_header(whole: tuple[RunConfig, Path], copy: Path, draw: st.Dat
     path = again(whole, copy)
     data = (path / MODEL).read_bytes()
     length = int.from_bytes(data[:8], "little")
-    text = json.dumps(replaced(json.loads(data[8 : 8 + length]), draw)).encode()
+    text = json.dumps(replaced(json.loads(data[8 : 8 + length]), draw, JSON)).encode()
     said = draw.draw(st.sampled_from([len(text)] * 8 + [0, 7, len(text) + 1, 2**31, 2**63, 2**64 - 1]))
     (path / MODEL).write_bytes(said.to_bytes(8, "little") + text + data[8 + length :])
     rehash(path, MODEL)
@@ -197,7 +172,7 @@ def test_a_forged_shard(whole: tuple[RunConfig, Path], copy: Path, how: str, at:
 @given(draw=st.data())
 def test_a_forged_state(whole: tuple[RunConfig, Path], copy: Path, draw: st.DataObject) -> None:
     path = again(whole, copy)
-    state = replaced(json.loads((path / STATE).read_text()), draw)
+    state = replaced(json.loads((path / STATE).read_text()), draw, JSON)
     (path / STATE).write_text(json.dumps(state) + "\n")
     rehash(path, STATE)
     model = taken(whole[0], path)

@@ -131,7 +131,7 @@ def test_debug_shows_where() -> None:
     assert ended.code == 2 and "Traceback" in ended.err
 
 
-def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
+def test_140_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
     read, write = os.pipe()
     os.close(read)
     line = [sys.executable, "-m", "ssmtrain", "config", "list"]
@@ -150,7 +150,7 @@ def test_closed_streams() -> None:
 @pytest.mark.parametrize(
     "locale", [{"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"PYTHONIOENCODING": "ascii"}]
 )
-def test_a_terminal_without_unicode(locale: dict[str, str], tmp_path: Path) -> None:
+def test_141_a_terminal_without_unicode(locale: dict[str, str], tmp_path: Path) -> None:
     ended = cli("help", **locale)
     assert (ended.code, ended.err) == (0, "")
     (tmp_path / "ä.yaml").write_text("# ü\nnäme: ß\n", encoding="utf-8")
@@ -161,7 +161,7 @@ def test_a_terminal_without_unicode(locale: dict[str, str], tmp_path: Path) -> N
         assert ended.code == 0 and "generate" in ended.out
 
 
-def test_a_folder_that_is_gone(tmp_path: Path) -> None:
+def test_142_a_folder_that_is_gone(tmp_path: Path) -> None:
     gone = tmp_path / "gone"
     gone.mkdir()
     line = f"cd {gone} && rmdir {gone} && {sys.executable} -m ssmtrain fit config=quickstart"

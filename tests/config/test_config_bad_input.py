@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ssmtrain.config.errors import UserError
-from ssmtrain.config.load import load
+from ssmtrain.config.load import load, to_yaml
 
 GOOD = """\
 model:
@@ -52,6 +52,13 @@ class Case:
 
 def case(number: str, page: str | bytes, *says: str, words: tuple[str, ...] = ()) -> Case:
     return Case(number, page, says, words)
+
+
+def mix(a: str = "weight: 1", b: str = "weight: 1", phase: str = "") -> str:
+    """The good page on two sources."""
+    sources = f"{{a: {{kind: text, train: a.txt, {a}}}, b: {{kind: text, train: b.txt, {b}}}}}"
+    phases = f", phases: [{phase}]" if phase else ""
+    return swap("{kind: embedded, seq_len: 128}", f"{{kind: mix, seq_len: 128, sources: {sources}{phases}}}")
 
 
 def word(number: str, *words_and_says: str) -> Case:
@@ -190,6 +197,16 @@ CASES = [
     case("64 three betas", swap("lr: 0.001", "betas: [0.9, 0.95, 0.99]"), "optim.betas", "a list of 2"),
     case("65 null", swap("d_model: 64", "d_model: null"), "model.d_model = null", "whole number"),
     case("65 missing", swap("  d_model: 64\n", ""), "model.d_model is missing", "whole number"),
+    case("90 negative weight", mix("weight: -1"), "data.sources.a.weight = -1: expected a number at least 0"),
+    case("90 weight that is no number", mix("weight: .nan"), "data.sources.a.weight = nan: expected a number at least 0"),
+    case("90 weight without end", mix("weight: .inf"), "data.sources.a.weight = inf: expected a number at least 0"),
+    case("90 weight as text", mix("weight: '2'"), "data.sources.a.weight = '2'", "write it without quotes"),
+    case("90 weights of nothing", mix("weight: 0", "weight: 0"), "data: from row 0 on no source has a weight above 0"),
+    case("90 phase of nothing", mix(phase="{from_step: 5, weights: {a: 0, b: 0}}"), "data: from row 40 on no source has a weight above 0"),
+    case("90 unknown source", mix(phase="{from_step: 5, weights: {a: 1, b: 1, c: 1}}"), "data.phases[0].weights.c: there is no such source; expected a, b"),
+    case("90 source left out", mix(phase="{from_step: 5, weights: {a: 1}}"), "data.phases[0].weights.b is missing", "0 to leave the source out"),
+    case("90 negative weight in a phase", mix(phase="{from_step: 5, weights: {a: 1, b: -1}}"), "data.phases[0].weights.b = -1: expected a number at least 0"),
+    case("90 no sources", swap("{kind: embedded, seq_len: 128}", "{kind: mix, seq_len: 128, sources: {}}"), "data.sources is empty"),
     case("kind unknown", swap("kind: mamba2", "kind: mamba4"), "mixer.kind = 'mamba4'", "mamba1", "did you mean mamba"),
     case("kind missing", swap("kind: mamba2, ", ""), "model.blocks.M.mixer.kind is missing", "attention, mamba1"),
     case("of another kind", swap("hidden: 64", "hidden: 64, top_k: 2"), "A.ffn.top_k = 2", "no such key of mlp; it is a key of moe"),
@@ -267,6 +284,14 @@ def test_what_the_environment_may_give(folder: Path, monkeypatch: pytest.MonkeyP
 def test_the_good_page_is_good(folder: Path) -> None:
     (folder / "page.yaml").write_text(GOOD)
     assert load(["config=page.yaml"]).model.d_model == 64
+
+
+@pytest.mark.parametrize("name", ["my page", "é", "_x", "." * 3, "p" * 200])
+def test_the_run_of_a_page_can_be_continued_whatever_the_page_is_called(name: str, folder: Path) -> None:
+    (folder / f"{name}.yaml").write_text(GOOD)
+    config = load([f"config=./{name}.yaml"])
+    (folder / "config.yaml").write_text(to_yaml(config))
+    assert load(["config=./config.yaml"]).name == config.name and len(config.name or "") < 101
 
 
 def test_16_underscores_in_numbers_are_allowed(folder: Path) -> None:

@@ -79,7 +79,9 @@ def test_stopped_again_and_again(config, monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert made.manifest.splits["train"].duplicates and made.manifest.splits["train"].skipped == 1
 
 
-@pytest.mark.parametrize("harm", ["note", "counts", "digests", "shard", "unit size"])
+@pytest.mark.parametrize(
+    "harm", ["note", "counts", "digests", "shard", "bit of a shard", "count", "unit size"]
+)
 def test_what_was_left_may_be_damaged(
     config, own_cache: Path, monkeypatch, tmp_path: Path, harm: str
 ) -> None:
@@ -100,6 +102,15 @@ def test_what_was_left_may_be_damaged(
     work = next((tmp_path / "again/ssmtrain").glob("*.part"))
     if harm == "note":
         (work / "progress.json").write_text("{")
+    elif harm == "count":
+        page = json.loads((work / "progress.json").read_text())
+        page["units"] -= 1
+        (work / "progress.json").write_text(json.dumps(page))
+    elif harm == "bit of a shard":
+        path = max(work.glob("train-0*.bin"))
+        data = bytearray(path.read_bytes())
+        data[0] ^= 1
+        path.write_bytes(data)
     elif harm == "unit size":
         note = json.loads((work / "progress.json").read_text())
         (work / "progress.json").write_text(json.dumps(note | {"unit_bytes": 99, "units": 10**6}))

@@ -17,9 +17,10 @@ from ssmtrain.cli import main
 from ssmtrain.runs.folder import limits, look, state_of
 from ssmtrain.runs.lines import Follower, backwards, latest, records
 from ssmtrain.runs.words import size, table
+from ssmtrain.train import attempts
 
 
-def test_a_run_is_in_one_of_six_states(make_run: MakeRun, dead_owner: str) -> None:
+def test_a_run_is_in_one_of_seven_states(make_run: MakeRun, dead_owner: str) -> None:
     assert state_of(make_run("done", 20, "finished", "finished")) == ("finished", "")
     assert state_of(make_run("halted")) == ("stopped", "SIGTERM")
     assert state_of(make_run("broken", end="failed: NonFinite: layer 3")) == ("failed", "NonFinite: layer 3")
@@ -42,6 +43,27 @@ def test_a_run_is_in_one_of_six_states(make_run: MakeRun, dead_owner: str) -> No
     old = make_run("old")
     (old / "attempts.jsonl").write_text('{"attempt": 1, "begin": 0, "step": 4, "time": {"step": 1.0}}\n')
     assert state_of(old) == ("stopped", "")
+
+
+def test_a_run_that_stalled_says_for_whom_it_waited(
+    make_run: MakeRun, dead_owner: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A watcher ended the process that held the lock, which could not give it back."""
+    run = make_run("still", 5, end=None)
+    (run / "lock").write_text(dead_owner)
+    where = "rank 1 (process 7 on there) is behind the others; after step 5, in train/module.py:3 step"
+    attempts.leave_word(run / attempts.FILE, f"stalled: {where}")
+    assert state_of(run) == ("stalled", where)
+    assert main(["runs", "ls"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[:2] == ["still", "stalled"] and lines[-1] == f"still stalled: {where}"
+    assert main(["runs", "show", "still"]) == 0
+    assert where in capsys.readouterr().out
+    times = (run / attempts.FILE).stat()
+    os.utime(
+        run / "lock", ns=(times.st_atime_ns, times.st_mtime_ns + 1)
+    )  # of a later start, which was killed
+    assert state_of(run)[0] == "killed"
 
 
 def test_looking_takes_nothing(make_run: MakeRun) -> None:

@@ -149,10 +149,18 @@ def test_a_leap_before_the_first_checkpoint_is_left_out(train: Train, calm: Path
 def test_steps_that_are_not_finite_turn_the_run_back(train: Train, calm: Path) -> None:
     rows = [ledger(calm)[step - 1]["samples"][0] for step in (10, 11, 12)]
     spoil.steep_rows(rows, math.inf)
-    code, folder = train(name="infinite", **BACK)
+    code, folder = train(name="infinite", logger={"kind": "tensorboard"}, **{**BACK, "trainer__log_every": 1})
     assert code == 0 and len(ledger(folder)) == 16
     (record,) = records(folder, "rollback")
     assert (record["after"], record["step"]) == (12, 9) and "not finite in 3 steps" in record["why"]
+    # TensorBoard shows the steps that were taken again once, as they are in metrics.jsonl.
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    shown = EventAccumulator(str(folder / "tensorboard"))
+    shown.Reload()
+    tokens = [(event.step, event.value) for event in shown.Scalars("train/tokens")]
+    assert tokens == [(one["step"], one["tokens"]) for one in records(folder, "train")]
+    assert len(list((folder / "tensorboard").iterdir())) == 2
 
 
 def test_a_run_that_went_back_is_replayed_with_the_rows_that_it_kept(

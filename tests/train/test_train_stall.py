@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from ssmtrain.train.stall import Beat, Watcher, place
+from ssmtrain.runs.folder import state_of
+from ssmtrain.train.stall import Beat, Watcher, culprits, place
 from train.test_train_ddp import two_forked, two_ranks
 
 LIMIT = 40.0
@@ -73,6 +74,7 @@ def test_the_one_behind_is_named(ranks: list[Rank]) -> None:
         assert "no rank got further for 40 s" in text
         assert "rank 1 (process" in text and "is behind the others; after step 5" in text
         assert "rank 0 waits; after step 6" in text and "rank 1 waits" not in text
+        assert culprits(text).startswith("rank 1 (process") and "rank 0" not in culprits(text)
 
 
 def test_one_that_is_not_heard_of_is_named(ranks: list[Rank]) -> None:
@@ -142,5 +144,8 @@ def test_a_stopped_rank_ends_the_run(tmp_path: Path) -> None:
     assert "rank 1 (process" in said and "has not been heard of for" in said and "after step 2" in said, said
     assert said.count("no rank got further for 4 s") == 1 and "continue with: " in said
     assert re.search(r"rank 0 waits; after step 2, in train/(module|engine)\.py:\d+ \w+", said), said
+    state, why = state_of(folder)
+    assert state == "stalled" and why.startswith("rank 1 (process") and "; after step " in why
+    assert "rank 0" not in why
     code, folder, _ = two_forked(tmp_path, name="stopped", trainer__stall_seconds=60.0)
     assert code == 0 and not (folder / "beats").exists()

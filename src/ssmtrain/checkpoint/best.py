@@ -37,7 +37,7 @@ class Best:
         """A thread that saves asks while the run validates."""
         with contextlib.suppress(OSError):
             for line in metrics.read_bytes().splitlines():
-                with contextlib.suppress(ValueError):
+                with contextlib.suppress(ValueError, RecursionError):
                     self._note(json.loads(line))
 
     @property

@@ -86,7 +86,7 @@ def open_export(path: Path, word: str) -> Export:
         with found.note.open("rb") as file:
             note = json.loads(file.read(NOTE_LIMIT))
         step, expected = note["step"], note["sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(
             f"{word}={path}: {found.note.name} is missing or no note of an export: it was not written whole",
             "export again with: ssmtrain convert run=<run> out=<another folder>",

@@ -56,7 +56,7 @@ def read_status(folder: Path) -> dict[str, Any]:
     """What write_status wrote; an unreadable or absent file counts as unfinished at step 0."""
     try:
         status = json.loads((folder / STATUS).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         status = {}
     fresh = {"status": "unfinished", "step": 0, "tokens": 0}
     if not isinstance(status, dict) or any(type(status.get(key)) is not type(fresh[key]) for key in fresh):
@@ -91,7 +91,7 @@ def _is_within(line: bytes, step: int) -> bool:
         return False
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     at = record.get("step", 0) if isinstance(record, dict) else None
     return isinstance(at, int) and at <= step

@@ -49,9 +49,16 @@ def folders() -> tuple[Path, ...]:
 
 def find(name: str) -> Page:
     """The page that `config=<name or path>` means; UserError with the nearest name or the recipes."""
-    as_path = Path(os.path.expanduser(name))
     if "\0" in name or not name:
         raise UserError("config= expects the name of a recipe or a path", details=recipe_lines())
+    try:
+        return _find(name)
+    except OSError as error:  # a folder that may not be entered, a name of thousands of letters
+        raise UserError(f"config={name[:60]}: cannot be read: {error.strerror}") from None
+
+
+def _find(name: str) -> Page:
+    as_path = Path(os.path.expanduser(name))
     if as_path.suffix in (".yaml", ".yml") or "/" in name:
         return _at(as_path, name)
     for folder in folders():

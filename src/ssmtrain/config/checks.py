@@ -9,6 +9,7 @@ import difflib
 import json
 import os
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -171,8 +172,9 @@ def _vocabulary(config: Any) -> Iterator[str]:
     if tokenizer.kind == "file":
         if "\0" in tokenizer.path:
             return  # said among the paths
-        if not Path(os.path.expanduser(tokenizer.path)).is_file():
-            yield f"tokenizer.path = {show_value(tokenizer.path)}: there is no such file"
+        wrong = _no_file(Path(os.path.expanduser(tokenizer.path)))
+        if wrong:
+            yield f"tokenizer.path = {show_value(tokenizer.path)}: {wrong}"
             return
     size, vocab = _text_vocabulary(tokenizer), config.model.vocab_size
     if vocab is not None and size is not None and vocab < size:
@@ -182,11 +184,23 @@ def _vocabulary(config: Any) -> Iterator[str]:
         )
 
 
+def _no_file(path: Path) -> str | None:
+    """Why there is no file to read at a path; None where there is one."""
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return "there is no such file"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    return None if stat.S_ISREG(mode) else "not a regular file"
+
+
 def _text_vocabulary(tokenizer: Any) -> int | None:
     """Ids of a tokenizer; None when it has none of its own, or only its library can tell."""
     if tokenizer.kind != "file":
         return {"bytes": BYTES_VOCABULARY, "bpe": getattr(tokenizer, "vocab_size", None)}.get(tokenizer.kind)
-    return None if "\0" in tokenizer.path else _file_vocabulary(Path(os.path.expanduser(tokenizer.path)))
+    path = Path(os.path.expanduser(tokenizer.path))
+    return None if "\0" in tokenizer.path or _no_file(path) else _file_vocabulary(path)
 
 
 def _file_vocabulary(path: Path) -> int | None:
@@ -196,8 +210,8 @@ def _file_vocabulary(path: Path) -> int | None:
         vocab = page["model"].get("vocab", [])
         ids = [len(vocab) - 1] if isinstance(vocab, list) else list(vocab.values())
         return 1 + max([*ids, *(token["id"] for token in page.get("added_tokens") or [])], default=-1)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None  # the library says what is wrong with it
 
 
 def _given(trainer: Any) -> int | None:

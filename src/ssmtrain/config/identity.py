@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -65,8 +66,9 @@ def config_hash(config: RunConfig) -> str:
 
 
 def default_name(config: RunConfig) -> str:
-    """The recipe's name and six hex digits of the hash."""
-    return f"{config.recipe}-{config_hash(config)[:6]}"
+    """The recipe's name, as far as a folder may have it, and six hex digits of the hash."""
+    recipe = re.sub(r"[^A-Za-z0-9._-]+", "-", config.recipe).lstrip("-._")[:90] or "run"
+    return f"{recipe}-{config_hash(config)[:6]}"
 
 
 def differences(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:

@@ -59,10 +59,13 @@ def load_run_config(run: str | Path, overrides: Sequence[str] = ()) -> RunConfig
 def _run_page(run: Path, overrides: Sequence[str]) -> Path:
     runs_dir = next((word.partition("=")[2] for word in overrides if word.startswith("runs_dir=")), "runs")
     run = Path(parse_reference(str(run)).where)
-    for place in (run, Path(runs_dir) / run):
-        for file in (place, place / "config.yaml"):
-            if file.is_file() and file.suffix == ".yaml":
-                return file
+    try:
+        for place in (run, Path(runs_dir) / run):
+            for file in (place, place / "config.yaml"):
+                if file.is_file() and file.suffix == ".yaml":
+                    return file
+    except OSError as error:
+        raise UserError(f"run={str(run)[:60]}: cannot be read: {error.strerror}") from None
     known = sorted(str(file.parent.relative_to(runs_dir)) for file in Path(runs_dir).glob("**/config.yaml"))
     near = difflib.get_close_matches(str(run), known, 3, 0.4) or known[:5]
     hint = f"runs here: {', '.join(near)}" if near else f"there are no runs in {runs_dir}/ yet"

@@ -16,10 +16,13 @@ from hydra.errors import HydraException
 
 from ssmtrain.config import schema_file
 from ssmtrain.config.errors import UserError
+from ssmtrain.config.redact import redact
 
 LAYOUT = "model.layout"
 MAX_ARMS = 512
 """Combinations of one multirun; more is a slip of the keyboard."""
+LONG = 200
+"""Characters of a word that an error shows whole."""
 
 _KEY = re.compile(r"[A-Za-z_][\w/-]*(@[\w.-]*)?(\.[A-Za-z0-9_][\w-]*)*")
 
@@ -56,13 +59,25 @@ class Word:
 def parse(texts: Sequence[str], sweep: bool = False) -> list[Word]:
     """Read words; UserError for bad grammar, a key given twice, or a sweep where `sweep` is false."""
     version.setbase("1.3")
-    words = [_word(text, sweep) for text in texts]
+    words = [_read(text, sweep) for text in texts]
     seen: dict[str, str] = {}
     for word in words:
         if word.key in seen:
             raise UserError(f"{word.key} is given twice: {seen[word.key]} and {word.text}")
         seen[word.key] = word.text
     return words
+
+
+def _read(text: str, sweep: bool) -> Word:
+    """A word; of one that is far too long, an error shows the beginning."""
+    try:
+        return _word(text, sweep)
+    except UserError as error:
+        shown = error.lines
+        for long in (text, text.partition("=")[2]):
+            if len(long) > LONG:
+                shown = [line.replace(long, f"{redact(long)[:60]}…") for line in shown]
+        raise UserError(*shown) from None
 
 
 def _word(text: str, sweep: bool) -> Word:
@@ -107,6 +122,8 @@ def _parse(text: str, key: str, raw: str) -> Override:
             return parser.parse_override(f"{key}={_quoted(raw)}")
         reason = _reason(raw) or " ".join(str(error.__cause__ or error).split())
         raise UserError(f"{text}: cannot be read: {reason}") from None
+    except ValueError:  # of its own making: a number of thousands of digits
+        raise UserError(f"{text}: cannot be read: a number is too long") from None
 
 
 def _reason(raw: str) -> str | None:

@@ -120,7 +120,7 @@ def passed(folder: Path) -> bool:
     """Whether the folder's files are those that last passed verification: same sizes and times."""
     try:
         return json.loads((folder / "verified.json").read_bytes()) == _times(folder)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
 
 
@@ -133,5 +133,5 @@ def mark_passed(folder: Path) -> None:
 
 
 def _times(folder: Path) -> dict[str, list[int]]:
-    names = sorted(p for p in folder.iterdir() if p.suffix == ".bin" or p.name == "manifest.json")
+    names = sorted(p for p in folder.iterdir() if p.suffix in (".bin", ".jsonl") or p.name == "manifest.json")
     return {p.name: [(s := p.stat()).st_size, s.st_mtime_ns, s.st_ctime_ns] for p in names}

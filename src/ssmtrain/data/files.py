@@ -168,6 +168,7 @@ def _paths(entry: str, include: list[str], key: str) -> list[tuple[str, os.stat_
             inside = _walk(path, include)
             if not inside:
                 raise UserError(f"{key}: no file in {entry} matches data.include={include}")
+            _name_scripts(path, {name for name, _ in inside}, key)
             return inside
         if path.exists():
             return [(str(path), None)]
@@ -179,6 +180,13 @@ def _paths(entry: str, include: list[str], key: str) -> list[tuple[str, os.stat_
             return [(str(p), None) for p in matches]
         raise UserError(f"{key}: no file matches {entry}")
     raise UserError(f"{key}: {entry} does not exist", *_nearest(path))
+
+
+def _name_scripts(folder: Path, taken: set[str], key: str) -> None:
+    """Say that a program which lies beside the texts, as one that loads them would, is not run."""
+    left = sorted(str(p) for p in folder.glob("*.py") if str(p) not in taken)
+    if left:
+        log.info("%s: %d scripts, such as %s, are neither run nor read", key, len(left), left[0])
 
 
 def _walk(folder: Path, include: list[str]) -> list[tuple[str, os.stat_result | None]]:

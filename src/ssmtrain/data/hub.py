@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,9 +14,14 @@ from ssmtrain.data.spans import Entry, Remote, Source
 if TYPE_CHECKING:
     from ssmtrain.config.data import HubData
 
+log = logging.getLogger(__name__)
+
 
 def hub_source(data: HubData) -> Source:
     """The splits of a data set; a local folder is known again by its files, another by name and revision."""
+    scripts = sorted(Path(data.path).glob("*.py"))
+    if scripts:
+        log.info("data.path: scripts such as %s are not run", scripts[0])
     names = {"train": data.train} | ({"val": data.val} if data.val else {})
     splits: dict[str, list[Entry]] = {
         split: [Remote(data.path, data.subset, data.revision, name, data.text_key)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -50,6 +51,17 @@ class Note(Config):
     digests: int
     """Digests of documents in their file."""
     writers: dict[str, WriterState]
+    digests_sha256: str = ""
+    """SHA-256 of the digests so far, where duplicates are left out."""
+    counts_sha256: str = ""
+    """SHA-256 of the counts that belong to it."""
+    sha256: str = ""
+    """SHA-256 of the note without it: one that is damaged is none."""
+
+    def seal(self) -> str:
+        """What its sha256 must be."""
+        bare = self.model_copy(update={"sha256": ""})
+        return _sha256(bare.model_dump_json().encode())
 
 
 class Maker:
@@ -72,10 +84,10 @@ class Maker:
         self.units, self.records, self.leaving = at.units, at.records, at.leaving
         self.counts = np.zeros((len(self.entries), 2), np.int64)  # documents and bytes of each entry
         if note is not None:
-            kept = (self.folder / _counts(at.units)).read_bytes()
-            if len(kept) != self.counts.nbytes:
+            data = (self.folder / _counts(at.units)).read_bytes()
+            if len(data) != self.counts.nbytes or _sha256(data) != at.counts_sha256:
                 raise Damaged(_counts(at.units))
-            self.counts = np.frombuffer(kept, np.int64).reshape(self.counts.shape).copy()
+            self.counts = np.frombuffer(data, np.int64).reshape(self.counts.shape).copy()
         self.writers = {
             split: SplitWriter(self.folder, split, self.how.dtype, eot, cap, at.writers.get(split))
             for split in self.source.splits
@@ -83,7 +95,10 @@ class Maker:
         if self.seen is not None:
             self.digests = (self.folder / DIGESTS).open("r+b" if note else "w+b")
             found = self.digests.read(16 * at.digests)
-            if len(found) != 16 * at.digests:
+            self.digests_hash = hashlib.sha256(found)
+            if len(found) != 16 * at.digests or (
+                found and self.digests_hash.hexdigest() != at.digests_sha256
+            ):
                 raise Damaged(DIGESTS)
             self.digests.truncate()
             self.seen = Seen()
@@ -169,7 +184,9 @@ class Maker:
             some = ~bad & (encoded.sizes > 0)
             new = self.seen.add(digests[some])
             again[some] = ~new
-            self.digests.write(digests[some][new].tobytes())
+            data = digests[some][new].tobytes()
+            self.digests.write(data)
+            self.digests_hash.update(data)
         self.leaving = not unit.closes and bool(again.any())
         return again
 
@@ -187,6 +204,8 @@ class Maker:
             records=self.records,
             leaving=self.leaving,
             digests=len(self.seen) if self.seen is not None else 0,
+            digests_sha256=self.digests_hash.hexdigest() if self.seen is not None else "",
+            counts_sha256=_sha256(self.counts.tobytes()),
             writers={split: writer.state() for split, writer in self.writers.items()},
         )
         return pool.submit(self._sync, handles, note, self.counts.copy())
@@ -199,7 +218,8 @@ class Maker:
             file.write(counts.tobytes())
             file.flush()
             os.fsync(file.fileno())
-        cache.write_file(self.folder / f"{NOTE}.new", note.model_dump_json().encode())
+        sealed = note.model_copy(update={"sha256": note.seal()})
+        cache.write_file(self.folder / f"{NOTE}.new", sealed.model_dump_json().encode())
         (self.folder / f"{NOTE}.new").replace(self.folder / NOTE)
         cache.sync_folder(self.folder)
         for old in self.folder.glob(_counts("*")):
@@ -231,9 +251,13 @@ def _counts(units: int | str) -> str:
     return f"counts-{units}.bin"
 
 
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
 def _read_note(folder: Path) -> Note | None:
     try:
         note = Note.model_validate(json.loads((folder / NOTE).read_bytes()))
-    except (OSError, ValueError, ValidationError):
+    except (OSError, ValueError, ValidationError, RecursionError):
         return None
-    return note if note.unit_bytes == work.UNIT else None
+    return note if note.unit_bytes == work.UNIT and note.sha256 == note.seal() else None

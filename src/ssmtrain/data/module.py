@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from ssmtrain.config.schema import RunConfig
 
 __all__ = ["Batch", "Data", "MemoryStream", "Rows", "Stream", "open_data", "text_rows"]
+
+log = logging.getLogger(__name__)
 
 
 class Stream(Protocol):
@@ -185,6 +188,7 @@ def open_data(config: RunConfig, tokenizer: Tokenizer | None = None) -> Data:
         return _open_mix(config, tokenizer or load_tokenizer(config.tokenizer, config.data))
     prepared, rows, meta = _open(config, config.data, config.seed, tokenizer)
     train, sets = rows.pop("train"), {set_name(split): part for split, part in rows.items()}
+    _warn_of_copies({"data.train": meta["train"]}, {f"data.{split}": meta[split] for split in rows})
     if "val" in rows:
         return Data(train, rows["val"], meta, prepared)
     meta = {"train": meta["train"], "val": _summed(meta, list(rows)), **meta}
@@ -243,10 +247,23 @@ def _open_mix(config: RunConfig, tokenizer: Tokenizer) -> Data:
             own = set_name(split)
             inner = f"{name}/{own}" if own else name
             sets[inner], meta[f"val/{inner}"] = part, found[split]
+    _warn_of_copies(
+        {f"data.sources.{name}": meta[f"train/{name}"] for name in sources},
+        {f"validation set {name}": meta[f"val/{name}"] for name in sets},
+    )
     meta["train"] = _summed(meta, [f"train/{name}" for name in sources])
     meta["val"] = _summed(meta, [f"val/{name}" for name in sets])
     train = Mixture(sources, phases(config), config.seed)
     return Data(train, Joined(list(sets.values())), meta, folders[0], sources, sets)
+
+
+def _warn_of_copies(train: dict[str, dict[str, Any]], val: dict[str, dict[str, Any]]) -> None:
+    """Say that a validation set is a text that is trained on, wherever its copy lies."""
+    texts = {found["sha256"]: name for name, found in train.items()}
+    for name, found in val.items():
+        if found["sha256"] in texts:
+            said = "%s is the text of %s, word for word: its loss says nothing of texts that are new"
+            log.warning(said, name, texts[found["sha256"]])
 
 
 def _summed(meta: dict[str, dict[str, Any]], keys: Sequence[str]) -> dict[str, Any]:

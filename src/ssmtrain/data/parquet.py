@@ -38,6 +38,12 @@ def column(file: TextFile, name: str) -> Iterator[bytes | None]:
             for batch in table.iter_batches(ROWS, columns=[name], use_threads=False):
                 texts = batch.column(0)
                 yield from texts.cast(arrow.large_binary()).to_pylist()
-        except (arrow.ArrowException, OSError) as error:
-            raise BadText(f"{file.key}: {file.path}: cannot be read as Parquet: {error}") from None
+        # Of a damaged file a name may be no text, and a length more than there is memory.
+        except (arrow.ArrowException, OSError, ValueError, TypeError, OverflowError, MemoryError) as error:
+            raise BadText(f"{file.key}: {file.path}: cannot be read as Parquet: {_line(error)}") from None
         file.check(stream)
+
+
+def _line(error: BaseException) -> str:
+    """What the library says, in one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -19,7 +19,7 @@ from ssmtrain.config.base import Config
 from ssmtrain.config.errors import UserError
 from ssmtrain.data import cache, making
 from ssmtrain.data.encode import How, Interrupted
-from ssmtrain.data.shards import SHARD_TOKENS, SplitEntry, TokenStream, sizes_match, verify
+from ssmtrain.data.shards import SHARD_TOKENS, SplitEntry, TokenStream, ailing, verify, verify_file
 from ssmtrain.data.sources import VAL, open_source, textual
 from ssmtrain.data.spans import Source, Span
 from ssmtrain.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
@@ -86,6 +86,7 @@ class Prepared:
         """Read everything through against the manifest; UserError names file and offset."""
         for entry in self.manifest.splits.values():
             verify(self.folder, entry, self.manifest.dtype, self.manifest.vocab_size)
+        verify_file(self.folder / LIST, self.manifest.sources.sha256)
 
 
 def prepare(config: RunConfig, tokenizer: Tokenizer | None = None, workers: int | None = None) -> Prepared:
@@ -108,6 +109,9 @@ def prepare(config: RunConfig, tokenizer: Tokenizer | None = None, workers: int 
         found = load(root / name)  # another process may have made it while this one waited
         if found is not None:
             return _checked(found, tokenizer, source)
+        why = _ailing(root / name)
+        if why is not None:
+            log.warning("prepared data in %s is not whole: %s; it is made anew", root / name, why)
         if alone:
             cache.sweep(root, name)
         work = root / (f"{name}.part" if alone else f"{name}.tmp-{uuid.uuid4().hex[:8]}")
@@ -122,14 +126,33 @@ def prepare(config: RunConfig, tokenizer: Tokenizer | None = None, workers: int 
 
 def load(folder: Path) -> Prepared | None:
     """The prepared folder, or None when it is absent, half made, or of another format."""
+    found = _read(folder)
+    return found if isinstance(found, Prepared) else None
+
+
+def _ailing(folder: Path) -> str | None:
+    """Why a folder that has a manifest cannot be used; None where it can, or where there is none."""
+    found = _read(folder)
+    return found if isinstance(found, str) else None
+
+
+def _read(folder: Path) -> Prepared | str | None:
+    """The prepared folder, or what is wrong with it; None where it has no manifest."""
     try:
         manifest = Manifest.model_validate_json((folder / "manifest.json").read_bytes())
-    except (OSError, ValidationError):
+    except OSError:
         return None
-    whole = _are_splits(list(manifest.splits)) and all(
-        sizes_match(folder, s, manifest.dtype, manifest.shard_tokens) for s in manifest.splits.values()
-    )
-    return Prepared(folder, manifest, made=False) if whole and manifest.format == FORMAT else None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        return f"manifest.json: {where}{': ' if where else ''}{first['msg'][:200]}"
+    if manifest.format != FORMAT or not _are_splits(list(manifest.splits)):
+        return f"manifest.json: it is of format {manifest.format}, or of other splits"
+    for entry in manifest.splits.values():
+        why = ailing(folder, entry, manifest.dtype, manifest.shard_tokens)
+        if why is not None:
+            return why
+    return Prepared(folder, manifest, made=False)
 
 
 def _are_splits(names: list[str]) -> bool:
@@ -150,8 +173,17 @@ def _checked(prepared: Prepared, tokenizer: Tokenizer, source: Source) -> Prepar
         )
     if not cache.passed(prepared.folder):
         prepared.verify()
+        for name in _unlisted(prepared):
+            log.warning("%s is not in the manifest and is ignored", prepared.folder / name)
         cache.mark_passed(prepared.folder)
     return prepared
+
+
+def _unlisted(prepared: Prepared) -> list[str]:
+    """Files like shards that the manifest does not list."""
+    splits = prepared.manifest.splits.values()
+    listed = {shard.file for split in splits for shard in (*split.shards, split.starts)}
+    return sorted(p.name for p in prepared.folder.glob("*.bin") if p.name not in listed)
 
 
 def _make(source: Source, tokenizer: Tokenizer, folder: Path, work: Path, workers: int) -> bool:

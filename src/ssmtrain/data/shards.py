@@ -57,9 +57,10 @@ class Damaged(Exception):
 
 
 class _HashedFile:
-    """A file that is hashed as it is written; begun anew, or gone on with after its first `items`."""
+    """A file that is hashed as it is written; begun anew, or gone on with after its first `items`, whose hash
+    must be what was noted."""
 
-    def __init__(self, path: Path, dtype: np.dtype, items: int = 0) -> None:
+    def __init__(self, path: Path, dtype: np.dtype, items: int = 0, noted: str = "") -> None:
         self.path, self.items = path, items
         self._hash = hashlib.sha256()
         self._file: BinaryIO = path.open("r+b" if items else "wb")
@@ -70,7 +71,14 @@ class _HashedFile:
                 raise Damaged(path)
             self._hash.update(data)
             left -= len(data)
+        if items and self.sha256 != noted:
+            raise Damaged(path)
         self._file.truncate()
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of what was written so far."""
+        return self._hash.hexdigest()
 
     def write(self, items: np.ndarray) -> None:
         data = items.view(np.uint8).data if len(items) else b""
@@ -87,7 +95,7 @@ class _HashedFile:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        return ShardEntry(file=self.path.name, items=self.items, sha256=self._hash.hexdigest())
+        return ShardEntry(file=self.path.name, items=self.items, sha256=self.sha256)
 
     def abandon(self) -> None:
         self._file.close()
@@ -105,6 +113,10 @@ class WriterState(Config):
     begins: int = 0
     """Where the document that is being written begins."""
     done: list[ShardEntry] = []
+    starts_sha256: str = ""
+    """SHA-256 of the starts so far."""
+    file_sha256: str = ""
+    """SHA-256 of the shard that is being written, empty where none is."""
 
 
 class SplitWriter:
@@ -126,18 +138,24 @@ class SplitWriter:
         self.duplicates, self.skipped, self._begins = at.duplicates, at.skipped, at.begins
         self._done = list(at.done)
         self._eot = np.array([eot], self.dtype)
-        self._starts = _HashedFile(folder / f"{split}-documents.bin", np.dtype("<i8"), at.documents)
+        self._starts = _HashedFile(
+            folder / f"{split}-documents.bin", np.dtype("<i8"), at.documents, at.starts_sha256
+        )
         self._file: _HashedFile | None = None
         inside = at.tokens - sum(s.items for s in at.done)
         if inside:
-            self._file = _HashedFile(self._path(), self.dtype, inside)
+            self._file = _HashedFile(self._path(), self.dtype, inside, at.file_sha256)
 
     def state(self) -> WriterState:
         """Where it stands."""
-        counts = {
-            name: getattr(self, name) for name in WriterState.model_fields if name not in ("begins", "done")
-        }
-        return WriterState(**counts, begins=self._begins, done=list(self._done))
+        names = ("tokens", "bytes", "documents", "empty", "duplicates", "skipped")
+        return WriterState(
+            **{name: getattr(self, name) for name in names},
+            begins=self._begins,
+            done=list(self._done),
+            starts_sha256=self._starts.sha256,
+            file_sha256=self._file.sha256 if self._file is not None else "",
+        )
 
     def handles(self) -> list[int]:
         """Descriptors of the files that are being written, for whoever syncs and closes them."""
@@ -221,17 +239,25 @@ class TokenStream:
             self.read(start + len(piece), out[len(piece) :])
 
 
-def sizes_match(folder: Path, entry: SplitEntry, dtype: str, shard_tokens: int) -> bool:
-    """Whether the manifest's counts agree, and every file of the split is there and as long as it says."""
+def ailing(folder: Path, entry: SplitEntry, dtype: str, shard_tokens: int) -> str | None:
+    """What is wrong with a split's counts, or with its files' names and sizes; None where nothing is."""
     items = [s.items for s in entry.shards]
-    whole = not items or (all(n == shard_tokens for n in items[:-1]) and items[-1] <= shard_tokens)
-    if not whole or sum(items) != entry.tokens or not items or entry.documents != entry.starts.items:
-        return False
+    whole = items and all(n == shard_tokens for n in items[:-1]) and items[-1] <= shard_tokens
+    if not whole or sum(items) != entry.tokens or entry.documents != entry.starts.items:
+        return "manifest.json: its counts do not agree"
+    names = [s.file for s in (*entry.shards, entry.starts)]
+    again = next((name for i, name in enumerate(names) if name in names[:i]), None)
+    if again is not None:
+        return f"manifest.json: it lists {again} twice"
     widths = [(s, np.dtype(dtype).itemsize) for s in entry.shards] + [(entry.starts, 8)]
-    try:
-        return all((folder / s.file).stat().st_size == s.items * width for s, width in widths)
-    except OSError:
-        return False
+    for shard, width in widths:
+        try:
+            size = (folder / shard.file).stat().st_size
+        except OSError as error:
+            return f"{shard.file}: {error.strerror}"
+        if size != shard.items * width:
+            return f"{shard.file}: {size:,} bytes, the manifest says {shard.items * width:,}"
+    return None
 
 
 def verify(folder: Path, entry: SplitEntry, dtype: str, vocab_size: int) -> None:
@@ -249,12 +275,23 @@ def verify(folder: Path, entry: SplitEntry, dtype: str, vocab_size: int) -> None
         _check_hash(folder / shard.file, tokens, shard.sha256)
     starts = _map(folder, entry.starts, "<i8")
     steps = np.diff(starts, append=entry.tokens)
-    if starts[0] != 0 or steps.min() < 1:
-        at = 0 if starts[0] != 0 else int(np.argmax(steps < 1))
+    # Each is looked at by itself too: a difference of two far numbers may wrap round.
+    wrong = (steps < 1) | (starts < 0) | (starts >= entry.tokens)
+    if starts[0] != 0 or wrong.any():
+        at = 0 if starts[0] != 0 else int(np.argmax(wrong))
         raise _damaged(folder / entry.starts.file, f"document {at} starts at {starts[at]}, out of order")
     _check_hash(folder / entry.starts.file, starts, entry.starts.sha256)
     if entry.sha256 != _digest([*entry.shards, entry.starts]):
         raise _damaged(folder / "manifest.json", "its digest of a split is not that of the split's files")
+
+
+def verify_file(path: Path, expected: str) -> None:
+    """Read a small file of a prepared folder through; UserError when it is not the one that was written."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise _damaged(path, error.strerror or "cannot be read") from None
+    _check_hash(path, np.frombuffer(data, np.uint8), expected)
 
 
 def _digest(files: Sequence[ShardEntry]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -113,12 +114,28 @@ class FileTokenizer:
         definition = _read(Path(path))
         try:
             backend = Backend.from_str(definition.decode("utf-8"))
-        except Exception as error:  # the library raises bare Exceptions and UnicodeDecodeError
-            raise UserError(f"tokenizer.path: {path} is not a tokenizer.json: {error}") from None
+            listed = json.loads(definition).get("added_tokens") or []
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except BaseException as error:  # the library raises bare Exceptions, and BaseException when it panics
+            why = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"tokenizer.path: {path} is not a tokenizer.json: {why}",
+                "take the file that the tokenizers library saved, or tokenizer=bytes",
+            ) from None
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True
         vocab = backend.get_vocab(with_added_tokens=True)
+        for token in listed:
+            # The library numbers added tokens anew where their ids have a gap, without a word.
+            given = vocab.get(token["content"], token["id"])
+            if given != token["id"]:
+                raise UserError(
+                    f"tokenizer.path: {path}: the added token {token['content']!r} has the id {token['id']}, "
+                    f"which follows no other; the tokenizers library would read it as {given}",
+                    "number the added tokens without gaps after the vocabulary",
+                )
         self.vocab_size = 1 + max(vocab.values(), default=-1)  # ids may have gaps
         added = [t.content for t in backend.get_added_tokens_decoder().values()]
         name = _end_of_text(vocab, added, end_of_text, path)
@@ -204,11 +221,15 @@ def train(texts: Iterator[str], vocab_size: int) -> bytes:
 
 
 def _read(path: Path) -> bytes:
-    path = path.expanduser()
     try:
-        return (path / "tokenizer.json" if path.is_dir() else path).read_bytes()
-    except OSError as error:
-        raise UserError(f"tokenizer.path: cannot read {path}: {error.strerror}") from None
+        path = path.expanduser()
+        path = path / "tokenizer.json" if path.is_dir() else path
+        if path.exists() and not path.is_file():
+            raise UserError(f"tokenizer.path: {path} is not a regular file")
+        return path.read_bytes()
+    except (OSError, ValueError, RuntimeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"tokenizer.path: cannot read {path}: {why}") from None
 
 
 def _end_of_text(vocab: dict[str, int], added: list[str], wanted: str | None, path: str | Path) -> str:

@@ -157,7 +157,7 @@ def records(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
     for line in path.read_text().splitlines() if path.is_file() else []:
         try:
             record = json.loads(line)
-        except ValueError:  # the last line of a run that was killed
+        except (ValueError, RecursionError):  # the last line of a run that was killed
             continue
         if kind is None or record.get("kind") == kind:
             found.append(record)

@@ -100,7 +100,7 @@ def _results(runs: Sequence[Told]) -> str:
         f"<p>{text(told.run.name)}: {text(told.run.state)}{text(f', {told.run.why}') if told.run.why else ''}"
         f"{text(f'; {told.skipped:,} steps skipped as not finite') if told.skipped else ''}</p>"
         for told in runs
-        if told.run.state in ("failed", "killed", "stopped") or told.skipped
+        if told.run.state in ("failed", "stalled", "killed", "stopped") or told.skipped
     ]
     told_all = table("Where each run stands", rows) + "".join(notes[:MOST_NAMED])
     return f"<section><h2>Results</h2>{told_all}</section>"

@@ -21,7 +21,7 @@ from ssmtrain.runs.lines import latest
 from ssmtrain.train import attempts
 
 METRICS = "metrics.jsonl"
-STATES = ("running", "finished", "stopped", "failed", "killed", "new")
+STATES = ("running", "finished", "stopped", "failed", "stalled", "killed", "new")
 """new: it never came to its first step."""
 
 _LIMIT = re.compile(rb"^  (max_steps|max_tokens): +([0-9]+)\s*$", re.MULTILINE)
@@ -93,7 +93,7 @@ def state_of(folder: Path) -> tuple[str, str]:
         return "finished", ""
     starts = attempts.read(folder / attempts.FILE)
     last = starts[-1] if starts else None
-    if owner is not None:
+    if owner is not None and not _ended(folder, last):
         return ("killed" if last else "new"), f"{owner.text} is gone and left no word"
     if last is None:
         return "new", "it never came to a step"
@@ -102,6 +102,15 @@ def state_of(folder: Path) -> tuple[str, str]:
         return ("killed", "its process left no word") if last.since else ("stopped", "")
     state, _, why = last.end.partition(": ")
     return (state if state in STATES else "stopped"), why
+
+
+def _ended(folder: Path, last: attempts.Attempt | None) -> bool:
+    """Whether the word that was left is of the lock's owner: each start writes both files, the lock first."""
+    try:
+        locked, noted = ((folder / name).stat().st_mtime_ns for name in ("lock", attempts.FILE))
+    except OSError:
+        return False
+    return last is not None and (last.end or "").startswith("stalled: ") and noted >= locked
 
 
 def limits(folder: Path) -> tuple[int | None, int | None]:
@@ -131,7 +140,7 @@ def json_of(path: Path) -> dict[str, Any]:
     """A small JSON file of a run, without secrets; empty where it cannot be read."""
     try:
         found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return redacted(found) if isinstance(found, dict) else {}
 

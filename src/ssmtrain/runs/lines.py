@@ -25,7 +25,7 @@ def parse(line: bytes) -> Record | None:
     """The record in a line; None where there is none."""
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
 

@@ -55,7 +55,10 @@ def as_json(run: Seen) -> dict[str, Any]:
 
 
 def lines(runs: Sequence[Seen], nested: bool, now: float) -> list[str]:
-    """The table; `nested` puts arms below the name of their multirun, and needs the order of names."""
+    """The table, and for whom the ranks of those that stalled waited.
+
+    `nested` puts arms below the name of their multirun, and needs the order of names.
+    """
     rows: list[tuple[str, ...]] = [HEAD]
     above = ""
     for run in runs:
@@ -64,7 +67,9 @@ def lines(runs: Sequence[Seen], nested: bool, now: float) -> list[str]:
             rows.append((f"{plain(parent)}/", *[""] * (len(HEAD) - 1)))
         above = parent
         rows.append(_row(run, f"  {arm}" if parent else run.name, now))
-    return table(rows, left=2)
+    return table(rows, left=2) + [
+        f"{plain(run.name)} stalled: {plain(run.why)}" for run in runs if run.state == "stalled"
+    ]
 
 
 def _row(run: Seen, name: str, now: float) -> tuple[str, ...]:

@@ -47,7 +47,8 @@ class Attempt:
     since: float | None = None
     """When it started, in seconds since 1970; absent in the files of older versions."""
     end: str | None = None
-    """How it ended: "finished", "stopped: …" or "failed: …"; absent while it lives and when it was killed."""
+    """How it ended: "finished", "stopped: …", "failed: …" or "stalled: …"; absent while it lives and when it
+    was killed."""
     turned: bool = False
     """It goes on where the one before, in the same process, went back to a checkpoint."""
 
@@ -158,7 +159,7 @@ def read(path: Path) -> list[Attempt]:
                 end if isinstance(end, str) else None,
                 data.get("turned") is True,
             )
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             continue
     return [found[number] for number in sorted(found)]
 
@@ -166,6 +167,14 @@ def read(path: Path) -> list[Attempt]:
 def _line(number: int, attempt: Attempt) -> str:
     known = {key: value for key, value in asdict(attempt).items() if value is not None}
     return json.dumps({"attempt": number, **known}) + "\n"
+
+
+def leave_word(path: Path, end: str) -> None:
+    """Note how the last attempt ended, where the process that writes the file can no longer do so."""
+    found = read(path)
+    if found:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(_line(len(found), replace(found[-1], end=redact(end))))
 
 
 def failure(error: BaseException) -> str:

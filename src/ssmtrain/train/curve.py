@@ -119,6 +119,6 @@ def _records(path: Path) -> list[dict[str, Any]]:
     """The lines of a file of JSON objects; a line cut short by a crash is left out."""
     found = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             found.append(json.loads(line))
     return [record for record in found if isinstance(record, dict)]

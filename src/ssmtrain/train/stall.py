@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -152,6 +153,12 @@ class Watcher:
     def _where(self, rank: int) -> str:
         beat = self.seen[rank][0]
         return f"after step {beat.step}, in {beat.place}"
+
+
+def culprits(said: str) -> str:
+    """Of a verdict the ranks that the others wait for, and where they are, in one line."""
+    lines = [line.strip() for line in said.splitlines()[1:]]
+    return "; ".join(line for line in lines if not re.match(r"rank [0-9]+ waits;", line))[:300]
 
 
 def place(frame: FrameType | None) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
+import threading
 import time
 from typing import Any
 
@@ -14,9 +16,9 @@ from ssmtrain.checkpoint.runs import Run
 from ssmtrain.config.errors import LOST
 from ssmtrain.parallel import ranks
 from ssmtrain.parallel.processes import GRACE, children
-from ssmtrain.train import report
+from ssmtrain.train import attempts, report
 from ssmtrain.train.module import LitLM
-from ssmtrain.train.stall import Watcher
+from ssmtrain.train.stall import Watcher, culprits
 
 
 class Stalls(Callback):
@@ -68,4 +70,12 @@ class Stalls(Callback):
             process.kill()
         if os.environ.get("SSMTRAIN_PARENT") == str(os.getppid()):
             os.kill(os.getppid(), signal.SIGKILL)  # a stopped process ends by nothing else
+        # The disk may be what it stands for: the end does not wait for it.
+        word = threading.Thread(target=self._leave_word, args=(said,), daemon=True)
+        word.start()
+        word.join(GRACE)
         os._exit(LOST)
+
+    def _leave_word(self, said: str) -> None:
+        with contextlib.suppress(OSError):
+            attempts.leave_word(self.run.folder / attempts.FILE, f"stalled: {culprits(said)}")
