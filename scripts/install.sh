@@ -31,7 +31,7 @@ fi
 command -v cc >/dev/null 2>&1 || command -v gcc >/dev/null 2>&1 || command -v clang >/dev/null 2>&1 ||
   say "No C compiler here: training works, torch.compile and Triton kernels do not. $(system build-essential gcc base-devel build-base)"
 
-# Modules are compiled when they are first imported, and most never are: half the time of installing.
+# Modules are compiled when they are first imported, and most never are: a third of the time of installing.
 pip="$VENV/bin/python -m pip --disable-pip-version-check"
 torch=$(sed -n 's/^torch==\([^ ;]*\).*/\1/p' constraints.txt)
 if ! "$VENV/bin/python" -c 'import torch' 2>/dev/null; then
@@ -50,4 +50,5 @@ say "Installing ssmtrain and its development tools"
 # DeepSpeed would look for compilers; nothing here uses kernels of its own.
 export DS_BUILD_OPS=0
 $pip install -q --no-compile -c constraints.txt -e '.[dev]'
+"$VENV/bin/python" -W ignore -c 'import ssmtrain.train.fit, torch._dynamo' # so that the first command need not
 say "Ready: $VENV/bin/ssmtrain --help"

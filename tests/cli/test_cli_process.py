@@ -186,6 +186,8 @@ def test_an_installed_package_brings_its_recipes(tmp_path: Path) -> None:
 def test_ctrl_c_before_anything_started() -> None:
     code = (
         "import signal\nfrom ssmtrain import cli\n"
+        # What is started in the background ignores it.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "cli.run = lambda args: signal.raise_signal(signal.SIGINT)\n"
         "raise SystemExit(cli.main(['fit']))"
     )

@@ -222,8 +222,8 @@ def test_a_gated_norm_and_its_projection(monkeypatch: pytest.MonkeyPatch) -> Non
     if not tuned.interpreting():
         pytest.skip("for the interpreter")
     monkeypatch.setattr(linear, "DEVICES", {"cpu"})
-    monkeypatch.setattr(backend, "_current", backend._current)
-    backend.configure("triton", "cpu")
+    ops = {op: "triton" if op == "gated_norm" else "reference" for op in backend.op_names()}
+    monkeypatch.setattr(backend, "_current", backend.Backend("auto", "cpu", ops, "a test"))
     block, made = build("mamba2"), []
     kept = gradients(block, block.forward, True, True)
     real = forget._Recipe.serve
