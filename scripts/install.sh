@@ -31,24 +31,22 @@ fi
 command -v cc >/dev/null 2>&1 || command -v gcc >/dev/null 2>&1 || command -v clang >/dev/null 2>&1 ||
   say "No C compiler here: training works, torch.compile and Triton kernels do not. $(system build-essential gcc base-devel build-base)"
 
-# Modules are compiled when they are first imported, and most never are: a third of the time of installing.
 pip="$VENV/bin/python -m pip --disable-pip-version-check"
 torch=$(sed -n 's/^torch==\([^ ;]*\).*/\1/p' constraints.txt)
 if ! "$VENV/bin/python" -c 'import torch' 2>/dev/null; then
   if [ -n "${TORCH_INDEX_URL:-}" ]; then
     say "Installing torch $torch from TORCH_INDEX_URL"
-    $pip install -q --no-compile --index-url "$TORCH_INDEX_URL" "torch==$torch"
+    $pip install -q --index-url "$TORCH_INDEX_URL" "torch==$torch"
   elif command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then
     say "Installing torch $torch for the GPU"
-    $pip install -q --no-compile "torch==$torch"
+    $pip install -q "torch==$torch"
   else
     say "Installing torch $torch (no NVIDIA GPU: the CPU build, where there is one)"
-    $pip install -q --no-compile "torch==$torch+cpu" 2>/dev/null || $pip install -q "torch==$torch"
+    $pip install -q "torch==$torch+cpu" 2>/dev/null || $pip install -q "torch==$torch"
   fi
 fi
 say "Installing ssmtrain and its development tools"
 # DeepSpeed would look for compilers; nothing here uses kernels of its own.
 export DS_BUILD_OPS=0
-$pip install -q --no-compile -c constraints.txt -e '.[dev]'
-"$VENV/bin/python" -W ignore -c 'import ssmtrain.train.fit, torch._dynamo' # so that the first command need not
+$pip install -q -c constraints.txt -e '.[dev]'
 say "Ready: $VENV/bin/ssmtrain --help"
