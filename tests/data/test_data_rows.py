@@ -1,7 +1,9 @@
 """Rows: every token of an epoch counted, documents numbered, the same rows however they are sliced."""
 
+import mmap
 import random
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -172,3 +174,33 @@ def test_too_little_text_to_carry_a_state(page, write) -> None:
         UserError, match=r"the 7 rows of data\.train are fewer than two for each of the 4 rows"
     ):
         open_data(config)
+
+
+def test_what_is_asked_for_ahead_is_what_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every page of every token of the rows, across shards and up to the end, and none outside of a file."""
+    from ssmtrain.data import shards
+
+    page, cap = mmap.PAGESIZE // 2, 3 * mmap.PAGESIZE // 2  # tokens of a page, and of a shard of three
+    writer = shards.SplitWriter(tmp_path, "train", "<u2", 0, cap)
+    ids = np.arange(4 * cap - 700, dtype=np.uint16)
+    writer.append(ids, np.array([len(ids)]))
+    entry = writer.close()
+    assert entry is not None
+    stream = shards.TokenStream(tmp_path, entry, "<u2", cap)
+    asked: list[tuple[int, int]] = []
+
+    def advise(tokens: np.ndarray, how: str, first: int = 0, last: int | None = None) -> None:
+        shard = next(i for i, one in enumerate(stream._shards) if one is tokens)
+        assert how == "MADV_WILLNEED" and last is not None and 0 <= first < last <= len(tokens)
+        asked.append((shard * cap + first, shard * cap + last))
+        real(tokens, how, first, last)
+
+    real = shards._advise
+    monkeypatch.setattr(shards, "_advise", advise)
+    stream.ahead([5, cap - 9, len(ids) - 100], 2 * page)
+    assert asked[0] == (5, 5 + 2 * page)
+    assert asked[1:3] == [(cap - 9, cap), (cap, cap - 9 + 2 * page)]
+    assert asked[3:] == [(len(ids) - 100, len(ids))]
+    out = np.zeros(2 * page, np.int64)
+    stream.read(cap - 9, out)
+    assert np.array_equal(out, ids[cap - 9 : cap - 9 + 2 * page])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -46,6 +46,9 @@ class Stream(Protocol):
     def read(self, start: int, out: np.ndarray) -> None:
         """Copy tokens [start, start + len(out)) into `out`."""
 
+    def ahead(self, starts: Iterable[int], length: int) -> None:
+        """Have `length` tokens from each of some places at hand, which are to be read next."""
+
 
 @dataclass(frozen=True)
 class MemoryStream:
@@ -64,6 +67,9 @@ class MemoryStream:
     def read(self, start: int, out: np.ndarray) -> None:
         """Copy tokens [start, start + len(out)) into `out`."""
         out[:] = self.ids[start : start + len(out)]
+
+    def ahead(self, starts: Iterable[int], length: int) -> None:
+        """They are at hand."""
 
 
 class Rows:
@@ -122,6 +128,7 @@ class Rows:
         """Some rows by their place in file order, 0 … per_epoch - 1."""
         rows, L = np.asarray(numbers, np.int64), self.seq_len
         tokens = np.full((len(rows), L + 1), self.pad, np.int64)  # (B, L + 1)
+        self.stream.ahead((rows * L).tolist(), L + 1)
         for out, begin in zip(tokens, (rows * L).tolist(), strict=True):
             self.stream.read(begin, out[: self.stream.tokens - begin])
         labels = tokens[:, 1:].copy()  # (B, L)

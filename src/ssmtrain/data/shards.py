@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import mmap
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, BinaryIO
 
@@ -16,6 +19,8 @@ from ssmtrain.config.errors import UserError
 
 SHARD_TOKENS = 2**27
 """Tokens in a full shard: 256 MiB of uint16."""
+WORTH_A_THREAD = 2**20
+"""Bytes above which hashing them takes longer than handing them over."""
 
 
 class ShardEntry(Config):
@@ -57,12 +62,14 @@ class Damaged(Exception):
 
 
 class _HashedFile:
-    """A file that is hashed as it is written; begun anew, or gone on with after its first `items`, whose hash
-    must be what was noted."""
+    """A file that is hashed while it is written, by a thread where that pays; begun anew, or gone on with
+    after its first `items`, whose hash must be what was noted."""
 
     def __init__(self, path: Path, dtype: np.dtype, items: int = 0, noted: str = "") -> None:
         self.path, self.items = path, items
         self._hash = hashlib.sha256()
+        self._thread = ThreadPoolExecutor(1, "ssmtrain-hash")
+        self._pending: Future[None] | None = None
         self._file: BinaryIO = path.open("r+b" if items else "wb")
         left = items * dtype.itemsize
         while left:
@@ -78,13 +85,25 @@ class _HashedFile:
     @property
     def sha256(self) -> str:
         """SHA-256 of what was written so far."""
+        self._hashed()
         return self._hash.hexdigest()
 
     def write(self, items: np.ndarray) -> None:
+        """Append items, which nobody may change before the next call."""
         data = items.view(np.uint8).data if len(items) else b""
+        self._hashed()
+        if len(data) >= WORTH_A_THREAD:
+            self._pending = self._thread.submit(self._hash.update, data)
+        else:
+            self._hash.update(data)
         self._file.write(data)
-        self._hash.update(data)
         self.items += len(items)
+
+    def _hashed(self) -> None:
+        """Wait for the thread."""
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
 
     def handle(self) -> int:
         """A descriptor of its own for whoever syncs what was written so far, and closes it."""
@@ -94,10 +113,12 @@ class _HashedFile:
     def close(self) -> ShardEntry:
         self._file.flush()
         os.fsync(self._file.fileno())
-        self._file.close()
+        self.abandon()
         return ShardEntry(file=self.path.name, items=self.items, sha256=self.sha256)
 
     def abandon(self) -> None:
+        self._hashed()
+        self._thread.shutdown()
         self._file.close()
 
 
@@ -227,6 +248,10 @@ class TokenStream:
         self.tokens = entry.tokens
         self._cap = shard_tokens
         self._shards = [_map(folder, s, dtype) for s in entry.shards]
+        for shard in self._shards:
+            _advise(
+                shard, "MADV_RANDOM"
+            )  # else each row that is not in memory brings thirty that no one reads
         self.starts = _map(folder, entry.starts, "<i8")
         """Position of each document's first token, int64 (documents,), ascending from 0."""
 
@@ -237,6 +262,16 @@ class TokenStream:
         out[: len(piece)] = piece
         if len(piece) < len(out):
             self.read(start + len(piece), out[len(piece) :])
+
+    def ahead(self, starts: Iterable[int], length: int) -> None:
+        """Ask the system for `length` tokens from each of some places, all at once: a read waits for one."""
+        for start in starts:
+            end = min(start + length, self.tokens)
+            while start < end:
+                shard, at = divmod(start, self._cap)
+                last = min(at + end - start, self._cap)
+                _advise(self._shards[shard], "MADV_WILLNEED", at, last)
+                start += last - at
 
 
 def ailing(folder: Path, entry: SplitEntry, dtype: str, shard_tokens: int) -> str | None:
@@ -301,6 +336,18 @@ def _digest(files: Sequence[ShardEntry]) -> str:
 def _map(folder: Path, entry: ShardEntry, dtype: str) -> np.ndarray:
     """A file as a plain array over mapped memory: slicing an np.memmap costs several times as much."""
     return np.memmap(folder / entry.file, dtype, "r", shape=(entry.items,)).view(np.ndarray)
+
+
+def _advise(tokens: np.ndarray, how: str, first: int = 0, last: int | None = None) -> None:
+    """Tell the system how tokens [first, last) of a mapped file will be read, where it can be told."""
+    mapped = getattr(tokens.base, "_mmap", None)
+    advice = getattr(mmap, how, None)
+    if mapped is None or advice is None:
+        return
+    begin = first * tokens.itemsize // mmap.PAGESIZE * mmap.PAGESIZE
+    end = (len(tokens) if last is None else last) * tokens.itemsize
+    with contextlib.suppress(OSError):
+        mapped.madvise(advice, begin, end - begin)
 
 
 def _blocks(tokens: np.ndarray, size: int = 2**22) -> Iterator[tuple[int, np.ndarray]]:
