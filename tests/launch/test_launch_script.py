@@ -89,6 +89,7 @@ def test_gpus_of_several_nodes(folder: Path, capsys: pytest.CaptureFixture[str])
 def test_what_is_not_asked_is_left_to_the_cluster(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = script(capsys, "launch.requeues=0")
     assert {"gpus-per-node", "mem", "time", "partition", "cpus-per-task"}.isdisjoint(options(text))
+    script(capsys, "launch.time=0", "launch.grace=9000")  # no limit at all
     assert options(text)["ntasks-per-node"] == "2" and "no-requeue" in options(text)
     assert "set -e" not in text
 
@@ -141,6 +142,11 @@ REFUSED = [
     (["trainer.cuda_graphs=true"], "trainer.cuda_graphs: it takes one GPU"),
     (["resume=runs/other/checkpoints/step-00000010"], "set resume=auto, or launch.requeues=0"),
     (["launch.time=soon"], "launch.time = 'soon': expected text such as 12:00:00 or null"),
+    (["launch.time=5"], "launch.time = 5: 300 seconds, and launch.grace = 300 of them are for saving"),
+    *(
+        ([f"launch.time={time}", "launch.grace=60000"], f"launch.time = {time}: {seconds} seconds")
+        for time, seconds in {"5:30": 330, "2:00:10": 7210, "0-16": 57600, "0-16:30": 59400, "1": 60}.items()
+    ),
     (["launch.memory=64GB"], "expected text such as 64G"),
     (["launch.partition='a b'"], "launch.partition = 'a b'"),
     (["launch.partition='$(reboot)'"], "launch.partition = '$(reboot)'"),
@@ -150,7 +156,7 @@ REFUSED = [
     (["trainer.num_nodes=2"], "did you mean `launch.nodes`?"),
     (["launch.container.kind=docker"], "expected one of apptainer, pyxis"),
     (["optim.lr=1,2", "--multirun"], "launch.time: an array needs a time limit"),
-    (["launch.qos=a,b", "launch.time=5", "--multirun"], "the jobs of an array are alike"),
+    (["launch.qos=a,b", "launch.time=50", "--multirun"], "the jobs of an array are alike"),
 ]
 
 
@@ -182,7 +188,7 @@ def test_without_slurm(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PATH", str(folder))
-    for words in ([], ["optim.lr=1,2", "launch.time=5", "--multirun"]):
+    for words in ([], ["optim.lr=1,2", "launch.time=50", "--multirun"]):
         assert main(["launch", "slurm", "config=page.yaml", *words]) == 2
         told = capsys.readouterr().err
         assert "ubmit from a login node of the cluster" in told and "--dry-run" in told
@@ -214,30 +220,47 @@ def test_help() -> None:
     assert load(["config=quickstart", "launch=slurm"]).launch.kind == "slurm"
 
 
-@pytest.mark.parametrize(("behaviour", "code", "requeued"), [
-    ("exit 0", 0, False), ("exit 3", 3, False), ("exit 75", 75, True), ("kill -USR1 $$", 138, True),
-    ("kill -KILL $$", 137, False),
+@pytest.mark.parametrize("many", [[], ["optim.lr=1,2", "launch.time=9", "launch.grace=60", "--multirun"]])
+@pytest.mark.parametrize(("code", "ends", "requeued"), [
+    (0, 0, False), (3, 3, False), (75, 75, True), (138, 75, True), (137, 137, False),
 ])  # fmt: skip
-def test_a_turn_of_an_arm(
-    behaviour: str, code: int, requeued: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_the_code_of_srun_means(
+    code: int,
+    ends: int,
+    requeued: bool,
+    many: list[str],
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    said = queue(folder, monkeypatch)
-    assert ended(f"sh -c '{behaviour}'", 1) == code
-    assert said.exists() == requeued
-    if requeued:
-        assert said.read_text() == "requeue 77\n"
-        for name, value in {"SLURM_PROCID": "1", "SLURM_RESTART_COUNT": "1"}.items():
-            said.unlink(missing_ok=True)
-            with monkeypatch.context() as patch:
-                patch.setenv(name, value)
-                assert ended(f"sh -c '{behaviour}'", 1) == code and not said.exists()
+    text = script(capsys, "launch.requeues=2", *many)
+    (folder / "bin").mkdir()
+    for name, line in {"srun": f"exit {code}", "scontrol": f'echo "$@" >> {folder}/said'}.items():
+        (folder / "bin" / name).write_text(f"#!/bin/sh\n{line}\n")
+        (folder / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}/bin:{os.environ['PATH']}")
+    for name, value in {"JOB_ID": "77", "ARRAY_JOB_ID": "70", "ARRAY_TASK_ID": "1"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    said = folder / "said"
+    assert subprocess.run(["bash"], input=text, text=True).returncode == ends
+    assert (said.read_text() if said.exists() else "") == (
+        f"requeue {'70_1' if many else '77'}\n" if requeued else ""
+    )
+    said.unlink(missing_ok=True)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")  # as often as it may
+    assert subprocess.run(["bash"], input=text, text=True).returncode == ends and not said.exists()
+
+
+@pytest.mark.parametrize(("behaviour", "code"), [
+    ("exit 0", 0), ("exit 3", 3), ("exit 75", 75), ("kill -USR1 $$", 138), ("kill -KILL $$", 137),
+])  # fmt: skip
+def test_a_turn_of_an_arm(behaviour: str, code: int) -> None:
+    assert ended(f"sh -c '{behaviour}'") == code
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_turn_hands_on_signals(
-    number: signal.Signals, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    said = queue(folder, monkeypatch)
+def test_a_turn_hands_on_signals(number: signal.Signals, folder: Path) -> None:
     (folder / "child.py").write_text(
         f"import pathlib, signal, sys, time\nsignal.signal({int(number)}, lambda *_: sys.exit(75))\n"
         "pathlib.Path('ready').touch()\ntime.sleep(30)\n"
@@ -250,29 +273,18 @@ def test_a_turn_hands_on_signals(
 
     thread = threading.Thread(target=stop)
     thread.start()
-    assert ended(f"{sys.executable} child.py", 1) == 75
+    assert ended(f"{sys.executable} child.py") == 75
     thread.join()
-    assert said.read_text() == "requeue 77\n"
 
 
-def queue(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The environment of job 77, whose scontrol only notes what it is asked; where it does."""
-    (folder / "bin").mkdir()
-    (folder / "bin" / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {folder}/said\n')
-    (folder / "bin" / "scontrol").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}/bin:{os.environ['PATH']}")
-    monkeypatch.setenv("SLURM_JOB_ID", "77")
-    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
-    return folder / "said"
-
-
-def ended(line: str, requeues: int) -> int:
+def ended(line: str) -> int:
     """A turn's exit code; the handlers as they were."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
-        return turn(line, requeues)
+        turn(line)
     except SystemExit as end:
         return int(str(end.code))
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    return 0

@@ -40,6 +40,14 @@ if turn == 0:
             sys.exit(75)
 """
 
+TOO_EARLY = """\
+# Ends the third arm's first turn with SIGUSR1 before submitit's process has a handler for it.
+import os, signal, sys
+name = os.environ.get("SLURM_ARRAY_TASK_ID"), os.environ.get("SLURM_RESTART_COUNT", "0")
+if name == ("2", "0") and "submitit.core._submit" in sys.orig_argv:
+    os.kill(os.getpid(), signal.SIGUSR1)
+"""
+
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
@@ -141,10 +149,10 @@ def test_which_ends_ask_for_another_turn(
 
     # Slurm tells a job up to a minute early: this one at once, as its limit is a minute.
     late = submit("waits", "late", "launch.time=1", "launch.grace=50")
-    second = submit("waits", "late", "launch.time=5")
-    cancelled = submit("waits", "cancelled", "launch.time=5", "launch.setup=[touch set-up]")
-    fails = submit("one fails", "fails", "launch.time=5")
-    early = submit("too early", "early", "launch.time=5")
+    second = submit("waits", "late", "launch.time=15")
+    cancelled = submit("waits", "cancelled", "launch.time=15", "launch.setup=[touch set-up]")
+    fails = submit("one fails", "fails", "launch.time=15")
+    early = submit("too early", "early", "launch.time=15")
     endless = submit("never finished", "endless", "launch.requeues=1")
     appears("rank 1 fit config=", cancelled["log"])
     assert (here / "set-up").exists()
@@ -168,29 +176,34 @@ def test_an_array_through_submitit(
     cluster: Cluster, here: Path, launch: Launch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("STUB", "waits")
+    monkeypatch.setenv("PYTHONPATH", f"{SRC}:{here}")
+    (here / "sitecustomize.py").write_text(TOO_EARLY)
     told = launch(
         f"launch.program={sys.executable} {here}/stub.py",
         "name=arms",
-        "optim.lr=1e-3,2e-3",
-        "launch.time=5",
+        "optim.lr=1e-3,2e-3,3e-3",
+        "launch.time=15",
         "launch.processes_per_node=1",
         "--multirun",
     )
-    assert told["arms"] == ["arms/lr-0.001", "arms/lr-0.002"]
+    arms = ["lr-0.001", "lr-0.002", "lr-0.003"]
+    assert told["arms"] == [f"arms/{arm}" for arm in arms]
     number, place = told["job"], here / "runs" / "arms" / "launch"
+    logs = [place / f"{number}_{index}_0_log.out" for index in range(3)]
+    for log in logs[:2]:
+        appears("rank 0 fit config=", log)
     for index in "01":
-        appears("rank 0 fit config=", place / f"{number}_{index}_0_log.out")
-    cluster.call("scancel", "--signal=USR1", number)
-    for index, arm in enumerate(("lr-0.001", "lr-0.002")):
+        cluster.call("scancel", "--signal=USR1", f"{number}_{index}")
+    for index, arm in enumerate(arms):
         cluster.wait(f"{number}_{index}", has("COMPLETED", 1))
-        said = (place / f"{number}_{index}_0_log.out").read_text()
-        assert f"turn 0 rank 0 fit config={here}/runs/arms/{arm}/launch/config.yaml" in said
-        assert "rank 0 saves" in said and "turn 1 rank 0 fit" in said
+        said = logs[index].read_text()
+        assert f"turn 1 rank 0 fit config={here}/runs/arms/{arm}/launch/config.yaml" in said
+        assert ("turn 0 rank 0 fit" in said and "rank 0 saves" in said) == (arm != "lr-0.003")
         assert (here / "runs" / "arms" / arm / "launch" / "config.yaml").is_file()
 
 
 def test_what_sbatch_refuses(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    for arms in ([], ["optim.lr=1e-3,2e-3", "launch.time=5", "--multirun"]):
+    for arms in ([], ["optim.lr=1e-3,2e-3", "launch.time=15", "--multirun"]):
         line = ["launch", "slurm", "config=page.yaml", "launch.partition=nowhere", *arms]
         assert main(line) == 2
         said = capfd.readouterr().err

@@ -7,7 +7,6 @@ of an arm is `ssmtrain fit`, a process of its own with its own signals and exit 
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import signal
 import subprocess
@@ -16,13 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssmtrain.config.arms import Arm, plan
-from ssmtrain.config.errors import FINISHED, UNFINISHED, UserError
+from ssmtrain.config.errors import FINISHED, UserError
 from ssmtrain.launch import job
 from ssmtrain.launch.slurm import LOOK, refusal
 
 if TYPE_CHECKING:
     from ssmtrain.config.request import Request
     from ssmtrain.config.schema import RunConfig
+
+ARM = "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"
+"""An arm as scontrol takes it; the number of one of the arms' jobs is that of the whole array."""
 
 
 def submit_arms(request: Request) -> int:
@@ -74,6 +76,8 @@ def parameters(config: RunConfig, name: str, arms: int) -> dict[str, Any]:
         "job_name": name,
         "array_parallelism": config.launch.arms or arms,
         "setup": job.setup(config),
+        # Not in `turn`: a signal may end the process before it gets there.
+        "teardown": job.ending(config, ARM).splitlines(),
         "srun_args": job.srun_options(config),
         "stderr_to_stdout": True,
         "wckey": None,
@@ -97,7 +101,7 @@ def _submit(
     try:
         executor = slurm.SlurmExecutor(folder=place, python=_python(configs[0]))
         executor.update_parameters(**asked)
-        found = executor.map_array(turn, lines, [configs[0].launch.requeues] * len(lines))
+        found = executor.map_array(turn, lines)
     except (FailedJobError, FailedSubmissionError) as error:
         raise UserError(*refusal(str(error))) from None
     except RuntimeError as error:  # submitit's word for a machine without srun
@@ -116,18 +120,12 @@ def told(number: str, arms: list[Arm], place: Path) -> list[str]:
     ]
 
 
-def turn(line: str, requeues: int) -> int:
-    """One turn of an arm on the cluster: run `line` (shell), hand it the signals, ask for another on 75."""
+def turn(line: str) -> None:
+    """One turn of an arm on the cluster: run `line` (shell), hand it the signals, end with its exit code."""
     child = subprocess.Popen(["bash", "-c", f"exec {line}"])
     # In the place of submitit's, which would requeue without waiting for the save.
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: child.send_signal(number))
     code = child.wait()
-    code = code if code >= 0 else 128 - code
-    restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    if code in (UNFINISHED, job.EARLY) and os.environ.get("SLURM_PROCID", "0") == "0" and restarts < requeues:
-        print("ssmtrain: saved; back to the queue", flush=True)
-        subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
     if code:
-        sys.exit(code)
-    return code
+        sys.exit(code if code > 0 else 128 - code)

@@ -28,6 +28,9 @@ SCRIPT = """\
 {options}
 
 {setup}srun {srun}
+{ending}"""
+
+ENDING = """\
 code=$?
 
 # {unfinished}: saved and not finished, before the time limit or when the job is to make room for another.
@@ -35,7 +38,7 @@ code=$?
 if [ "$code" -eq {early} ]; then code={unfinished}; fi
 if [ "$code" -eq {unfinished} ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {requeues} ]; then
   echo "ssmtrain: saved; back to the queue"
-  scontrol requeue "$SLURM_JOB_ID"
+  scontrol requeue "{job}"
 fi
 exit "$code"
 """
@@ -76,11 +79,27 @@ def _problems(config: RunConfig) -> Iterator[str]:
     if trainer.accelerator == ("cpu" if gpus else "gpu"):
         take = "launch.gpus_per_node=0" if gpus else "launch.gpus_per_node=1, or more"
         yield f"trainer.accelerator = {trainer.accelerator}: launch.gpus_per_node is {gpus}; set {take}"
+    limit = _seconds(launch.time or "0")
+    if 0 < limit <= launch.grace:
+        yield (
+            f"launch.time = {launch.time}: {limit} seconds, and launch.grace = {launch.grace} of them are "
+            "for saving: each turn would save as it begins; set a longer launch.time or a shorter launch.grace"
+        )
     if config.resume != "auto" and launch.requeues:
         yield (
             f"resume = {config.resume}: a job that is put back in the queue must find where it stopped; set "
             "resume=auto, or launch.requeues=0"
         )
+
+
+def _seconds(time: str) -> int:
+    """A time limit as Slurm reads it, in seconds: minutes[:seconds], h:m:s, d-h[:m[:s]]; 0: none."""
+    days, dash, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if not dash and len(parts) < 3:
+        parts = [0, *parts]
+    hours, minutes, seconds = (*parts, 0, 0)[:3]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def _spread(config: RunConfig) -> Iterator[str]:
@@ -187,10 +206,13 @@ def script(config: RunConfig) -> str:
         srun=" \\\n  ".join(
             [*map(shlex.quote, srun_options(config)), f"{program(config)} {fit_words(config)}"]
         ),
-        unfinished=UNFINISHED,
-        early=EARLY,
-        requeues=config.launch.requeues,
+        ending=ending(config),
     )
+
+
+def ending(config: RunConfig, job: str = "$SLURM_JOB_ID") -> str:
+    """The lines after srun: what its code means, and another turn of `job` when its run has saved."""
+    return ENDING.format(unfinished=UNFINISHED, early=EARLY, requeues=config.launch.requeues, job=job)
 
 
 def setup(config: RunConfig) -> list[str]:
