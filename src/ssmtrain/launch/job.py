@@ -83,7 +83,7 @@ def _problems(config: RunConfig) -> Iterator[str]:
     if 0 < limit <= launch.grace:
         yield (
             f"launch.time = {launch.time}: {limit} seconds, and launch.grace = {launch.grace} of them are "
-            "for saving: each turn would save as it begins; set a longer launch.time or a shorter launch.grace"
+            "for saving: each turn would save as it begins; give launch.time more or launch.grace less"
         )
     if config.resume != "auto" and launch.requeues:
         yield (
