@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ssmtrain.kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
-from ssmtrain.kernels.gated_norm import gated_norm, stream_norm
+from ssmtrain.kernels.gated_norm import gated_norm, projected_norm, stream_norm
 from ssmtrain.kernels.linear_cross_entropy import linear_cross_entropy
 from ssmtrain.kernels.selective_scan import selective_scan, selective_scan_step
 from ssmtrain.kernels.ssd import ssd, ssd_step
@@ -196,6 +196,36 @@ def norm_case(
     return Case(name, "gated_norm", make, call, shape={"B": B, "L": L, "E": E})
 
 
+def projected_norm_case(
+    B: int,
+    L: int,
+    E: int,
+    D: int,
+    *,
+    dtype: torch.dtype = BF16,
+    n_groups: int = 1,
+    norm_before_gate: bool = False,
+) -> Case:
+    """A gated norm and the mixer's last product, whose fp32 weight is D x E."""
+
+    def make(device: torch.device | str) -> Inputs:
+        x, z = (
+            torch.randn(B, L, E, device=device, dtype=dtype),
+            torch.randn(B, L, 2 * E, device=device, dtype=dtype),
+        )
+        projection = torch.randn(D, E, device=device).mul_(E**-0.5)
+        return leaves(
+            {"x": x, "z": z[..., :E], "weight": torch.ones(E, device=device), "projection": projection}
+        )
+
+    def call(inputs: Inputs) -> tuple[Tensor, ...]:
+        rest = {"n_groups": n_groups, "norm_before_gate": norm_before_gate}
+        return (projected_norm(**inputs, bias=None, **rest),)  # type: ignore[arg-type]
+
+    name = named(f"norm B{B} L{L} E{E} to {D}", dtype, {"groups": n_groups, "norm first": norm_before_gate})
+    return Case(name, "gated_norm", make, call, shape={"B": B, "L": L, "E": E, "D": D})
+
+
 def stream_norm_case(
     B: int, L: int, E: int, *, dtype: torch.dtype = torch.float32, branch: bool = True
 ) -> Case:
@@ -293,6 +323,7 @@ def to_compile(quick: bool = False) -> Iterator[Case]:
     yield ssd_case(8, 4096, 80, 64, 128)
     yield conv_case(8, 4096, 5376, parent=10576)
     yield norm_case(8, 4096, 5120, parent=10576)
+    yield projected_norm_case(8, 4096, 5120, 2560)
     yield stream_norm_case(8, 4096, 2560)
     yield selective_case(8, 4096, 5120)
     yield head_case(32768, 768, 50288)
@@ -320,6 +351,9 @@ def to_compile(quick: bool = False) -> Iterator[Case]:
     yield norm_case(2, 1000, 5120, gate=False)
     yield norm_case(2, 1000, 8192, n_groups=8, norm_before_gate=True)
     yield norm_case(2, 1000, 768, dtype=torch.float32)
+    yield projected_norm_case(2, 1000, 8192, 768, n_groups=8, norm_before_gate=True)
+    yield projected_norm_case(2, 1000, 768, 768, dtype=torch.float32)
+    yield projected_norm_case(2, 1000, 20480, 768)
     for E in (768, 1000, 2048, 8192, 20480):
         yield stream_norm_case(2, 1000, E)
     yield stream_norm_case(2, 1000, 2560, branch=False)

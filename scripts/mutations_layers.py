@@ -23,6 +23,12 @@ def norm(name: str, old: str, new: str, occurrence: int = 0, tests: str = "") ->
     return Mutation(f"norm: {name}", file, old, new, tuple(found.split()), occurrence)
 
 
+def projected(name: str, old: str, new: str) -> Mutation:
+    """A mutation of the gated norm with the product behind it."""
+    tests = ("tests/kernels/triton/test_triton_gated_norm.py", "-k", "product_behind")
+    return Mutation(f"norm: {name}", f"{KERNELS}/gated_norm/projected.py", old, new, tests)
+
+
 def head(name: str, old: str, new: str, occurrence: int = 0) -> Mutation:
     """A mutation of the linear cross-entropy."""
     file = f"{KERNELS}/linear_cross_entropy/triton.py"
@@ -141,6 +147,17 @@ NORM = [
     norm("a branch's gradient is not scaled", "inner_grad * factor", "inner_grad"),
     norm("nor where only the stream is read", "(dx * ctx.factor).to(branch)", "dx.to(branch)"),
     norm("a scaled branch has the stream's gradient", " or ctx.factor != 1.0", ""),
+    norm(
+        "made again without its gate",
+        'if GATE == "first":\n                    inner',
+        "if False:\n                    inner",
+    ),
+    norm("made again in one row", "again + out + at", "again + channel + at"),
+    projected("the projection's gradient from x", "mm(rows.t(), y.flatten", "mm(rows.t(), x.flatten"),
+    projected(
+        "its gradient is rounded", "y.flatten(0, -2), of_projection)", "y.flatten(0, -2)).to(of_projection)"
+    ),
+    projected("the bias's gradient is rounded", "dtype=torch.float32", "dtype=rows.dtype"),
 ]
 
 

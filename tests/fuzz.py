@@ -23,18 +23,22 @@ ROOM = 2**29
 SECONDS = 20.0
 """Seconds that one may take, on a machine with other work."""
 
-JSON = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(2**70), 2**70)
-    | st.floats()
-    | st.text(max_size=8)
-    | st.sampled_from(
-        [0, 1, -1, 2, 2**31, 2**63, 10**30, "../x", "/etc/passwd", "/dev/zero", "F32", "BF16", "I64", "x\0y"]
-    ),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
-    max_leaves=5,
-)
+
+def values(likely: list[Any]) -> st.SearchStrategy[Any]:
+    """JSON at random, often one of the values that are likely to hurt."""
+    plain = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8)
+    return st.recursive(
+        plain | st.sampled_from(likely),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+        max_leaves=5,
+    )
+
+
+HURTFUL: list[Any] = [
+    *(0, 1, -1, 2, 2**31, 2**63, 10**30),
+    *("../x", "/etc/passwd", "/dev/zero", "F32", "BF16", "I64", "x\0y"),
+]
+JSON = values(HURTFUL)
 
 
 def tries(examples: int) -> settings:

@@ -79,7 +79,7 @@ def test_a_flipped_bit_in_any_of_them_is_found(tmp_path: Path) -> None:
 
 
 def test_a_thread_that_cannot_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = store.write_parts
+    real = cut.write_parts
 
     def full(path: Path, parts: dict[str, Part]) -> Written:
         if path.name == "model_00003.safetensors":
@@ -87,7 +87,7 @@ def test_a_thread_that_cannot_write(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return real(path, parts)
 
     store.save(tmp_path, 2, {"model": tensors()}, {"step": 2})
-    monkeypatch.setattr(store, "write_parts", full)
+    monkeypatch.setattr(cut, "write_parts", full)
     with pytest.raises(store.SaveFailed, match="No space left on device"):
         store.save(tmp_path, 3, {"model": tensors()}, {"step": 3})
     assert [one.name for one in tmp_path.iterdir()] == ["step-00000002"]
@@ -119,13 +119,13 @@ def test_they_are_written_at_the_same_time(tmp_path: Path, monkeypatch: pytest.M
     """Two files wait for each other: one after the other, neither would be written."""
     monkeypatch.setattr(cut.os, "sched_getaffinity", lambda pid: {0, 1})
     meet = threading.Barrier(2, timeout=20)
-    real = store.write_parts
+    real = cut.write_parts
 
     def slow(path: Path, parts: dict[str, Part]) -> Written:
         if path.name in ("model.safetensors", "optim.safetensors"):
             meet.wait()
         return real(path, parts)
 
-    monkeypatch.setattr(store, "write_parts", slow)
+    monkeypatch.setattr(cut, "write_parts", slow)
     pair = {kind: {"weight": torch.zeros(8)} for kind in ("model", "optim")}
     assert store.verify(store.save(tmp_path, 3, pair, {"step": 3})) == []

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ssmtrain.checkpoint import durable, faults, joint, store
+from ssmtrain.checkpoint import cut, durable, faults, joint, store
 from ssmtrain.checkpoint.parts import Part
 
 FORK = multiprocessing.get_context("fork")
@@ -69,14 +69,14 @@ def test_tensors_are_whole_again(world: int, tmp_path: Path) -> None:
 
 
 def test_a_rank_that_cannot_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = joint.write_parts
+    real = cut.write_parts
 
     def full(path: Path, parts: dict) -> durable.Written:
         if path.name == "model_00001.safetensors":
             raise OSError(28, "No space left on device")
         return real(path, parts)
 
-    monkeypatch.setattr(joint, "write_parts", full)
+    monkeypatch.setattr(cut, "write_parts", full)
     first, second, third = save(tmp_path, 3)
     assert isinstance(first, store.SaveFailed) and "rank 1: No space left" in str(first)
     assert isinstance(second, store.SaveFailed) and "No space left" in str(second)

@@ -37,10 +37,16 @@ def spiky(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twenty-four steps with a record every third and a checkpoint every fourth."""
     folder = tmp_path_factory.mktemp("spiky")
     every = {"trainer__log_every": 3, "trainer__val_every": 0, "trainer__keep_last": 9}
-    config = config_of(folder, trainer__max_steps=24, **every)
+    return trained(config_of(folder, trainer__max_steps=24, **every))
+
+
+def trained(config: Any, ledger: bool = False) -> Path:
+    """The folder of a finished run, with a ledger of its steps if wanted."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("SSMTRAIN_LEDGER", raising=False)
         patch.delenv("SSMTRAIN_RUN", raising=False)
+        if ledger:
+            patch.setenv("SSMTRAIN_LEDGER", "1")
         run = resolve(config)
         try:
             assert fit(config, run) == 0

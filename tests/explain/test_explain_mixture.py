@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from explain.conftest import trained
 from ssmtrain.checkpoint.records import read_config
-from ssmtrain.checkpoint.runs import resolve
 from ssmtrain.cli import main
 from ssmtrain.config.growth import Staged
 from ssmtrain.config.tasks import Copy
@@ -23,7 +23,6 @@ from ssmtrain.data.tasks import TaskRows
 from ssmtrain.explain.asked import Asked, asked
 from ssmtrain.explain.steps import Begin, stretches
 from ssmtrain.explain.subject import Subject
-from ssmtrain.train.fit import fit
 from ssmtrain.train.module import LitLM
 from ssmtrain.train.schedule import horizon
 from train.conftest import ledger, page
@@ -34,16 +33,7 @@ QUIET = {"trainer__val_every": 0, "trainer__health_every": 0, "trainer__keep_las
 
 
 def trained_in(folder: Path, **changes: Any) -> Path:
-    config = page(folder, **changes, **QUIET)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SSMTRAIN_LEDGER", "1")
-        patch.delenv("SSMTRAIN_RUN", raising=False)
-        run = resolve(config)
-        try:
-            assert fit(config, run) == 0
-        finally:
-            run.close()
-    return run.folder
+    return trained(page(folder, **changes, **QUIET), ledger=True)
 
 
 @pytest.fixture(scope="session")

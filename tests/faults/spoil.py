@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ssmtrain.checkpoint import joint
+from ssmtrain.checkpoint import cut
 from ssmtrain.train import pace
 from ssmtrain.train.module import LitLM
 
@@ -72,7 +72,7 @@ def called_slow_after(steps: int) -> None:
 
 def disk_full(times: int) -> None:
     """The disk refuses this rank's part of so many checkpoints."""
-    real, left = joint.write_parts, [times]
+    real, left = cut.write_parts, [times]
 
     def write_parts(path: Path, parts: Any) -> Any:
         if left[0]:
@@ -80,7 +80,7 @@ def disk_full(times: int) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real(path, parts)
 
-    joint.write_parts = write_parts
+    cut.write_parts = write_parts
 
 
 def weighed(file: str) -> None:

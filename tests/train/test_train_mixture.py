@@ -15,8 +15,12 @@ from ssmtrain.checkpoint.records import read_config
 from ssmtrain.cli import main
 from ssmtrain.config.errors import UserError
 from ssmtrain.config.schema import RunConfig
+from ssmtrain.data.mixture import Mixture
 from ssmtrain.data.module import open_data
+from ssmtrain.data.shards import TokenStream
+from ssmtrain.parallel import ranks
 from ssmtrain.train.forks import load_from
+from ssmtrain.train.module import LitLM
 from train.conftest import TEXT, ledger, losses, page, records, run_of, same, weights
 
 Train = Callable[..., tuple[int, Path]]
@@ -102,6 +106,47 @@ def test_a_length_warm_up_reads_the_same_rows(train: Train) -> None:
     for folder in (one, four):
         assert [row for line in ledger(folder) for row in line["samples"]] == samples
     assert losses(four) == pytest.approx(losses(one), rel=2e-6)
+
+
+def test_the_rows_of_the_next_step_are_asked_for(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each source, and on each of two ranks those of its own share."""
+    asked: list[list[int]] = []
+    rows, next_rows = LitLM.rows, Mixture.ahead
+
+    def ahead(mixture: Mixture, numbers: range) -> None:
+        fetched.clear()
+        next_rows(mixture, numbers)
+        assert len(fetched) == len(numbers)
+        asked.append(mixture.names(mixture.samples(numbers).tolist()))
+
+    def as_two(lit: LitLM) -> Any:
+        """The rows of the run's one rank, after those of two, whose requests stand first."""
+        for rank in (0, 1):
+            with monkeypatch.context() as patch:
+                patch.setattr(ranks, "world", lambda: 2)
+                patch.setattr(ranks, "rank", lambda rank=rank: rank)
+                rows(lit)
+        return rows(lit)
+
+    fetched: list[int] = []
+    real = TokenStream.ahead
+
+    def fetches(stream: TokenStream, starts: Any, length: int) -> None:
+        fetched.extend(starts := list(starts))
+        real(stream, starts, length)
+
+    monkeypatch.setattr(TokenStream, "ahead", fetches)
+    monkeypatch.setattr(Mixture, "ahead", ahead)
+    monkeypatch.setattr(LitLM, "rows", as_two)
+    changes = {**mixed(tmp_path), **{key: [] for key in WARM_UPS}, "trainer__max_steps": 6}
+    _, folder = train(**changes, trainer__val_every=0, trainer__micro_batch=1)
+    read = [line["samples"] for line in ledger(folder)]
+    for step, samples in enumerate(read[1:]):
+        first, second, whole = asked[3 * step : 3 * step + 3]
+        assert whole == samples == first + second and len(first) == len(second) == 2
+    assert any(name.startswith("code") for name in read[-1])
 
 
 def test_growth_decides_the_horizon_and_the_schedule(train: Train) -> None:

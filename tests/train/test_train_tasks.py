@@ -83,12 +83,9 @@ def test_checks_change_no_bit_of_a_run(train: Train, tmp_path: Path) -> None:
     assert json.loads((busy / "report.json").read_text())["checks"] == {n: found[-1][n] for n in both}
 
 
-def test_a_run_on_a_task_resumes_to_the_bit_with_its_checks(
-    train: Train, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    task = {**TASK, "data": {**TASK["data"], "train_rows": 10}, "checks": {"more": {**RECALL, "every": 2}}}
-    _, whole = train(name="whole", **task)
-    faults.arm("step_end:4:TERM")
+def stopped_after(step: int, train: Train, task: dict[str, Any], whole: Path) -> Path:
+    """The folder of a run that was stopped after a step and went on, to the bits of the unbroken run."""
+    faults.arm(f"step_end:{step}:TERM")
     assert train(name="parts", **task)[0] == 75
     faults.arm()
     torch.rand(3)
@@ -96,6 +93,13 @@ def test_a_run_on_a_task_resumes_to_the_bit_with_its_checks(
     assert code == 0 and ledger(parts) == ledger(whole)
     for stem in ("model", "optim", "rng"):
         assert same(weights(parts, 8, stem), weights(whole, 8, stem)), stem
+    return parts
+
+
+def test_a_run_on_a_task_resumes_to_the_bit_with_its_checks(train: Train) -> None:
+    task = {**TASK, "data": {**TASK["data"], "train_rows": 10}, "checks": {"more": {**RECALL, "every": 2}}}
+    _, whole = train(name="whole", **task)
+    parts = stopped_after(4, train, task, whole)
     for kind in ("val", "check"):
         assert records(parts, kind) == records(whole, kind)
 
@@ -152,14 +156,7 @@ def test_several_tasks_in_one_run_are_scored_each_and_resume_to_the_bit(
     assert command(Request("eval", None, str(whole), [], {})) == 0
     assert "\nagain: " in capsys.readouterr().out
 
-    faults.arm("step_end:3:TERM")
-    assert train(name="parts", **task)[0] == 75
-    faults.arm()
-    torch.rand(3)
-    code, parts = train(name="parts", **task)
-    assert code == 0 and ledger(parts) == ledger(whole)
-    for stem in ("model", "optim", "rng"):
-        assert same(weights(parts, 8, stem), weights(whole, 8, stem)), stem
+    parts = stopped_after(3, train, task, whole)
     assert records(parts, "val") == records(whole, "val")
     capsys.readouterr()
     assert main(["replay", f"run={whole}", "step=6"]) == 0

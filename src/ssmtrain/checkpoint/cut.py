@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TypeVar
 
 from ssmtrain.checkpoint.durable import Written
-from ssmtrain.checkpoint.parts import Part
+from ssmtrain.checkpoint.parts import Part, write_parts
 
 LIMIT = 2**29
 """Bytes of a file beyond which the next tensor goes to another one; a larger tensor has a file of its own."""
@@ -52,9 +53,8 @@ def side_by_side(work: Callable[[K], T], items: Mapping[K, int]) -> dict[K, T]:
     return {item: found[item] for item in items}
 
 
-def write(
-    files: Mapping[str, Mapping[str, Part]], one: Callable[[str, Mapping[str, Part]], Written]
-) -> dict[str, Written]:
-    """Write files, by their names, with `one`."""
+def write(folder: Path, kinds: Mapping[str, Mapping[str, Part]]) -> dict[str, Written]:
+    """Write the parts of each kind, by the base of its files' names; what was written, by file."""
+    files = {f"{name}.safetensors": parts for base in kinds for name, parts in cut(base, kinds[base])}
     sizes = {name: sum(part.tensor.nbytes for part in parts.values()) for name, parts in files.items()}
-    return side_by_side(lambda name: one(name, files[name]), sizes)
+    return side_by_side(lambda name: write_parts(folder / name, files[name]), sizes)

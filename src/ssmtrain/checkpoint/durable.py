@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import uuid
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from ssmtrain.digest import Digest
+
 PIECE = 16 * 2**20
 """Bytes handed to the system at once."""
-
-_WORTH_A_THREAD = 2**20
 
 
 @dataclass(frozen=True)
@@ -26,44 +24,11 @@ class Written:
     sha256: str
 
 
-class _Digest:
-    """sha256 of pieces, the large ones hashed while they are being written (hashing leaves Python's lock)."""
-
-    def __init__(self) -> None:
-        self.digest = hashlib.sha256()
-        self.pool: ThreadPoolExecutor | None = None
-        self.pending: Future[None] | None = None
-
-    def update(self, piece: memoryview) -> None:
-        """Take the next piece, whose bytes must not change before the next call."""
-        self._wait()
-        if len(piece) < _WORTH_A_THREAD:
-            self.digest.update(piece)
-            return
-        self.pool = self.pool or ThreadPoolExecutor(1)
-        self.pending = self.pool.submit(self.digest.update, piece)
-
-    def hexdigest(self) -> str:
-        """The hash of everything so far."""
-        self._wait()
-        return self.digest.hexdigest()
-
-    def close(self) -> None:
-        """End the thread."""
-        if self.pool:
-            self.pool.shutdown()
-
-    def _wait(self) -> None:
-        if self.pending:
-            self.pending.result()
-            self.pending = None
-
-
 def write_file(
     path: Path, pieces: Iterable[memoryview | bytes], progress: Callable[[int], None] = lambda written: None
 ) -> Written:
     """Create `path` (0600, must not exist) from `pieces` and fsync it; `progress` gets the bytes so far."""
-    digest = _Digest()
+    digest = Digest()
     size = 0
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:

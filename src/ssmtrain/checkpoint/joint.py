@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from ssmtrain.checkpoint import faults
-from ssmtrain.checkpoint.cut import cut, write
+from ssmtrain.checkpoint.cut import write
 from ssmtrain.checkpoint.durable import Written, json_bytes, write_file
-from ssmtrain.checkpoint.parts import Part, write_parts
+from ssmtrain.checkpoint.parts import Part
 from ssmtrain.checkpoint.store import STATE, SaveFailed, publishing, step_name, temporary_of, write_manifest
 
 PATIENCE = 1800.0
@@ -78,13 +78,7 @@ def lead(
 
 
 def _write_shares(temporary: Path, rank: int, shares: Shares) -> dict[str, Written]:
-    files = {
-        f"{base}.safetensors": parts
-        for kind in shares
-        if shares[kind]
-        for base, parts in cut(f"{kind}_{rank:05d}", shares[kind])
-    }
-    return write(files, lambda name, parts: write_parts(temporary / name, parts))
+    return write(temporary, {f"{kind}_{rank:05d}": parts for kind, parts in shares.items() if parts})
 
 
 def _note(temporary: Path, rank: int) -> Path:

@@ -25,11 +25,11 @@ from typing import Any
 from torch import Tensor
 
 from ssmtrain.checkpoint import faults
-from ssmtrain.checkpoint.cut import cut, side_by_side, write
+from ssmtrain.checkpoint.cut import side_by_side, write
 from ssmtrain.checkpoint.durable import Written, json_bytes, make_folder, sync_folder, write_file
 from ssmtrain.checkpoint.names import checkpoints, step_name, step_of
 from ssmtrain.checkpoint.names import is_name as is_name
-from ssmtrain.checkpoint.parts import Part, read_parts, write_parts
+from ssmtrain.checkpoint.parts import Part, read_parts
 from ssmtrain.checkpoint.shard import read_shard
 from ssmtrain.config.errors import UserError
 
@@ -226,9 +226,8 @@ def _write(
 ) -> None:
     """Shards, state, manifest, each durable before the next."""
     faults.point("before_tensors")
-    shares = {stem: {name: Part(one) for name, one in named.items()} for stem, named in tensors.items()}
-    files = {f"{base}.safetensors": parts for stem in shares for base, parts in cut(stem, shares[stem])}
-    written = write(files, lambda name, parts: write_parts(temporary / name, parts))
+    kinds = {stem: {name: Part(one) for name, one in named.items()} for stem, named in tensors.items()}
+    written = write(temporary, kinds)
     faults.point("after_tensors")
     written[STATE] = write_file(temporary / STATE, [state_text])
     write_manifest(temporary, step, written)

@@ -56,6 +56,9 @@ class Samples(Protocol):
     def batch(self, numbers: Sequence[int]) -> Batch:
         """The rows of some sample numbers; a row is the same tokens in any batch."""
 
+    def ahead(self, numbers: Sequence[int]) -> None:
+        """Have the rows of some sample numbers fetched, without waiting, which are to be read next."""
+
     def names(self, ids: Sequence[int]) -> list[Any]:
         """Sample ids for people: row numbers, or "source:row"."""
 

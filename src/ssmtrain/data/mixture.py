@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -77,24 +77,32 @@ class Mixture:
 
     def samples(self, numbers: Sequence[int]) -> np.ndarray:
         """Sample ids of some sample numbers, int64 (B,): the source's place above ROW_BITS, the row below."""
-        which, own = self.at(numbers)
-        ids = np.empty_like(own)
-        for i, source in enumerate(self.sources.values()):
-            here = which == i
-            ids[here] = source.samples(own[here].tolist()) + (i << ROW_BITS)
+        ids = np.empty(len(numbers), np.int64)
+        for i, (source, places, own) in enumerate(self.apart(numbers)):
+            ids[places] = source.samples(own) + (i << ROW_BITS)
         return ids
+
+    def apart(self, numbers: Sequence[int]) -> Iterator[tuple[Samples, np.ndarray, list[int]]]:
+        """Yield each source, the places (B_i,) of its samples among the numbers, and their numbers in it."""
+        which, own = self.at(numbers)
+        for i, source in enumerate(self.sources.values()):
+            places = np.flatnonzero(which == i)
+            yield source, places, own[places].tolist()
 
     def batch(self, numbers: Sequence[int]) -> Batch:
         """The rows of some sample numbers; a row is the same tokens in any batch."""
-        which, own = self.at(numbers)
         parts = []
-        for i, source in enumerate(self.sources.values()):
-            places = np.flatnonzero(which == i)
+        for i, (source, places, own) in enumerate(self.apart(numbers)):
             if len(places):
-                batch = source.batch(own[places].tolist())
+                batch = source.batch(own)
                 batch.sample_ids[:] = [row + (i << ROW_BITS) for row in batch.sample_ids]
                 parts.append((places, batch))
         return join(parts)
+
+    def ahead(self, numbers: Sequence[int]) -> None:
+        """Have the rows of some sample numbers fetched, without waiting, which are to be read next."""
+        for source, _, own in self.apart(numbers):
+            source.ahead(own)
 
     def names(self, ids: Sequence[int]) -> list[Any]:
         """Sample ids as "source:row"."""

@@ -17,7 +17,7 @@ from ssmtrain.config.mixing import phases
 from ssmtrain.config.task_rules import tasks
 from ssmtrain.data.batch import Batch, Samples
 from ssmtrain.data.mixture import Joined, Mixture, Ordered
-from ssmtrain.data.order import key_of, permute, walk
+from ssmtrain.data.order import key_of, shuffled, walk
 from ssmtrain.data.pack import IGNORE, begins_inside, count_rows, document_starts, number_documents
 from ssmtrain.data.prepare import Prepared, prepare
 from ssmtrain.data.sources import VAL, pages, set_name
@@ -47,7 +47,7 @@ class Stream(Protocol):
         """Copy tokens [start, start + len(out)) into `out`."""
 
     def ahead(self, starts: Iterable[int], length: int) -> None:
-        """Have `length` tokens from each of some places at hand, which are to be read next."""
+        """Have `length` tokens from each of some places fetched, without waiting."""
 
 
 @dataclass(frozen=True)
@@ -97,14 +97,7 @@ class Rows:
         """Rows of some sample numbers, int64 (B,)."""
         if self.slots is not None and self.seed is not None:
             return walk(np.asarray(numbers, np.int64), self.total, self.slots, self.seed)[0]
-        epoch, position = np.divmod(np.asarray(numbers, np.int64), self.per_epoch)
-        if self.seed is None:
-            return position
-        rows = np.empty_like(position)
-        for e in np.unique(epoch):
-            here = epoch == e
-            rows[here] = permute(position[here], self.per_epoch, self.seed, int(e))
-        return rows
+        return shuffled(numbers, self.per_epoch, self.seed)
 
     def names(self, ids: Sequence[int]) -> list[Any]:
         """Sample ids are row numbers."""
@@ -119,6 +112,10 @@ class Rows:
         goes_on = begins_inside(rows, self.seq_len, self.stream.starts) & ~first
         places = (asked % self.slots).tolist()
         return replace(self.batch_rows(rows), slots=places, goes_on=goes_on.tolist())
+
+    def ahead(self, numbers: Sequence[int]) -> None:
+        """Have the rows of some sample numbers fetched, without waiting, which are to be read next."""
+        self.stream.ahead((self.samples(numbers) * self.seq_len).tolist(), self.seq_len + 1)
 
     def in_order(self) -> Rows:
         """The same rows in file order."""
@@ -198,7 +195,7 @@ def open_data(config: RunConfig, tokenizer: Tokenizer | None = None) -> Data:
     _warn_of_copies({"data.train": meta["train"]}, {f"data.{split}": meta[split] for split in rows})
     if "val" in rows:
         return Data(train, rows["val"], meta, prepared)
-    meta = {"train": meta["train"], "val": _summed(meta, list(rows)), **meta}
+    meta = {"train": meta["train"], "val": summed(meta, list(rows)), **meta}
     return Data(train, Joined(list(sets.values())), _slashed(meta), prepared, sets={**sets})
 
 
@@ -258,8 +255,8 @@ def _open_mix(config: RunConfig, tokenizer: Tokenizer) -> Data:
         {f"data.sources.{name}": meta[f"train/{name}"] for name in sources},
         {f"validation set {name}": meta[f"val/{name}"] for name in sets},
     )
-    meta["train"] = _summed(meta, [f"train/{name}" for name in sources])
-    meta["val"] = _summed(meta, [f"val/{name}" for name in sets])
+    meta["train"] = summed(meta, [f"train/{name}" for name in sources])
+    meta["val"] = summed(meta, [f"val/{name}" for name in sets])
     train = Mixture(sources, phases(config), config.seed)
     return Data(train, Joined(list(sets.values())), meta, folders[0], sources, sets)
 
@@ -273,7 +270,7 @@ def _warn_of_copies(train: dict[str, dict[str, Any]], val: dict[str, dict[str, A
             log.warning(said, name, texts[found["sha256"]])
 
 
-def _summed(meta: dict[str, dict[str, Any]], keys: Sequence[str]) -> dict[str, Any]:
+def summed(meta: dict[str, dict[str, Any]], keys: Sequence[str]) -> dict[str, Any]:
     """Figures of several texts together; the digest is of their names and digests."""
     digest = hashlib.sha256("".join(f"{key} {meta[key]['sha256']}\n" for key in keys).encode())
     counts = {name: sum(meta[key][name] for key in keys) for name in ("tokens", "bytes", "documents", "rows")}

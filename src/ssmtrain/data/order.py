@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -22,12 +23,27 @@ def permute(position: np.ndarray | int, n: int, seed: int, epoch: int) -> np.nda
         raise ValueError(f"positions must lie in range({n})")
     bits = max(MIN_BITS, (n - 1).bit_length())
     keys = _keys(seed, epoch)
-    out = _feistel(x.astype(np.uint64), bits, keys)
+    out = feistel(x.astype(np.uint64), bits, keys)
     outside = out >= np.uint64(n)
     while outside.any():
-        out[outside] = _feistel(out[outside], bits, keys)
+        out[outside] = feistel(out[outside], bits, keys)
         outside = out >= np.uint64(n)
     return out.astype(np.int64).reshape(np.shape(position))
+
+
+def shuffled(numbers: Sequence[int] | np.ndarray, n: int, seed: int | None) -> np.ndarray:
+    """Rows of range(n) that sample numbers stand for, which run on from epoch to epoch; int64 (B,).
+
+    Each epoch has another order; without a seed all have the rows'.
+    """
+    epoch, position = np.divmod(np.asarray(numbers, np.int64), n)
+    if seed is None:
+        return position
+    rows = np.empty_like(position)
+    for e in np.unique(epoch):
+        here = epoch == e
+        rows[here] = permute(position[here], n, seed, int(e))
+    return rows
 
 
 def walk(numbers: np.ndarray, n: int, slots: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -61,28 +77,28 @@ def key_of(*words: str | int) -> int:
 def random_bits(n: int, key: int) -> np.ndarray:
     """n numbers that follow from a key, uint64 (n,): splitmix64 from that state."""
     steps = np.arange(1, n + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    return _mix(steps + np.uint64(key))
+    return mix(steps + np.uint64(key))
+
+
+def feistel(x: np.ndarray, bits: int, keys: np.ndarray) -> np.ndarray:
+    """A bijection of range(2**bits): halves of unequal width swap places each round."""
+    low, high = bits // 2, bits - bits // 2  # widths of the two halves
+    right = x & np.uint64((1 << low) - 1)
+    left = x >> np.uint64(low)
+    for key in keys:
+        left, right = right, (left ^ mix(right + key)) & np.uint64((1 << high) - 1)
+        low, high = high, low
+    return (left << np.uint64(low)) | right
+
+
+def mix(x: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64 (Steele et al. 2014): every input bit reaches every output bit."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 def _keys(seed: int, epoch: int) -> np.ndarray:
     """One 64-bit key a round, from BLAKE2b of seed and epoch: the same on every machine and version."""
     digest = hashlib.blake2b(f"ssmtrain order {seed} {epoch}".encode(), digest_size=8 * ROUNDS).digest()
     return np.frombuffer(digest, dtype="<u8").astype(np.uint64)
-
-
-def _feistel(x: np.ndarray, bits: int, keys: np.ndarray) -> np.ndarray:
-    """A bijection of range(2**bits): halves of unequal width swap places each round."""
-    low, high = bits // 2, bits - bits // 2  # widths of the two halves
-    right = x & np.uint64((1 << low) - 1)
-    left = x >> np.uint64(low)
-    for key in keys:
-        left, right = right, (left ^ _mix(right + key)) & np.uint64((1 << high) - 1)
-        low, high = high, low
-    return (left << np.uint64(low)) | right
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64 (Steele et al. 2014): every input bit reaches every output bit."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))

@@ -7,7 +7,6 @@ import hashlib
 import mmap
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, BinaryIO
 
@@ -16,11 +15,10 @@ from pydantic import Field
 
 from ssmtrain.config.base import Config
 from ssmtrain.config.errors import UserError
+from ssmtrain.digest import Digest
 
 SHARD_TOKENS = 2**27
 """Tokens in a full shard: 256 MiB of uint16."""
-WORTH_A_THREAD = 2**20
-"""Bytes above which hashing them takes longer than handing them over."""
 
 
 class ShardEntry(Config):
@@ -67,16 +65,14 @@ class _HashedFile:
 
     def __init__(self, path: Path, dtype: np.dtype, items: int = 0, noted: str = "") -> None:
         self.path, self.items = path, items
-        self._hash = hashlib.sha256()
-        self._thread = ThreadPoolExecutor(1, "ssmtrain-hash")
-        self._pending: Future[None] | None = None
+        self._digest = Digest()
         self._file: BinaryIO = path.open("r+b" if items else "wb")
         left = items * dtype.itemsize
         while left:
             data = self._file.read(min(left, 2**24))
             if not data:
                 raise Damaged(path)
-            self._hash.update(data)
+            self._digest.update(data)
             left -= len(data)
         if items and self.sha256 != noted:
             raise Damaged(path)
@@ -85,25 +81,14 @@ class _HashedFile:
     @property
     def sha256(self) -> str:
         """SHA-256 of what was written so far."""
-        self._hashed()
-        return self._hash.hexdigest()
+        return self._digest.hexdigest()
 
     def write(self, items: np.ndarray) -> None:
         """Append items, which nobody may change before the next call."""
         data = items.view(np.uint8).data if len(items) else b""
-        self._hashed()
-        if len(data) >= WORTH_A_THREAD:
-            self._pending = self._thread.submit(self._hash.update, data)
-        else:
-            self._hash.update(data)
+        self._digest.update(data)
         self._file.write(data)
         self.items += len(items)
-
-    def _hashed(self) -> None:
-        """Wait for the thread."""
-        if self._pending is not None:
-            self._pending.result()
-            self._pending = None
 
     def handle(self) -> int:
         """A descriptor of its own for whoever syncs what was written so far, and closes it."""
@@ -117,8 +102,7 @@ class _HashedFile:
         return ShardEntry(file=self.path.name, items=self.items, sha256=self.sha256)
 
     def abandon(self) -> None:
-        self._hashed()
-        self._thread.shutdown()
+        self._digest.close()
         self._file.close()
 
 
@@ -249,9 +233,8 @@ class TokenStream:
         self._cap = shard_tokens
         self._shards = [_map(folder, s, dtype) for s in entry.shards]
         for shard in self._shards:
-            _advise(
-                shard, "MADV_RANDOM"
-            )  # else each row that is not in memory brings thirty that no one reads
+            # Else each row that is not in memory brings thirty that no one reads.
+            _advise(shard, "MADV_RANDOM")
         self.starts = _map(folder, entry.starts, "<i8")
         """Position of each document's first token, int64 (documents,), ascending from 0."""
 

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ssmtrain.kernels.digits import keep
-from ssmtrain.kernels.gated_norm import gated_norm, projected_norm, projects
+from ssmtrain.kernels.gated_norm import fuses, gated_norm, projected_norm
 from ssmtrain.kernels.parts import parts
 from ssmtrain.kernels.ssd import ssd, ssd_step
 from ssmtrain.layers.base import Context, Layer, Mixer, MixerConfig, ParamSpec, State, StateBytes
@@ -144,7 +144,7 @@ class GatedNorm(Layer):
     def then(self, linear: Linear, x: Tensor, z: Tensor) -> Tensor:
         """linear(self(x, z)); what would be forgotten between is then made again at less cost."""
         low = torch.get_autocast_dtype(x.device.type)
-        if not (forgets(x) and mixes(x, linear.weight) and x.dtype == z.dtype == low and projects(x)):
+        if not (forgets(x) and mixes(x, linear.weight) and x.dtype == z.dtype == low and fuses(x)):
             return linear(self(x, z))
         keep("norm", weight=self.weight)
         groups, order = self.n_groups, self.norm_before_gate

@@ -213,10 +213,13 @@ class LitLM(LightningModule):
 
     def rows(self) -> list[Batch]:
         """This rank's micro-batches of the next step."""
-        done, length = self.state.rows, self.lengths.at(self.state.tokens)
+        done, length, shares = self.state.rows, self.lengths.at(self.state.tokens), self.shares()
         if self.carry is not None:
             self.carry.follow(done)
-        whole = [self.text.train.batch(range(done + r.start, done + r.stop)) for r in self.shares()]
+        whole = [self.text.train.batch(range(done + r.start, done + r.stop)) for r in shares]
+        # The step after, if it is as large: what is not in memory comes while this one is computed.
+        after = done + sum(map(len, shares)) * ranks.world()
+        self.text.train.ahead(range(after + shares[0].start, after + shares[-1].stop))
         return [cut(batch, length) for batch in whole]
 
     def run_model(self, batch: Batch) -> Output:

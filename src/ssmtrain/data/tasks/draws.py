@@ -6,7 +6,7 @@ import hashlib
 
 import numpy as np
 
-from ssmtrain.data.order import MIN_BITS, ROUNDS, _feistel, _mix
+from ssmtrain.data.order import MIN_BITS, ROUNDS, feistel, mix
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 """Step of a row's counter (Steele et al. 2014: splitmix64)."""
@@ -18,14 +18,14 @@ class Draws:
     def __init__(self, stream: str, seed: int, rows: np.ndarray) -> None:
         digest = hashlib.blake2b(f"ssmtrain task {stream} {seed}".encode(), digest_size=16).digest()
         first, second = np.frombuffer(digest, dtype="<u8").astype(np.uint64)
-        self.keys = _mix(_mix(rows.astype(np.uint64) + first) + second)[:, None]  # (B, 1)
+        self.keys = mix(mix(rows.astype(np.uint64) + first) + second)[:, None]  # (B, 1)
         self.used = 0
 
     def bits(self, count: int) -> np.ndarray:
         """64 random bits each; uint64 (B, count)."""
         at = np.arange(self.used + 1, self.used + count + 1, dtype=np.uint64)
         self.used += count
-        return _mix(self.keys + at * _GOLDEN)
+        return mix(self.keys + at * _GOLDEN)
 
     def below(self, n: int | np.ndarray, count: int) -> np.ndarray:
         """Whole numbers of range(n), n at most 2^31; n may be (B, 1); int64 (B, count)."""
@@ -38,9 +38,9 @@ class Draws:
         width = max(MIN_BITS, (n - 1).bit_length())
         keys = self.bits(ROUNDS).T[:, :, None]  # (ROUNDS, B, 1)
         x = np.broadcast_to(np.arange(count, dtype=np.uint64), (len(self.keys), count))
-        out = _feistel(x, width, keys)
+        out = feistel(x, width, keys)
         while (outside := out >= np.uint64(n)).any():
-            out = np.where(outside, _feistel(out, width, keys), out)
+            out = np.where(outside, feistel(out, width, keys), out)
         return out.astype(np.int64)
 
     def places(self, weights: np.ndarray, count: int) -> np.ndarray:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ssmtrain.data.batch import Batch
-from ssmtrain.data.order import permute
+from ssmtrain.data.order import shuffled
 from ssmtrain.data.tasks.copying import copying
 from ssmtrain.data.tasks.draws import Draws
 from ssmtrain.data.tasks.induction import induction
@@ -44,14 +44,8 @@ class TaskRows:
 
     def samples(self, numbers: Sequence[int] | range) -> np.ndarray:
         """Rows of some sample numbers, which run on from epoch to epoch; int64 (B,)."""
-        epoch, position = np.divmod(np.asarray(numbers, np.int64), self.per_epoch)
-        if not self.shuffle or self.per_epoch == ENDLESS:
-            return position
-        rows = np.empty_like(position)
-        for e in np.unique(epoch):
-            here = epoch == e
-            rows[here] = permute(position[here], self.per_epoch, self.seed, int(e))
-        return rows
+        ordered = not self.shuffle or self.per_epoch == ENDLESS
+        return shuffled(numbers, self.per_epoch, None if ordered else self.seed)
 
     def names(self, ids: Sequence[int]) -> list[Any]:
         """Sample ids are row numbers."""
@@ -60,6 +54,9 @@ class TaskRows:
     def batch(self, numbers: Sequence[int] | range) -> Batch:
         """The rows of some sample numbers."""
         return self.batch_rows(self.samples(numbers))
+
+    def ahead(self, numbers: Sequence[int]) -> None:
+        """Nothing: a row is made when it is read."""
 
     def batch_rows(self, numbers: Sequence[int] | np.ndarray) -> Batch:
         """Some rows by their number, 0 … per_epoch - 1."""

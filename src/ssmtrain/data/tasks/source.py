@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ssmtrain.config.data import source_page
 from ssmtrain.config.mixing import phases
 from ssmtrain.data.mixture import ROW_BITS, Joined, Mixture, Ordered
-from ssmtrain.data.module import Data, _summed
+from ssmtrain.data.module import Data, summed
 from ssmtrain.data.order import key_of
 from ssmtrain.data.tasks.rows import TaskRows, at_length, fingerprint
 
@@ -46,7 +46,7 @@ def _open_mix(config: RunConfig) -> Data:
         meta[f"val/{name}"] = _figures(val, task.val_rows)
         lengths |= {f"{name}/{n}": rows for n, rows in _lengths(task).items()}
     for split in ("train", "val"):
-        meta[split] = _summed(meta, [f"{split}/{name}" for name in sources])
+        meta[split] = summed(meta, [f"{split}/{name}" for name in sources])
     train = Mixture(sources, phases(config), config.seed)
     return Data(train, Joined(list(sets.values())), meta, None, sets=sets, lengths=lengths)
 

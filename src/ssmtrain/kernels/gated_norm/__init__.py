@@ -46,8 +46,9 @@ def gated_norm(
         )
 
 
-def projects(x: Tensor) -> bool:
-    """Whether `projected_norm` is to be had for x."""
+def fuses(x: Tensor) -> bool:
+    """Whether a norm of x can share its passes with what stands before or behind it."""
+    # A compiler sees the parts, and fuses what it can.
     return not torch.compiler.is_compiling() and backend.chosen("gated_norm", x.device.type) == "triton"
 
 
@@ -66,7 +67,7 @@ def projected_norm(
 
     x, z (..., E), weight (E,), projection (D, E), bias (D,); returns (..., D) of x's dtype. Projection and
     bias have gradients of their own dtype, an fp32 projection's without rounding between. Only where
-    `projects`; errors as in `gated_norm`.
+    `fuses`; errors as in `gated_norm`.
     """
     _check("projected_norm", x, weight, n_groups)
     from ssmtrain.kernels.gated_norm.projected import projected_norm as run
@@ -96,8 +97,7 @@ def stream_norm(
     _check("stream_norm", x, weight, 1)
     if branch is not None and branch.shape != x.shape:
         raise ValueError(f"stream_norm: x {tuple(x.shape)} and branch {tuple(branch.shape)} differ")
-    # A compiler sees the sum and the norm, and fuses what it can.
-    if torch.compiler.is_compiling() or backend.chosen("gated_norm", x.device.type) != "triton":
+    if not fuses(x):
         stream = add_branch(x, branch, scale)
         return stream, gated_norm(stream, None, weight, eps=eps, out_dtype=out_dtype)
     from ssmtrain.kernels.gated_norm.triton import stream_norm as run
