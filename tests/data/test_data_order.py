@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ssmtrain.data.order import permute, walk
+from ssmtrain.data.order import BLOCK, KEPT, Order, permute, walk
 
 SIZES = [1, 2, 3, 4, 5, 7, 11, 13, 97, 101, 1009, 6949]
 SIZES += [2**k + d for k in (3, 4, 5, 8, 10, 13) for d in (-1, 0, 1)]
@@ -82,3 +82,15 @@ def test_stretches_are_dealt_anew_each_epoch() -> None:
     assert rows == [[12, 6, 18, 0], [25, 4, 16, 10], [11, 17, 2, 23]]
     with pytest.raises(ValueError, match="too few"):
         walk(np.arange(1), 3, 4, 0)
+
+
+@pytest.mark.parametrize("n", [1, 5, BLOCK, 2 * BLOCK + 77])
+def test_an_order_is_the_permutation_of_each_epoch(n: int) -> None:
+    """In any company, and asked for again after others."""
+    order, draws = Order(n, 7), np.random.default_rng(n)
+    for count in (1, 16, 16, 300):
+        numbers = draws.integers(0, 6 * n, count)
+        expected = [int(permute(number % n, n, 7, number // n)) for number in numbers.tolist()]
+        assert order(numbers).tolist() == expected
+        assert len(order._known) <= KEPT
+    assert Order(n, None)(np.array([0, n - 1, n, 2 * n - 1])).tolist() == [0, n - 1, 0, n - 1]

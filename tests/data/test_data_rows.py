@@ -204,3 +204,15 @@ def test_what_is_asked_for_ahead_is_what_is_read(tmp_path: Path, monkeypatch: py
     out = np.zeros(2 * page, np.int64)
     stream.read(cap - 9, out)
     assert np.array_equal(out, ids[cap - 9 : cap - 9 + 2 * page])
+
+
+def test_what_was_asked_for_is_not_asked_for_twice(page, write, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = str(write("a.txt", "abc " * 200))
+    rows = open_data(page(train=file, val=file, seq_len=16)).train
+    fetched: list[list[int]] = []
+    monkeypatch.setattr(rows.stream, "ahead", lambda starts, length: fetched.append(list(starts)))
+    rows.ahead(range(4))
+    rows.batch(range(2))
+    rows.batch(range(2, 6))
+    expected = (rows.samples(range(6)) * 16).tolist()
+    assert fetched == [expected[:4], [], expected[4:]]

@@ -17,7 +17,7 @@ from ssmtrain.config.mixing import phases
 from ssmtrain.config.task_rules import tasks
 from ssmtrain.data.batch import Batch, Samples
 from ssmtrain.data.mixture import Joined, Mixture, Ordered
-from ssmtrain.data.order import key_of, shuffled, walk
+from ssmtrain.data.order import Order, key_of, walk
 from ssmtrain.data.pack import IGNORE, begins_inside, count_rows, document_starts, number_documents
 from ssmtrain.data.prepare import Prepared, prepare
 from ssmtrain.data.sources import VAL, pages, set_name
@@ -88,6 +88,9 @@ class Rows:
         """Rows of the split, and of an epoch."""
         if slots is not None:
             self.per_epoch = self.total // slots * slots
+        self._order = Order(self.per_epoch, seed)
+        self._asked: set[int] = set()
+        """Rows that were fetched ahead."""
 
     def sample(self, number: int) -> int:
         """The row that a sample number stands for; sample numbers run on from epoch to epoch."""
@@ -97,7 +100,7 @@ class Rows:
         """Rows of some sample numbers, int64 (B,)."""
         if self.slots is not None and self.seed is not None:
             return walk(np.asarray(numbers, np.int64), self.total, self.slots, self.seed)[0]
-        return shuffled(numbers, self.per_epoch, self.seed)
+        return self._order(numbers)
 
     def names(self, ids: Sequence[int]) -> list[Any]:
         """Sample ids are row numbers."""
@@ -115,7 +118,12 @@ class Rows:
 
     def ahead(self, numbers: Sequence[int]) -> None:
         """Have the rows of some sample numbers fetched, without waiting, which are to be read next."""
-        self.stream.ahead((self.samples(numbers) * self.seq_len).tolist(), self.seq_len + 1)
+        rows = self.samples(numbers).tolist()
+        self._asked = set(rows)
+        self._fetch(rows)
+
+    def _fetch(self, rows: list[int]) -> None:
+        self.stream.ahead([row * self.seq_len for row in rows], self.seq_len + 1)
 
     def in_order(self) -> Rows:
         """The same rows in file order."""
@@ -125,7 +133,7 @@ class Rows:
         """Some rows by their place in file order, 0 … per_epoch - 1."""
         rows, L = np.asarray(numbers, np.int64), self.seq_len
         tokens = np.full((len(rows), L + 1), self.pad, np.int64)  # (B, L + 1)
-        self.stream.ahead((rows * L).tolist(), L + 1)
+        self._fetch([row for row in rows.tolist() if row not in self._asked])
         for out, begin in zip(tokens, (rows * L).tolist(), strict=True):
             self.stream.read(begin, out[: self.stream.tokens - begin])
         labels = tokens[:, 1:].copy()  # (B, L)

@@ -8,6 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 
 ROUNDS = 8
+BLOCK = 2048
+"""Positions permuted at once."""
+KEPT = 4
+"""Blocks that are remembered."""
 MIN_BITS = 4  # below that, a Feistel network has too few halves to mix; cycle walking covers the rest
 
 
@@ -31,19 +35,36 @@ def permute(position: np.ndarray | int, n: int, seed: int, epoch: int) -> np.nda
     return out.astype(np.int64).reshape(np.shape(position))
 
 
-def shuffled(numbers: Sequence[int] | np.ndarray, n: int, seed: int | None) -> np.ndarray:
-    """Rows of range(n) that sample numbers stand for, which run on from epoch to epoch; int64 (B,).
+class Order:
+    """The order of n rows, another one each epoch; without a seed always the rows' own.
 
-    Each epoch has another order; without a seed all have the rows'.
+    A few positions take as long to permute as thousands, so it is done a block of them at a time.
     """
-    epoch, position = np.divmod(np.asarray(numbers, np.int64), n)
-    if seed is None:
-        return position
-    rows = np.empty_like(position)
-    for e in np.unique(epoch):
-        here = epoch == e
-        rows[here] = permute(position[here], n, seed, int(e))
-    return rows
+
+    def __init__(self, n: int, seed: int | None) -> None:
+        self.n, self.seed = n, seed
+        self._known: dict[tuple[int, int], np.ndarray] = {}
+
+    def __call__(self, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Rows of range(n) that sample numbers stand for, which run on from epoch to epoch; int64 (B,)."""
+        epoch, position = np.divmod(np.asarray(numbers, np.int64), self.n)
+        if self.seed is None:
+            return position
+        rows, block = np.empty_like(position), position // BLOCK
+        for e, b in sorted(set(zip(epoch.tolist(), block.tolist(), strict=True))):
+            here = (epoch == e) & (block == b)
+            rows[here] = self._block(self.seed, e, b)[position[here] - b * BLOCK]
+        return rows
+
+    def _block(self, seed: int, epoch: int, block: int) -> np.ndarray:
+        key = epoch, block
+        if key not in self._known:
+            if len(self._known) >= KEPT:
+                self._known.pop(next(iter(self._known)))
+            first = block * BLOCK
+            positions = np.arange(first, min(first + BLOCK, self.n))
+            self._known[key] = permute(positions, self.n, seed, epoch)
+        return self._known[key]
 
 
 def walk(numbers: np.ndarray, n: int, slots: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ssmtrain.data.batch import Batch
-from ssmtrain.data.order import shuffled
+from ssmtrain.data.order import Order
 from ssmtrain.data.tasks.copying import copying
 from ssmtrain.data.tasks.draws import Draws
 from ssmtrain.data.tasks.induction import induction
@@ -39,13 +39,13 @@ class TaskRows:
     def __init__(
         self, task: AnyTask, stream: str, seed: int, count: int | None = None, shuffle: bool = False
     ) -> None:
-        self.task, self.stream, self.seed, self.shuffle = task, stream, seed, shuffle
+        self.task, self.stream, self.seed = task, stream, seed
         self.seq_len, self.per_epoch = task.seq_len, count or ENDLESS
+        self._order = Order(self.per_epoch, seed if shuffle and count else None)
 
     def samples(self, numbers: Sequence[int] | range) -> np.ndarray:
         """Rows of some sample numbers, which run on from epoch to epoch; int64 (B,)."""
-        ordered = not self.shuffle or self.per_epoch == ENDLESS
-        return shuffled(numbers, self.per_epoch, None if ordered else self.seed)
+        return self._order(numbers)
 
     def names(self, ids: Sequence[int]) -> list[Any]:
         """Sample ids are row numbers."""
