@@ -117,6 +117,24 @@ def test_a_replayed_step_has_the_states_that_it_had(
     assert norms(kept) == norms(folder)
 
 
+def test_the_rows_of_a_step_tell_which_go_on(
+    train: Train, short: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, folder = train(**short)
+    found = {}
+    for step in range(1, 9):
+        shown = []
+        for words in ([], ["--json"]):
+            capsys.readouterr()
+            assert main(["data", "show", f"run={folder}", f"step={step}", *words]) == 0
+            shown.append(capsys.readouterr().out)
+        found[step] = [row["goes_on"] for row in json.loads(shown[1])["rows"]]
+        assert shown[0].count("with the states of the row before") == sum(found[step])
+    rows = open_data(page(folder.parents[1], **short)).train
+    assert found == {step: rows.batch(range(4 * step - 4, 4 * step)).goes_on for step in range(1, 9)}
+    assert {True, False} == {one for step in found.values() for one in step} and not any(found[1])
+
+
 @pytest.fixture
 def begun(tmp_path: Path, short: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[int, bool]:
     """By step of the data, whether its rows began with anything; one document, seven steps an epoch."""

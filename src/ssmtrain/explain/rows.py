@@ -53,6 +53,8 @@ class Row:
     parts: list[Part]
     task: Asked | None = None
     """What a task asks; it has no parts."""
+    goes_on: bool = False
+    """Whether its first document goes on with the states in which the row before of its slot ended."""
 
     def plain(self, full: bool) -> dict[str, Any]:
         """For JSON; token ids of texts only where asked for."""
@@ -102,7 +104,8 @@ def _of_text(batch: Batch, index: int, name: str, row: int, begin: int, document
             text = documents.tokenizer.decode(ids[:-1] if ends else ids)
             last = first + len(ids) - 1
             parts.append(Part(first, last, documents.place(row, begin + first), ids, text, ends))
-    return Row(index, name, row, begin, int((labels != IGNORE).sum()), ignored, length - real, parts)
+    count, goes_on = int((labels != IGNORE).sum()), batch.goes_on is not None and batch.goes_on[index]
+    return Row(index, name, row, begin, count, ignored, length - real, parts, goes_on=goes_on)
 
 
 def chosen(text: str | None, count: int) -> list[int]:
@@ -144,9 +147,10 @@ def described(row: Row, limit: int | None) -> list[str]:
         if place.file is not None:
             at = f"{escaped(place.file)}, {at}"
         whole = "from its start" if place.token == 0 else f"from its token {place.token:,}"
+        states = ", with the states of the row before" if row.goes_on and part.first == 0 else ""
         about = "" if place.exact else "about "
         byte = "" if place.byte is None else f", {about}byte {place.byte:,} of the file"
-        lines.append(f"  {f'{part.first}-{part.last}':<11} {at}, {whole} of {place.tokens:,}{byte}")
+        lines.append(f"  {f'{part.first}-{part.last}':<11} {at}, {whole} of {place.tokens:,}{byte}{states}")
         lines.append(f"  {'':<11} {shortened(part.text, limit)}{' <end of text>' if part.ends else ''}")
     if row.task is not None:
         lines.append(f"  {f'0-{len(row.task.ids) - 1}':<11} {row.task.tokens(limit)}")
