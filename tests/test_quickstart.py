@@ -12,6 +12,7 @@ SMALL = [
     "config=quickstart",
     "name=small",
     "model.d_model=32",
+    "model.layout=M2A",
     "model.blocks.M.mixer.head_dim=16",
     "model.blocks.A.mixer.n_heads=2",
     "trainer.log_every=2",

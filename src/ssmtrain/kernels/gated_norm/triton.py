@@ -312,9 +312,10 @@ def _backward(
                 inner = plain
                 if GATE == "first":
                     inner = plain * gate
-                _finish(
-                    again + out + at, weight + channel + at, inner, gate, scale, live, at < room, WHOLE, GATE
-                )
+                normed = inner * scale * weights[piece]
+                if GATE == "last":
+                    normed *= gate
+                _store(again + out + at, normed, inside, WHOLE)
             if GATE == "first":
                 inner_grad -= plain * (gate * pull)
                 slope = opening + gate * (1.0 - opening)
