@@ -209,14 +209,10 @@ def projected_norm_case(
     """A gated norm and the mixer's last product, whose fp32 weight is D x E."""
 
     def make(device: torch.device | str) -> Inputs:
-        x, z = (
-            torch.randn(B, L, E, device=device, dtype=dtype),
-            torch.randn(B, L, 2 * E, device=device, dtype=dtype),
-        )
-        projection = torch.randn(D, E, device=device).mul_(E**-0.5)
-        return leaves(
-            {"x": x, "z": z[..., :E], "weight": torch.ones(E, device=device), "projection": projection}
-        )
+        x = torch.randn(B, L, E, device=device, dtype=dtype)
+        z = torch.randn(B, L, 2 * E, device=device, dtype=dtype)[..., :E]
+        weight, projection = torch.ones(E, device=device), torch.randn(D, E, device=device).mul_(E**-0.5)
+        return leaves({"x": x, "z": z, "weight": weight, "projection": projection})
 
     def call(inputs: Inputs) -> tuple[Tensor, ...]:
         rest = {"n_groups": n_groups, "norm_before_gate": norm_before_gate}

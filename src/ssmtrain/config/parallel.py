@@ -47,10 +47,10 @@ class Fsdp(Config):
     """Keep each device's share in host memory and step it there; a block in use lies on the device."""
 
 
-class Zero1(Config):
-    """Every device holds the model and a share of the optimiser states (DeepSpeed's engine, ZeRO stage 1)."""
+class ZeroStage(Config):
+    """What the stages of ZeRO have in common."""
 
-    kind: Literal["deepspeed_zero1"] = "deepspeed_zero1"
+    kind: str
     reduce: Digits = "fp32"
     """What gradients are summed in over the devices; bf16 halves the messages and rounds every term."""
     offload_optimizer: bool = False
@@ -62,16 +62,22 @@ class Zero1(Config):
         return int(self.kind[-1])
 
 
-class Zero2(Zero1):
+class Zero1(ZeroStage):
+    """Every device holds the model and a share of the optimiser states (DeepSpeed's engine, ZeRO stage 1)."""
+
+    kind: Literal["deepspeed_zero1"] = "deepspeed_zero1"
+
+
+class Zero2(ZeroStage):
     """As deepspeed_zero1, and of the gradients every device keeps its share alone (ZeRO stage 2)."""
 
-    kind: Literal["deepspeed_zero2"] = "deepspeed_zero2"  # type: ignore[assignment]
+    kind: Literal["deepspeed_zero2"] = "deepspeed_zero2"
 
 
-class Zero3(Zero1):
+class Zero3(ZeroStage):
     """As deepspeed_zero2, and parameters are cut too and gathered for a block at a time (ZeRO stage 3)."""
 
-    kind: Literal["deepspeed_zero3"] = "deepspeed_zero3"  # type: ignore[assignment]
+    kind: Literal["deepspeed_zero3"] = "deepspeed_zero3"
     offload_params: bool = False
     """Keep each device's share of the parameters in host memory; a block in use lies on the device."""
 

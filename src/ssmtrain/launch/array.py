@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ssmtrain.config.request import Request
     from ssmtrain.config.schema import RunConfig
 
-ARM = "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"
+ITSELF = "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"
 """An arm as scontrol takes it; the number of one of the arms' jobs is that of the whole array."""
 
 
@@ -77,7 +77,7 @@ def parameters(config: RunConfig, name: str, arms: int) -> dict[str, Any]:
         "array_parallelism": config.launch.arms or arms,
         "setup": job.setup(config),
         # Not in `turn`: a signal may end the process before it gets there.
-        "teardown": job.ending(config, ARM).splitlines(),
+        "teardown": job.ending(config, ITSELF).splitlines(),
         "srun_args": job.srun_options(config),
         "stderr_to_stdout": True,
         "wckey": None,

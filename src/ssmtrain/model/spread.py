@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ssmtrain.config.layout import expand
-from ssmtrain.config.parallel import AutoParallel, Fsdp, Zero1, Zero3
+from ssmtrain.config.parallel import AutoParallel, Fsdp, Zero3, ZeroStage
 from ssmtrain.config.schema import RunConfig
 from ssmtrain.model.count import FP32, TrainingBytes, block_norms
 
@@ -54,7 +54,7 @@ def count_sent(config: RunConfig, total: int) -> Sent:
     if n == 1:
         return Sent(1)
     summed = FP32 if isinstance(spread, AutoParallel) else WIDTH[spread.reduce]
-    if isinstance(spread, Zero1):
+    if isinstance(spread, ZeroStage):
         # Gradients go to their owners, from stage 2 on after every micro-batch; parameters come back from
         # them after the step, or, cut, in every pass forwards and, those of blocks, backwards.
         gathered = total
@@ -78,7 +78,7 @@ def count_sent(config: RunConfig, total: int) -> Sent:
 def held(config: RunConfig, whole: TrainingBytes, total: int) -> TrainingBytes:
     """What one of the devices holds, given what it would hold of the whole model."""
     n, spread = world(config), config.parallel
-    if isinstance(spread, Zero1) and n > 1:
+    if isinstance(spread, ZeroStage) and n > 1:
         return _held_by_zero(config, spread, whole, total)
     if not isinstance(spread, Fsdp) or n == 1:
         return whole
@@ -97,7 +97,7 @@ def held(config: RunConfig, whole: TrainingBytes, total: int) -> TrainingBytes:
     )
 
 
-def _held_by_zero(config: RunConfig, spread: Zero1, whole: TrainingBytes, total: int) -> TrainingBytes:
+def _held_by_zero(config: RunConfig, spread: ZeroStage, whole: TrainingBytes, total: int) -> TrainingBytes:
     share = total // world(config)
     stepped = 0 if spread.offload_optimizer else share
     weights, gradients = total, total

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from ssmtrain.config.parallel import AnyParallel, Zero1, Zero3
+from ssmtrain.config.parallel import AnyParallel, Zero3, ZeroStage
 from ssmtrain.parallel.processes import Ddp, Fsdp
 from ssmtrain.parallel.zero import Zero
 
@@ -15,7 +15,7 @@ def spread(config: AnyParallel, accelerator: str) -> Ddp:
     The buffers (router biases) are the same on all ranks by construction, so they are not broadcast.
     """
     backend = "gloo" if accelerator == "cpu" else "nccl"
-    chosen = Zero if isinstance(config, Zero1) else Fsdp if config.kind == "fsdp" else Ddp
+    chosen = Zero if isinstance(config, ZeroStage) else Fsdp if config.kind == "fsdp" else Ddp
     strategy = chosen(
         process_group_backend=backend,
         broadcast_buffers=False,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ssmtrain.config.parallel import Zero1, Zero3
+from ssmtrain.config.parallel import Zero3, ZeroStage
 from ssmtrain.layers.base import Context
 from ssmtrain.model.hybrid import HybridModel, Output
 from ssmtrain.model.spread import bucket, kept_whole
@@ -47,7 +47,7 @@ def load_deepspeed(device: torch.device) -> Any:
 
 
 def settings(
-    config: Zero1, clip: float | None, passes: int, sizes: list[int], total: int, on_gpu: bool
+    config: ZeroStage, clip: float | None, passes: int, sizes: list[int], total: int, on_gpu: bool
 ) -> dict[str, Any]:
     """What the engine is told, for a step of so many micro-batches of a model of `total` parameters, those of
     its blocks `sizes`."""
@@ -114,7 +114,7 @@ def cut(model: HybridModel, device: torch.device, config: Zero3) -> None:
 def start(
     model: HybridModel,
     optimizer: Optimizer,
-    config: Zero1,
+    config: ZeroStage,
     device: torch.device,
     *,
     clip: float | None,

@@ -21,7 +21,7 @@ from ssmtrain.checkpoint.weights import load_weights
 from ssmtrain.config.carry import slots
 from ssmtrain.config.errors import NonFinite
 from ssmtrain.config.growth import lengths
-from ssmtrain.config.parallel import Fsdp, Zero1, Zero3
+from ssmtrain.config.parallel import Fsdp, Zero3, ZeroStage
 from ssmtrain.config.schema import RunConfig
 from ssmtrain.data.batch import Batch, cut
 from ssmtrain.data.module import Data
@@ -148,7 +148,7 @@ class LitLM(LightningModule):
         """The optimisers that the recipe names, and who runs them."""
         named = dict(self.model.named_parameters())
         self.opt = optim.build_optimizers(named, self.model.specs(), self.config.optim)
-        if isinstance(self.config.parallel, Zero1):
+        if isinstance(self.config.parallel, ZeroStage):
             self.engine = zero.start(
                 self.model,
                 self.opt[0],
