@@ -145,7 +145,8 @@ def run(name: str, case: Case, mode: str, steps: int, device: torch.device) -> R
     model.to_empty(device=device)
     init_weights(model, config.model.init, 0)
     named = dict(model.named_parameters())
-    optimizers = optim.build_optimizers(named, model.specs(), config.optim)
+    copies = config.trainer.recompute != "block"
+    optimizers = optim.build_optimizers(named, model.specs(), config.optim, copies=copies)
     found = Result(name, mode, case.batch, case.length, sum(p.numel() for p in named.values()))
     parameters, seen = list(named.values()), []
     rows = torch.randint(vocab, (4, case.batch, case.length + 1), device=device)
@@ -167,12 +168,11 @@ def run(name: str, case: Case, mode: str, steps: int, device: torch.device) -> R
         row = rows[i % len(rows)]
         batch = Batch(row[:, :-1], row[:, 1:].contiguous(), None, case.batch, list(range(case.batch)))
         sums, _ = (graphs or passes)(batch, 1 / labels, 1.0)
-        norm = optim.gradient_norm(parameters)
+        norm = optim.norm_of(optimizers, device)
         known = torch.cat([sums / labels, norm.double()[None]]).tolist()
         at = time.perf_counter()
-        optim.clip_gradients(parameters, config.optim.clip, norm, known[-1])
+        optim.take_step(optimizers, config.optim.clip, norm, known[-1])
         for optimizer in optimizers:
-            optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         seen.append(known)
         return at

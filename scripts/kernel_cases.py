@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssmtrain.kernels.adamw import Rates
 from ssmtrain.kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
 from ssmtrain.kernels.gated_norm import gated_norm, projected_norm, stream_norm
 from ssmtrain.kernels.linear_cross_entropy import linear_cross_entropy
@@ -313,6 +314,24 @@ def head_case(T: int, D: int, V: int, *, dtype: torch.dtype = BF16, grads: bool 
     return Case(name, "linear_cross_entropy", make, call, backward=grads, shape={"T": T, "D": D, "V": V})
 
 
+def step_case(aligned: bool = True, half: bool = False) -> Case:
+    """A step of AdamW and the norm of the gradient: of tables, whatever they name."""
+
+    def make(device: torch.device | str) -> Inputs:
+        rows = torch.zeros(3, 6, dtype=torch.int64, device=device)
+        return {"rows": rows, "places": torch.zeros(100, 2, dtype=torch.int32, device=device)}
+
+    def call(inputs: Inputs) -> tuple[Tensor, ...]:
+        from ssmtrain.kernels.adamw import triton
+
+        table = triton.Table(inputs["rows"], inputs["places"], aligned, half)  # type: ignore[arg-type]
+        triton.adamw(table, Rates(1e-3, (0.9, 0.95), 1e-8, 0.1, 3, 0.5))
+        return (triton.squares(table),)
+
+    name = f"step{'' if aligned else ' unaligned'}{' fp16' if half else ''}"
+    return Case(name, "adamw", make, call, backward=False, shape={})
+
+
 def to_compile(quick: bool = False) -> Iterator[Case]:
     """Cases that between them reach every kernel, on the shapes of published models and on odd ones."""
     yield from smallest()
@@ -323,6 +342,7 @@ def to_compile(quick: bool = False) -> Iterator[Case]:
     yield stream_norm_case(8, 4096, 2560)
     yield selective_case(8, 4096, 5120)
     yield head_case(32768, 768, 50288)
+    yield step_case()
     if quick:
         return
     wide = {"documents": 512, "state": True}
@@ -367,6 +387,8 @@ def to_compile(quick: bool = False) -> Iterator[Case]:
     yield head_case(1000, 768, 50257, dtype=torch.float16)
     yield head_case(1000, 768, 32000, dtype=torch.float32)
     yield head_case(4096, 256, 257)
+    yield step_case(aligned=False)
+    yield step_case(half=True)
 
 
 def smallest() -> Iterator[Case]:

@@ -238,9 +238,12 @@ def test_what_cannot_be_recorded_says_so(gpu: torch.device) -> None:
 
 
 @pytest.mark.gpu
-def test_a_run_and_its_continuation(train: Train, gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the bit, whatever was called and whatever launched."""
-    changes = {"cuda_graphs": True, "precision": "bf16", "micro_batch": 2, "devices": 1, "max_steps": 12}
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_run_and_its_continuation(
+    graphs: bool, train: Train, gpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit, whatever was called and whatever launched; a continued run begins without narrow copies."""
+    changes = {"cuda_graphs": graphs, "precision": "bf16", "micro_batch": 2, "devices": 1, "max_steps": 12}
     changes = {f"trainer__{name}": value for name, value in changes.items()}
     code, whole = train(name="whole", **changes)
     assert code == 0

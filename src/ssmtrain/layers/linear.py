@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ssmtrain.kernels.matmul import mm
+from ssmtrain.kernels.narrow import narrow
 from ssmtrain.layers.base import Draw, Layer, ParamSpec
 from ssmtrain.layers.init import constant, linear_default
 
@@ -73,7 +74,7 @@ class _Mixed(torch.autograd.Function):
         device = x.device.type
         low = torch.get_autocast_dtype(device)
         ctx.dtypes = x.dtype, None if bias is None else bias.dtype
-        x, weight = x.to(low), weight.to(low)
+        x, weight = x.to(low), narrow(weight, low)
         ctx.save_for_backward(x, weight)
         with torch.autocast(device, enabled=False):
             return F.linear(x, weight, None if bias is None else bias.to(low))

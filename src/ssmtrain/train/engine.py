@@ -59,7 +59,6 @@ class TorchEngine:
 
     def __init__(self, lit: LitLM) -> None:
         self.lit, self.model, self.optimizers = lit, lit.model, lit.opt
-        self.parameters = list(lit.model.parameters())
 
     @property
     def together(self) -> bool:
@@ -89,14 +88,12 @@ class TorchEngine:
 
     def norm(self, lr: float) -> Tensor:
         """Norm () of the whole gradient."""
-        return optim.gradient_norm(self.parameters, self.lit.device)
+        return optim.norm_of(self.optimizers, self.lit.device)
 
     def apply(self, lr: float, norm: Tensor, known: float) -> None:
         """Clip and step."""
-        optim.clip_gradients(self.parameters, self.lit.config.optim.clip, norm, known)
         optim.set_lr(self.optimizers, lr)
-        for optimizer in self.optimizers:
-            optimizer.step()
+        optim.take_step(self.optimizers, self.lit.config.optim.clip, norm, known)
 
     def clear(self) -> None:
         """Let go of the gradient."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ssmtrain.config.errors import UserError
 from ssmtrain.data.batch import Batch
+from ssmtrain.kernels import narrow
 
 Pass = tuple[Tensor, dict[int, Tensor]]
 """Sums (2,) of loss and router losses, and tokens per expert by block."""
@@ -72,6 +73,7 @@ class Graphs:
         for to, new in _tensors(found.batch, batch):
             to.copy_(new, non_blocking=True)
         found.scale.fill_(scale)
+        narrow.renew(self.parameters)
         found.graph.replay()
         for parameter, grad in zip(self.parameters, found.grads, strict=True):
             parameter.grad = grad

@@ -147,7 +147,14 @@ class LitLM(LightningModule):
     def configure_optimizers(self) -> list[Optimizer]:
         """The optimisers that the recipe names, and who runs them."""
         named = dict(self.model.named_parameters())
-        self.opt = optim.build_optimizers(named, self.model.specs(), self.config.optim)
+        self.opt = optim.build_optimizers(
+            named,
+            self.model.specs(),
+            self.config.optim,
+            own=not isinstance(self.config.parallel, ZeroStage),
+            # Blocks that are recomputed hold a weight in 16 bits no longer than they run.
+            copies=self.config.trainer.recompute != "block",
+        )
         if isinstance(self.config.parallel, ZeroStage):
             self.engine = zero.start(
                 self.model,

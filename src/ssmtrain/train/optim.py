@@ -13,11 +13,13 @@ from ssmtrain.config.optim import AnyOptim, MuonConfig
 from ssmtrain.layers.base import ParamSpec
 from ssmtrain.parallel import ranks
 from ssmtrain.parallel.shard import holders, is_matrix, like, mine, shape_of
+from ssmtrain.train.adamw import AdamW
 
 EMBEDDING = "input.weight"
 
 _STATE: dict[type[Optimizer], set[str]] = {
     torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"},
+    AdamW: {"step", "exp_avg", "exp_avg_sq"},
     torch.optim.Muon: {"momentum_buffer"},
 }
 """What each optimiser keeps of a parameter."""
@@ -42,10 +44,16 @@ def is_hidden_matrix(name: str, parameter: Tensor, spec: ParamSpec) -> bool:
 
 
 def build_optimizers(
-    named: Mapping[str, nn.Parameter], specs: Mapping[str, ParamSpec], config: AnyOptim
+    named: Mapping[str, nn.Parameter],
+    specs: Mapping[str, ParamSpec],
+    config: AnyOptim,
+    *,
+    own: bool = True,
+    copies: bool = False,
 ) -> list[Optimizer]:
     """AdamW over everything, or Muon over hidden matrices and AdamW over the rest; decay where it belongs.
 
+    AdamW is ours where it can be, unless `own` is false; with `copies` it keeps weights in 16 bits too.
     KeyError if a parameter has no spec: an undeclared parameter would be decayed by accident.
     """
     hidden: dict[str, nn.Parameter] = {}
@@ -54,13 +62,19 @@ def build_optimizers(
     rest = {n: p for n, p in named.items() if n not in hidden}
     optimizers: list[Optimizer] = []
     if rest:
-        optimizers.append(_adamw(rest, specs, config))
+        optimizers.append(_adamw(rest, specs, config, own, copies))
     if hidden and config.kind == "muon":
         optimizers.append(_muon(hidden, config))
     return optimizers
 
 
-def _adamw(named: Mapping[str, nn.Parameter], specs: Mapping[str, ParamSpec], config: AnyOptim) -> Optimizer:
+def _adamw(
+    named: Mapping[str, nn.Parameter],
+    specs: Mapping[str, ParamSpec],
+    config: AnyOptim,
+    own: bool,
+    copies: bool,
+) -> Optimizer:
     decayed = [p for n, p in named.items() if is_decayed(n, specs[n], config)]
     exempt = [p for n, p in named.items() if not is_decayed(n, specs[n], config)]
     groups = [
@@ -68,6 +82,8 @@ def _adamw(named: Mapping[str, nn.Parameter], specs: Mapping[str, ParamSpec], co
         for group, decay in ((decayed, config.weight_decay), (exempt, 0.0))
         for params in _apart(group)
     ]
+    if own and AdamW.takes(named.values()):
+        return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, copies=copies)
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in named.values())
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
 
@@ -144,6 +160,33 @@ def load_state_tensors(
         parameter = named[name]
         place = mine(parameter) if key == "step" else parameter
         owner[id(parameter)].state[parameter][key] = like(value, place)
+
+
+def norm_of(optimizers: list[Optimizer], device: torch.device) -> Tensor:
+    """Norm () of the whole gradient of what optimisers step, and all that the next step can be told of it.
+
+    Every rank must ask where parameters are cut over them.
+    """
+    for optimizer in optimizers:
+        if isinstance(optimizer, AdamW):
+            optimizer.prepare()
+            if len(optimizers) == 1:
+                return optimizer.norm()
+    return gradient_norm([p for o in optimizers for g in o.param_groups for p in g["params"]], device)
+
+
+def take_step(optimizers: list[Optimizer], limit: float | None, norm: Tensor, known: float) -> None:
+    """Clip the gradient to norm `limit` (None: not at all) and step; `known` is the norm on the host."""
+    ours = [o for o in optimizers if isinstance(o, AdamW)]
+    clips = limit is not None and not known < 0.999 * limit
+    for optimizer in optimizers:
+        if isinstance(optimizer, AdamW):
+            # The factor of torch.nn.utils.clip_grads_with_norm_, on the gradient in its register.
+            optimizer.step(scale=min(1.0, limit / (known + 1e-6)) if clips and limit is not None else 1.0)
+    others = [o for o in optimizers if o not in ours]
+    clip_gradients([p for o in others for g in o.param_groups for p in g["params"]], limit, norm, known)
+    for optimizer in others:
+        optimizer.step()
 
 
 def gradient_norm(parameters: list[nn.Parameter], device: torch.device | None = None) -> Tensor:

@@ -181,6 +181,8 @@ def _type(kind: tl.dtype) -> np.dtype:
 
 _extents: list[tuple[int, int]] = []
 """First address and end of each tensor of the launch that runs."""
+_further: list[tuple[int, int]] = []
+"""The same of tensors that it knows by their addresses; see `reachable`."""
 
 
 _patched: set[int] = set()
@@ -201,8 +203,19 @@ def _inputs(self: Any, args: Any, kwargs: Any) -> Any:
     found = _upstream_inputs(self, args, kwargs)
     _patched.clear()
     _patched.add(id(self.fn.__globals__))
-    _extents[:] = _spans((*found[0], *found[1].values()))
+    _extents[:] = [*_spans((*found[0], *found[1].values())), *_further]
     return found
+
+
+@contextmanager
+def reachable(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Let kernels read and write these too: their addresses are in a tensor of the launch."""
+    before = list(_further)
+    _further.extend(_spans(tensors))
+    try:
+        yield
+    finally:
+        _further[:] = before
 
 
 def _spans(values: Iterable[Any]) -> Iterator[tuple[int, int]]:

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from ssmtrain.kernels.gated_norm import triton
 from ssmtrain.kernels.matmul import mm
+from ssmtrain.kernels.narrow import narrow
 from ssmtrain.kernels.parts import place_of
 
 
@@ -52,19 +53,19 @@ class _Projected(torch.autograd.Function):
         *options: Any,
     ) -> Tensor:
         y, scales = triton._norm(x, z, weight, *options, None)
-        narrow = projection.to(y.dtype)
+        low = narrow(projection, y.dtype)
         ctx.place, ctx.options = place_of(z), options[1:]
         ctx.dtypes = projection.dtype, None if bias is None else bias.dtype
-        ctx.save_for_backward(x, z, weight, scales, narrow)
-        return F.linear(y, narrow, None if bias is None else bias.to(y.dtype))
+        ctx.save_for_backward(x, z, weight, scales, low)
+        return F.linear(y, low, None if bias is None else bias.to(y.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, z, weight, scales, narrow = ctx.saved_tensors
+        x, z, weight, scales, low = ctx.saved_tensors
         of_projection, of_bias = ctx.dtypes
         rows = grad.flatten(0, -2)  # (T, D)
-        dy = (rows @ narrow).view(x.shape)
+        dy = (rows @ low).view(x.shape)
         y = x.new_empty(x.shape)
         room = None if ctx.place is None else ctx.place.room()
         dx, dz, d_weight = triton._norm_back.body(dy, x, z, weight, scales, *ctx.options, room, y)

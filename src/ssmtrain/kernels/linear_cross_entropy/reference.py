@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ssmtrain.kernels.matmul import mm
+from ssmtrain.kernels.narrow import narrow
 
 LOGITS = 2**24
 """Elements of logits held at a time."""
@@ -85,7 +86,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         low = matmul_dtype(hidden, weight)
         wide = torch.float64 if low == torch.float64 else torch.float32
-        h, W = hidden.to(low), weight.to(low)
+        h, W = hidden.to(low), narrow(weight, low)
         row = valid.to(wide) * scale  # (T, 1), the derivative of the loss by a row's unscaled cross-entropy
         losses = row.new_empty(h.shape[0])
         dh = torch.empty_like(h, memory_format=torch.contiguous_format) if wanted[0] else None
