@@ -15,6 +15,7 @@ from torch import Tensor
 from ssmtrain.kernels.adamw import Rates
 from ssmtrain.kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
 from ssmtrain.kernels.gated_norm import gated_norm, projected_norm, stream_norm
+from ssmtrain.kernels.gated_norm.reader import read, reader_of
 from ssmtrain.kernels.linear_cross_entropy import linear_cross_entropy
 from ssmtrain.kernels.selective_scan import selective_scan, selective_scan_step
 from ssmtrain.kernels.ssd import ssd, ssd_step
@@ -224,20 +225,27 @@ def projected_norm_case(
 
 
 def stream_norm_case(
-    B: int, L: int, E: int, *, dtype: torch.dtype = torch.float32, branch: bool = True
+    B: int, L: int, E: int, *, dtype: torch.dtype = torch.float32, branch: bool = True, to: int = 0
 ) -> Case:
     """The norm at a block's entry under bf16 autocast, the stream going on beside it, with what the block
-    before adds to it."""
+    before adds to it; and the product that reads it, whose fp32 weight is `to` x E."""
 
     def make(device: torch.device | str) -> Inputs:
         x = torch.randn(B, L, E, device=device, dtype=dtype)
         more = {"branch": torch.randn(B, L, E, device=device, dtype=BF16)} if branch else {}
+        if to:
+            more["reader"] = torch.randn(to, E, device=device).mul_(E**-0.5)
         return leaves({"x": x, "weight": torch.ones(E, device=device)} | more)
 
     def call(inputs: Inputs) -> tuple[Tensor, ...]:
-        return stream_norm(**inputs, out_dtype=BF16)  # type: ignore[arg-type]
+        stream, y = stream_norm(**inputs, out_dtype=BF16)  # type: ignore[arg-type]
+        if not to:
+            return stream, y
+        reader = reader_of(y, inputs["reader"])  # type: ignore[arg-type]
+        assert reader is not None
+        return stream, read(y, reader, None)
 
-    name = named(f"stream norm B{B} L{L} E{E}", dtype, {"alone": not branch})
+    name = named(f"stream norm B{B} L{L} E{E}", dtype, {"alone": not branch, "to": to})
     return Case(name, "gated_norm", make, call, shape={"B": B, "L": L, "E": E})
 
 
@@ -339,7 +347,7 @@ def to_compile(quick: bool = False) -> Iterator[Case]:
     yield conv_case(8, 4096, 5376, parent=10576)
     yield norm_case(8, 4096, 5120, parent=10576)
     yield projected_norm_case(8, 4096, 5120, 2560)
-    yield stream_norm_case(8, 4096, 2560)
+    yield stream_norm_case(8, 4096, 2560, to=10576)
     yield selective_case(8, 4096, 5120)
     yield head_case(32768, 768, 50288)
     yield step_case()
@@ -372,6 +380,7 @@ def to_compile(quick: bool = False) -> Iterator[Case]:
     yield projected_norm_case(2, 1000, 20480, 768)
     for E in (768, 1000, 2048, 8192, 20480):
         yield stream_norm_case(2, 1000, E)
+        yield stream_norm_case(2, 1000, E, to=64)
     yield stream_norm_case(2, 1000, 2560, branch=False)
     yield stream_norm_case(2, 1000, 2560, dtype=BF16)
     yield norm_case(2, 1000, 20480)

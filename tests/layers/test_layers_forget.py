@@ -217,15 +217,15 @@ def test_a_function_that_makes_something_else_is_told() -> None:
         loss.backward()
 
 
-def test_a_gated_norm_and_its_projection(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where kernels run, the norm's own backward pass makes it again: nothing else does."""
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Norms in Triton, weights' gradients in fp32; returns the names of what is made again on request."""
     if not tuned.interpreting():
         pytest.skip("for the interpreter")
     monkeypatch.setattr(linear, "DEVICES", {"cpu"})
     ops = {op: "triton" if op == "gated_norm" else "reference" for op in backend.op_names()}
     monkeypatch.setattr(backend, "_current", backend.Backend("auto", "cpu", ops, "a test"))
-    block, made = build("mamba2"), []
-    kept = gradients(block, block.forward, True, True)
+    made: list[str] = []
     real = forget._Recipe.serve
 
     def serve(recipe: Any) -> Tensor:
@@ -233,8 +233,61 @@ def test_a_gated_norm_and_its_projection(monkeypatch: pytest.MonkeyPatch) -> Non
         return real(recipe)
 
     monkeypatch.setattr(forget._Recipe, "serve", serve)
+    return made
+
+
+@pytest.mark.parametrize("name", ["mamba1", "mamba2", "mlp", "biased"])
+def test_norms_and_the_products_that_read_them(
+    name: str, kernels: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where kernels run, a norm's own backward pass makes it again: nothing else does."""
+    monkeypatch.setitem(BLOCKS, "biased", {"ffn": {"kind": "mlp", "hidden": 24, "bias": True}})
+    block = build(name)
+    kept = gradients(block, block.forward, True, True)
     found = gradients(block, forgetful(block.forward), True, True)
-    assert made and not [name for name in made if "GatedNorm" in name]
+    assert not [made for made in kernels if "GatedNorm" in made or made == "rms_norm"]
     assert found.keys() == kept.keys()
     for key, one in kept.items():
         assert torch.equal(one, found[key]), key
+    monkeypatch.setattr(type(block.mixer or block.ffn), "entrance", None)
+    gradients(block, forgetful(block.forward), True, True)
+    assert "rms_norm" in kernels  # so it is where nobody says who reads it
+
+
+@pytest.mark.parametrize("first", ["reader", "other"])
+def test_another_reader_of_a_norm_has_it_made(first: str, kernels: list[str]) -> None:
+    """Whoever reads it besides, also the same product a second time, keeps a recipe as always."""
+    torch.manual_seed(0)
+    entry, reader, other = norm.StreamNorm(16), linear.Linear(16, 8), linear.Linear(16, 8)
+    for p in (entry.weight, reader.weight, other.weight):
+        torch.nn.init.uniform_(p, -0.5, 0.5)
+    x = torch.randn(2, 3, 16)
+
+    def run(x: Tensor, *_: Any) -> Tensor:
+        stream, y = entry(norm.Stream(x), reader)
+        order = (reader, other, reader) if first == "reader" else (other, reader, reader)
+        results = [layer(y).float().square() * (i + 1) for i, layer in enumerate(order)]
+        return stream.sum(-1, keepdim=True) + sum(results[1:], results[0])
+
+    found = []
+    for wrap in (lambda f: f, forgetful):
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = wrap(run)(leaf, None)
+        leaves = [leaf, entry.weight, reader.weight, other.weight]
+        found.append(torch.autograd.grad(y.sum(), leaves))
+    assert kernels == ["rms_norm"] * 2
+    for one, again in zip(*found, strict=True):
+        torch.testing.assert_close(one, again, rtol=1e-6, atol=1e-6)
+
+
+def test_a_norm_that_nothing_reads(kernels: list[str]) -> None:
+    """The stream goes on, and the product's weight has no gradient."""
+    entry, reader = norm.StreamNorm(16), linear.Linear(16, 8)
+    for p in (entry.weight, reader.weight):
+        torch.nn.init.uniform_(p, -0.5, 0.5)
+    x = torch.randn(2, 3, 16, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        stream, _ = forgetful(lambda x, *_: entry(norm.Stream(x), reader))(x, None)
+    stream.square().sum().backward()
+    assert torch.equal(x.grad, 2 * x.detach()) and reader.weight.grad is None and entry.weight.grad is None

@@ -54,6 +54,11 @@ class Layer(nn.Module):
         super().__init__()
         self.param_specs: dict[str, ParamSpec] = {}
 
+    @property
+    def entrance(self) -> Layer | None:
+        """The Linear that alone reads what the layer is given, where there is one."""
+        return None
+
     def declare(self, name: str, shape: tuple[int, ...], spec: ParamSpec) -> None:
         """Register a parameter of this shape, left unwritten until the model is initialised."""
         self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=torch.float32)))

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ssmtrain.kernels.gated_norm.reader import read, reader_of
 from ssmtrain.kernels.matmul import mm
 from ssmtrain.kernels.narrow import narrow
 from ssmtrain.layers.base import Draw, Layer, ParamSpec
@@ -37,6 +38,9 @@ class Linear(Layer):
     def forward(self, x: Tensor) -> Tensor:
         """Map the last axis of x from `in` to `out`."""
         if not torch.compiler.is_compiling() and mixes(x, self.weight):
+            if (reader := reader_of(x, self.weight)) is not None:
+                with torch.autocast(x.device.type, enabled=False):
+                    return read(x, reader, self.bias)
             return _Mixed.apply(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
 

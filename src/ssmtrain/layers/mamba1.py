@@ -115,6 +115,11 @@ class Mamba1(Mixer):
         self.declare("D", (E,), ParamSpec(constant(1.0), decay=False, fp32=True))
         self.out_proj = Linear(E, d_model, bias=config.bias, residual=True)
 
+    @property
+    def entrance(self) -> Linear:
+        """The projection."""
+        return self.in_proj
+
     def select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x (..., E), for the scan, and what depends on it: dt (..., E), B and C (..., N)."""
         x, selected = self.x_proj.beside(x)

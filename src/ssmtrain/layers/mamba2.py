@@ -182,6 +182,11 @@ class Mamba2(Mixer):
         self.norm = GatedNorm(E, config.n_groups, config.norm_eps, config.norm_before_gate)
         self.out_proj = Linear(E, d_model, bias=config.bias, residual=True)
 
+    @property
+    def entrance(self) -> Linear:
+        """The projection."""
+        return self.in_proj
+
     def forward(self, x: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
         """Mix x (B, L, D) within each document; returns y (B, L, D) and, when carrying, the final state."""
         keep("mamba2", A_log=self.A_log)  # autocast widens what exp returns

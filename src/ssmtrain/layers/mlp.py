@@ -63,6 +63,11 @@ class Mlp(Ffn):
         self.in_proj = Linear(d_model, widths(config.activation) * config.hidden, bias=config.bias)
         self.out_proj = Linear(config.hidden, d_model, bias=config.bias, residual=True)
 
+    @property
+    def entrance(self) -> Linear:
+        """The projection."""
+        return self.in_proj
+
     def forward(self, x: Tensor, ctx: Context) -> tuple[Tensor, Stats]:
         """Mix x (B, L, D) over channels; returns y (B, L, D) and no statistics."""
         h = self.in_proj(x)  # (B, L, 2F) or (B, L, F)

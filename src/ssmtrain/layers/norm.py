@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from ssmtrain.kernels.digits import keep
-from ssmtrain.kernels.gated_norm import add_branch, gated_norm, stream_norm
+from ssmtrain.kernels.gated_norm import add_branch, fuses, gated_norm, stream_norm
 from ssmtrain.layers.base import Layer, ParamSpec
-from ssmtrain.layers.forget import forget
+from ssmtrain.layers.forget import forget, forgets
 from ssmtrain.layers.init import constant
+from ssmtrain.layers.linear import Linear, mixes
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, out_dtype: torch.dtype | None = None) -> Tensor:
@@ -75,9 +76,9 @@ class StreamNorm(_Norm):
         super().__init__(width, eps, keep_fp32)
         self.scale = scale
 
-    def forward(self, stream: Stream) -> tuple[Tensor, Tensor]:
+    def forward(self, stream: Stream, reader: Linear | None = None) -> tuple[Tensor, Tensor]:
         """Return the stream's sum x (..., width), to be added to, and its norm, as RMSNorm's; see
-        `stream_norm`."""
+        `stream_norm`. The reader is the Linear that alone reads the norm, where there is one."""
         keep("norm", weight=self.weight)
         x, branch = stream
         dtype = x.dtype if branch is None else torch.promote_types(x.dtype, branch.dtype)
@@ -85,5 +86,20 @@ class StreamNorm(_Norm):
         if torch.compiler.is_compiling():
             x = stream.total(self.scale)
             return x, rms_norm(x, *rest)
-        x, y = stream_norm(x, self.weight, branch=branch, scale=self.scale, eps=self.eps, out_dtype=rest[-1])
+        asked = reader.weight if reader is not None and self._shares(stream, reader, dtype) else None
+        x, y = stream_norm(
+            *(x, self.weight),
+            branch=branch,
+            scale=self.scale,
+            eps=self.eps,
+            out_dtype=rest[-1],
+            reader=asked,
+        )
         return x, forget(y, rms_norm, x, *rest)
+
+    def _shares(self, stream: Stream, reader: Linear, dtype: torch.dtype) -> bool:
+        """Whether the norm would be forgotten, and is what the reader multiplies."""
+        x = stream.x
+        low = torch.get_autocast_dtype(x.device.type)
+        narrow = (self.out_dtype(x.device, dtype) or dtype) == low
+        return narrow and forgets(x) and fuses(x) and mixes(x, reader.weight)

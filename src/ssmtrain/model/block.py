@@ -40,7 +40,7 @@ class Block(nn.Module):
     def _enter(self, name: str, stream: Stream) -> tuple[Tensor, Tensor]:
         """The stream's sum, and what the branch reads of it."""
         if self.has_pre:
-            return getattr(self, f"{name}_norm")(stream)
+            return getattr(self, f"{name}_norm")(stream, getattr(self, name).entrance)
         x = stream.total(self.multiplier)
         return x, x
 

@@ -86,13 +86,15 @@ def stream_norm(
     scale: float = 1.0,
     eps: float = 1e-5,
     out_dtype: torch.dtype | None = None,
+    reader: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """RMSNorm of a residual stream that goes on beside it: returns x + scale * branch, and its norm * weight.
 
     x (..., E), branch like x or None, weight (E,); the stream, in the wider dtype of x and branch, has to be
     read on from what is returned. The Triton body adds in the pass that normalises, and in its backward pass
     adds up the gradients of both results. Precision, out_dtype and errors as in `gated_norm`; equal to a sum
-    and a norm but for how often memory is read.
+    and a norm but for how often memory is read. With `reader`, the weight (out, E) of the product that reads
+    the norm next by `reader.read`, the norm need not be kept for it; only where `fuses`.
     """
     _check("stream_norm", x, weight, 1)
     if branch is not None and branch.shape != x.shape:
@@ -100,9 +102,13 @@ def stream_norm(
     if not fuses(x):
         stream = add_branch(x, branch, scale)
         return stream, gated_norm(stream, None, weight, eps=eps, out_dtype=out_dtype)
-    from ssmtrain.kernels.gated_norm.triton import stream_norm as run
-
     with torch.autocast(x.device.type, enabled=False):
+        if reader is not None:
+            from ssmtrain.kernels.gated_norm.projected import stream_read
+
+            return stream_read(x, branch, weight, reader, scale=scale, eps=eps, out_dtype=out_dtype)
+        from ssmtrain.kernels.gated_norm.triton import stream_norm as run
+
         return run(x, weight, branch=branch, scale=scale, eps=eps, out_dtype=out_dtype)
 
 

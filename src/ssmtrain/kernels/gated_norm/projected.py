@@ -1,9 +1,13 @@
-"""A gated norm and the matrix product behind it, whose backward passes share a reading of memory.
+"""A norm and the matrix product behind it, whose backward passes share a reading of memory.
 
 The product's weight has its gradient from the norm's result, which is forgotten to save memory. To make it
-again for that is to read two arrays and write one; but the norm's own backward pass, which comes next, has
-what it is made of in registers. So the product's gradient to the norm is computed first, the norm's backward
+again for that is to read all that it is made of once more; but the norm's own backward pass, which comes
+next, has that in registers. So the product's gradient to the norm is computed first, the norm's backward
 pass writes the norm beside its gradients, and the weight's gradient comes last.
+
+For the gated norm between a scan and the output projection that is one function. The norm at a branch's entry
+stands in another module than the product that reads it, and its backward pass also waits for the stream's
+gradient, so there are two: `stream_read` here, which is given the product's weight, and `reader.read`.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ssmtrain.kernels.gated_norm import triton
+from ssmtrain.kernels.gated_norm.reader import MARK, Reader
 from ssmtrain.kernels.matmul import mm
 from ssmtrain.kernels.narrow import narrow
 from ssmtrain.kernels.parts import place_of
@@ -73,3 +78,59 @@ class _Projected(torch.autograd.Function):
         d_projection = mm(rows.t(), y.flatten(0, -2), of_projection)
         d_bias = None if of_bias is None else rows.sum(0, dtype=torch.float32).to(of_bias)
         return dx, dz, d_weight, d_projection, d_bias, None, None, None
+
+
+def stream_read(
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    projection: Tensor,
+    *,
+    scale: float,
+    eps: float,
+    out_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    """As stream_norm, of a norm that F.linear(norm, projection) will `read`.
+
+    x (..., E), branch like x or None, weight (E,), projection (out, E), whose gradient comes from here, in
+    its own dtype, without rounding between. Triton only.
+    """
+    reader = Reader(projection, torch.empty(0))
+    fixed = weight.float().contiguous()
+    stream, y, reader.token = _StreamRead.apply(x, branch, fixed, projection, scale, eps, out_dtype, reader)
+    setattr(y, MARK, reader)
+    return stream, y
+
+
+class _StreamRead(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        branch: Tensor | None,
+        weight: Tensor,
+        projection: Tensor,
+        scale: float,
+        eps: float,
+        out_dtype: torch.dtype | None,
+        reader: Reader,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        stream, y = triton._StreamNorm.forward(ctx, x, branch, weight, scale, eps, out_dtype)
+        ctx.reader, ctx.of_projection, ctx.narrow = reader, projection.dtype, y.dtype
+        return stream, y, weight.new_empty(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, d_stream: Tensor | None, dy: Tensor | None, _: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        rows, ctx.reader.grad = ctx.reader.grad, None
+        again = None
+        if rows is not None:
+            assert dy is not None
+            again = dy.new_empty(dy.shape, dtype=ctx.narrow)
+        dx, d_branch, d_weight = triton.stream_grads(ctx, d_stream, dy, again)
+        d_projection = None
+        if rows is not None and again is not None:
+            d_projection = mm(rows.t(), again.flatten(0, -2), ctx.of_projection)
+        return dx, d_branch, d_weight, d_projection, None, None, None, None

@@ -540,11 +540,13 @@ def _stream_norm_back(
     add: Tensor | None,
     branch: torch.dtype | None,
     factor: float,
+    again: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, like x and with `add` added, of a branch of that dtype (None: empty) and weight."""
+    """Gradients of x, like x and with `add` added, of a branch of that dtype (None: empty) and weight; the
+    norm itself in `again`."""
     d_branch = _branch_like(x, branch)
     to = None if branch is None else d_branch
-    dx, dweight = _launch_back(dy, x, None, weight, scales, add, to, factor, "none")
+    dx, dweight = _launch_back(dy, x, None, weight, scales, add, to, factor, "none", again)
     return dx, d_branch, dweight
 
 
@@ -692,18 +694,27 @@ class _StreamNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_stream: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-        stream, weight, scales = ctx.saved_tensors
-        own, branch = ctx.dtypes
-        # In the stream's dtype and unscaled, a branch has the stream's gradient itself.
-        apart = branch is not None and (branch != stream.dtype or ctx.factor != 1.0)
-        dx, d_branch, d_weight = d_stream, None, None
-        if dy is not None:
-            rest = branch if apart else None, ctx.factor
-            dx, d_branch, d_weight = _stream_norm_back(dy, stream, weight, scales, d_stream, *rest)
-        elif dx is None:
-            return (None,) * 6
-        elif apart:
-            d_branch = (dx * ctx.factor).to(branch)
-        if not apart:
-            d_branch = None if branch is None else dx
-        return dx.to(own), d_branch, d_weight, None, None, None
+        return *stream_grads(ctx, d_stream, dy), None, None, None
+
+
+def stream_grads(
+    ctx: Any, d_stream: Tensor | None, dy: Tensor | None, again: Tensor | None = None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, branch and weight, of what `_StreamNorm.forward` has kept; the norm itself in `again`,
+    which needs a dy."""
+    stream, weight, scales = ctx.saved_tensors
+    own, branch = ctx.dtypes
+    # In the stream's dtype and unscaled, a branch has the stream's gradient itself.
+    apart = branch is not None and (branch != stream.dtype or ctx.factor != 1.0)
+    dx, d_branch, d_weight = d_stream, None, None
+    if dy is not None:
+        inputs = dy, stream, weight, scales, d_stream, branch if apart else None, ctx.factor
+        back = _stream_norm_back if again is None else _stream_norm_back.body
+        dx, d_branch, d_weight = back(*inputs, *([] if again is None else [again]))
+    elif dx is None:
+        return None, None, None
+    elif apart:
+        d_branch = (dx * ctx.factor).to(branch)
+    if not apart:
+        d_branch = None if branch is None else dx
+    return dx.to(own), d_branch, d_weight
