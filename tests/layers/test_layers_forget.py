@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -291,3 +293,28 @@ def test_a_norm_that_nothing_reads(kernels: list[str]) -> None:
         stream, _ = forgetful(lambda x, *_: entry(norm.Stream(x), reader))(x, None)
     stream.square().sum().backward()
     assert torch.equal(x.grad, 2 * x.detach()) and reader.weight.grad is None and entry.weight.grad is None
+
+
+@pytest.mark.parametrize("asked", [False, True])
+@pytest.mark.parametrize("read", [False, True])
+def test_a_graph_does_not_hold_itself(read: bool, asked: bool, kernels: list[str]) -> None:
+    """It is gone with its results, and no collector has to come first: a CUDA graph would record its ends."""
+    entry, reader = norm.StreamNorm(16), linear.Linear(16, 8)
+    for p in (entry.weight, reader.weight):
+        torch.nn.init.uniform_(p, -0.5, 0.5)
+
+    def run(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        stream, y = entry(norm.Stream(x, x.bfloat16()), reader if asked else None)
+        return stream, reader(y) if read else y
+
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            results = forgetful(run)(torch.randn(2, 3, 16, requires_grad=True), None)
+        node = weakref.ref(results[0].grad_fn)
+        assert node() is not None
+        del results
+        assert node() is None
+    finally:
+        gc.enable()

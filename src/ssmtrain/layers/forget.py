@@ -74,7 +74,8 @@ class _Ledger:
         """What autograd keeps in a tensor's place."""
         recipe = self.recipes.get(tensor.untyped_storage()._cdata)
         if recipe is None or recipe.dtype != tensor.dtype:
-            return tensor
+            # What an op keeps of its own results comes with the op's node, which would hold itself.
+            return tensor if tensor.grad_fn is None else tensor.detach()
         recipe.readers += 1
         offset = int(tensor.storage_offset()) - recipe.layout[2]
         return _Handle(recipe, tensor.shape, tensor.stride(), offset)

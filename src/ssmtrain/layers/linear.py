@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ssmtrain.kernels.gated_norm.reader import read, reader_of
-from ssmtrain.kernels.matmul import mm
+from ssmtrain.kernels.matmul import outer
 from ssmtrain.kernels.narrow import narrow
 from ssmtrain.layers.base import Draw, Layer, ParamSpec
 from ssmtrain.layers.init import constant, linear_default
@@ -38,9 +38,9 @@ class Linear(Layer):
     def forward(self, x: Tensor) -> Tensor:
         """Map the last axis of x from `in` to `out`."""
         if not torch.compiler.is_compiling() and mixes(x, self.weight):
-            if (reader := reader_of(x, self.weight)) is not None:
+            if (waiting := reader_of(x, self.weight)) is not None:
                 with torch.autocast(x.device.type, enabled=False):
-                    return read(x, reader, self.bias)
+                    return read(x, waiting, self.bias)
             return _Mixed.apply(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
 
@@ -116,6 +116,6 @@ class _Beside(torch.autograd.Function):
 def _of_weight_and_bias(ctx: Any, x: Tensor, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     _, of_bias = ctx.dtypes
     rows = grad.flatten(0, -2)  # (T, out)
-    d_weight = mm(rows.t(), x.flatten(0, -2), torch.float32) if ctx.needs_input_grad[1] else None
+    d_weight = outer(rows, x.flatten(0, -2), torch.float32) if ctx.needs_input_grad[1] else None
     d_bias = rows.sum(0, dtype=torch.float32).to(of_bias) if of_bias is not None else None
     return d_weight, d_bias

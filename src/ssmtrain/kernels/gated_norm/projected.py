@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ssmtrain.kernels.gated_norm import triton
-from ssmtrain.kernels.gated_norm.reader import MARK, Reader
-from ssmtrain.kernels.matmul import mm
+from ssmtrain.kernels.gated_norm.reader import Reader, mark
+from ssmtrain.kernels.matmul import outer
 from ssmtrain.kernels.narrow import narrow
 from ssmtrain.kernels.parts import place_of
 
@@ -75,7 +75,7 @@ class _Projected(torch.autograd.Function):
         room = None if ctx.place is None else ctx.place.room()
         dx, dz, d_weight = triton._norm_back.body(dy, x, z, weight, scales, *ctx.options, room, y)
         del dy
-        d_projection = mm(rows.t(), y.flatten(0, -2), of_projection)
+        d_projection = outer(rows, y.flatten(0, -2), of_projection)
         d_bias = None if of_bias is None else rows.sum(0, dtype=torch.float32).to(of_bias)
         return dx, dz, d_weight, d_projection, d_bias, None, None, None
 
@@ -95,10 +95,9 @@ def stream_read(
     x (..., E), branch like x or None, weight (E,), projection (out, E), whose gradient comes from here, in
     its own dtype, without rounding between. Triton only.
     """
-    reader = Reader(projection, torch.empty(0))
-    fixed = weight.float().contiguous()
-    stream, y, reader.token = _StreamRead.apply(x, branch, fixed, projection, scale, eps, out_dtype, reader)
-    setattr(y, MARK, reader)
+    reader, fixed = Reader(projection), weight.float().contiguous()
+    stream, y, token = _StreamRead.apply(x, branch, fixed, projection, scale, eps, out_dtype, reader)
+    mark(y, reader, token)
     return stream, y
 
 
@@ -132,5 +131,5 @@ class _StreamRead(torch.autograd.Function):
         dx, d_branch, d_weight = triton.stream_grads(ctx, d_stream, dy, again)
         d_projection = None
         if rows is not None and again is not None:
-            d_projection = mm(rows.t(), again.flatten(0, -2), ctx.of_projection)
+            d_projection = outer(rows, again.flatten(0, -2), ctx.of_projection)
         return dx, d_branch, d_weight, d_projection, None, None, None, None

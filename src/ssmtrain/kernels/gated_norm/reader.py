@@ -8,7 +8,7 @@ no norm; the norm's, which autograd calls next, makes the norm once more and the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,29 +22,41 @@ MARK = "_ssmtrain_reader"
 
 @dataclass
 class Reader:
-    """The product that reads a norm, as the norm knows it."""
+    """The product that reads a norm, as the norm's backward pass knows it."""
 
     weight: Tensor
     """(out, E)"""
-    token: Tensor
-    """() without use: by way of it the norm's backward pass is one that the product's weight waits for."""
     grad: Tensor | None = None
     """(T, out): of the product's result, from its backward pass to the norm's."""
     used: bool = False
 
 
-def reader_of(y: Tensor, projection: Tensor) -> Reader | None:
+class Waiting(NamedTuple):
+    """What a norm carries to the product."""
+
+    reader: Reader
+    token: Tensor
+    """() without use: by way of it the norm's backward pass is one that the product's weight waits for. No
+    part of the reader, which that pass holds: the graph would hold itself."""
+
+
+def mark(y: Tensor, reader: Reader, token: Tensor) -> None:
+    """Let a norm carry these."""
+    setattr(y, MARK, Waiting(reader, token))
+
+
+def reader_of(y: Tensor, projection: Tensor) -> Waiting | None:
     """What waits at a norm for the product with this weight, once; None at other tensors."""
-    reader: Reader | None = getattr(y, MARK, None)
-    if reader is None or reader.used or reader.weight is not projection or not torch.is_grad_enabled():
+    found: Waiting | None = getattr(y, MARK, None)
+    if found is None or found.reader.used or found.reader.weight is not projection:
         return None
-    return reader
+    return found if torch.is_grad_enabled() else None
 
 
-def read(y: Tensor, reader: Reader, bias: Tensor | None) -> Tensor:
-    """F.linear(y, reader.weight, bias) in y's dtype, which keeps nothing but the weight."""
-    reader.used = True
-    return _Read.apply(y, reader.token, bias, reader)
+def read(y: Tensor, waiting: Waiting, bias: Tensor | None) -> Tensor:
+    """F.linear(y, weight, bias) in y's dtype, which keeps nothing but the weight."""
+    waiting.reader.used = True
+    return _Read.apply(y, waiting.token, bias, waiting.reader)
 
 
 class _Read(torch.autograd.Function):
