@@ -31,9 +31,10 @@ from mutation import Mutation
 from mutations_layers import CONV, HEAD, NORM, PARTS
 from mutations_scan import N16, SELECTIVE
 from mutations_ssd import HOPPER, SSD
+from mutations_step import STEPS
 
 ROOT = Path(__file__).resolve().parents[1]
-MUTATIONS = CONV + NORM + HEAD + PARTS + SSD + HOPPER + SELECTIVE + N16
+MUTATIONS = CONV + NORM + HEAD + PARTS + SSD + HOPPER + SELECTIVE + N16 + STEPS
 
 
 def mutated(source: str, mutation: Mutation) -> str | None:
