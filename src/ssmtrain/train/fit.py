@@ -28,6 +28,7 @@ from ssmtrain.parallel import ranks
 from ssmtrain.parallel.agreement import check_launch, started_here
 from ssmtrain.train import attempts, report
 from ssmtrain.train.clock import Clock
+from ssmtrain.train.imports import import_lightning
 from ssmtrain.train.room import is_out_of_memory
 from ssmtrain.train.signals import Signals
 
@@ -106,7 +107,7 @@ def _fit(config: RunConfig, run: Run, signals: Signals, clock: Clock) -> int:
     data = open_data(config, tokenizer)
     if accelerator == "gpu":
         _kernels(config, vocab, data, devices)
-    _import_lightning()
+    import_lightning()
 
     from ssmtrain.train.callbacks.checks import Checks, open_checks
     from ssmtrain.train.callbacks.ending import Ending
@@ -140,19 +141,6 @@ def _kernels(config: RunConfig, vocab: int, data: Data, devices: int) -> None:
                 print(text, flush=True)
 
         warm.warm_up(config, vocab, data, device, config.trainer.micro_rows or rows, say)
-
-
-def _import_lightning() -> None:
-    """Import Lightning with the garbage collector at rest, which takes a fifth off, and never scan it again.
-
-    A full collection over its three thousand modules would stop the training loop for a quarter of a second.
-    """
-    gc.disable()
-    try:
-        import lightning.pytorch  # noqa: F401
-    finally:
-        gc.freeze()
-        gc.enable()
 
 
 def _train(trainer: Trainer, lit: LitLM, run: Run, ending: Ending) -> int:
