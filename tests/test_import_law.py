@@ -66,8 +66,8 @@ ROOMS_OF_PACKAGES: dict[str, set[str]] = {
 }
 
 ONE_FILE = {
-    "datasets", "deepspeed", "huggingface_hub", "lightning_utilities", "lm_eval", "matplotlib", "peft", "pyarrow",
-    "safetensors", "submitit", "tensorboard", "tokenizers", "transformers", "wandb", "zstandard",
+    "datasets", "deepspeed", "huggingface_hub", "lightning_utilities", "lm_eval", "matplotlib", "peft",
+    "pyarrow", "safetensors", "submitit", "tensorboard", "tokenizers", "transformers", "wandb", "zstandard",
 }  # fmt: skip
 
 EVERYWHERE = {"yaml", "rich"}
