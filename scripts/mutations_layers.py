@@ -133,7 +133,7 @@ NORM = [
     norm("channels past the group", "live & (at < CHANNELS)", "live", 0),
     norm("rows past the end of a run", "(run < runs) & (channel < WIDTH)", "(channel < WIDTH)"),
     norm("rounded to x's dtype", "x.new_empty(x.shape, dtype=out_dtype)", "x.new_empty(x.shape)"),
-    norm("the stream's gradient is dropped", "scales, d_stream, *rest)", "scales, None, *rest)"),
+    norm("the stream's gradient is dropped", "scales, d_stream, branch if", "scales, None, branch if"),
     norm("the kernel drops the stream's gradient", "inner_grad += more", "inner_grad += 0.0 * more"),
     norm("the stream's gradient is scaled too", "inner_grad += more", "inner_grad += more * scale"),
     norm("the stream's gradient by x's strides", "row * add_stride * UNIT", "row * x_stride * UNIT"),
@@ -153,10 +153,8 @@ NORM = [
         "if False:\n                    inner",
     ),
     norm("made again in one row", "again + out + at", "again + channel + at"),
-    projected("the projection's gradient from x", "mm(rows.t(), y.flatten", "mm(rows.t(), x.flatten"),
-    projected(
-        "its gradient is rounded", "y.flatten(0, -2), of_projection)", "y.flatten(0, -2)).to(of_projection)"
-    ),
+    projected("the projection's gradient from x", "outer(rows, y.flatten", "outer(rows, x.flatten"),
+    projected("its gradient in 16 bits", "y.flatten(0, -2), of_projection)", "y.flatten(0, -2), y.dtype)"),
     projected("the bias's gradient is rounded", "dtype=torch.float32", "dtype=rows.dtype"),
 ]
 
