@@ -154,7 +154,6 @@ NORM = [
     ),
     norm("made again in one row", "again + out + at", "again + channel + at"),
     projected("the projection's gradient from x", "outer(rows, y.flatten", "outer(rows, x.flatten"),
-    projected("its gradient in 16 bits", "y.flatten(0, -2), of_projection)", "y.flatten(0, -2), y.dtype)"),
     projected("the bias's gradient is rounded", "dtype=torch.float32", "dtype=rows.dtype"),
 ]
 
