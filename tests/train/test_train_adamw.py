@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -96,6 +98,24 @@ def test_state_goes_to_torch_and_back() -> None:
     feed(first, 4)
     ours.step()
     assert {float(ours.state[p]["step"]) for p in first} == {5.0}
+
+
+@pytest.mark.parametrize("limit", [None, 0.5])
+def test_beside_another_optimiser_one_norm_clips_all(limit: float | None) -> None:
+    """As with Muon: the factor reaches the gradients of both, in the register of one."""
+    mine, plain = parameters(), parameters()
+    pairs = []
+    for some, kind in ((mine, partial(AdamW, copies=False)), (plain, torch.optim.AdamW)):
+        rest = [{"params": some[:1], "weight_decay": 0.1}]
+        pairs.append([kind(rest, **OPTIONS), torch.optim.SGD(some[1:], lr=0.1)])
+        feed(some, 0)
+    for some, optimizers in zip((mine, plain), pairs, strict=True):
+        norm = optim.norm_of(optimizers, torch.device("cpu"))
+        assert float(norm) == pytest.approx(float(torch.nn.utils.get_total_norm([p.grad for p in some])))
+        optim.take_step(optimizers, limit, norm, float(norm))
+    for p, q in zip(mine, plain, strict=True):
+        assert distance(p.detach(), q.detach()) < 1e-6
+    assert (float(plain[1].grad.norm()) < 0.5) == (limit is not None)
 
 
 def test_what_was_prepared_is_not_stepped_twice() -> None:
