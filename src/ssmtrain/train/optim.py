@@ -171,7 +171,7 @@ def norm_of(optimizers: list[Optimizer], device: torch.device) -> Tensor:
         if isinstance(optimizer, AdamW):
             optimizer.prepare()
             if len(optimizers) == 1:
-                return optimizer.norm()
+                return optimizer.norm().to(device)
     return gradient_norm([p for o in optimizers for g in o.param_groups for p in g["params"]], device)
 
 

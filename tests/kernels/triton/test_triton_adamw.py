@@ -144,6 +144,8 @@ def test_what_the_kernel_does_not_take(device: torch.device) -> None:
         assert not fits(other.to(device))
     one = clone(draw(10, device), torch.float64)
     assert prepare([one]).table is None and prepare([]).table is None
+    other = draw(10, device)
+    assert prepare([replace(other, grad=other.grad.bfloat16())]).table is None
     before = one.parameter.clone()
     adamw(prepare([one]), RATES)
     assert not torch.equal(one.parameter, before)

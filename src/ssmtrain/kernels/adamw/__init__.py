@@ -62,7 +62,8 @@ def prepare(moved: Sequence[Moved]) -> Prepared:
 
     They must stay where they are until they have moved.
     """
-    if not moved or not all(fits(one.parameter) for one in moved):
+    wide = all(t.dtype == torch.float32 for one in moved for t in (one.grad, one.exp_avg, one.exp_avg_sq))
+    if not moved or not wide or not all(fits(one.parameter) for one in moved):
         return Prepared(moved, None)
     from ssmtrain.kernels.adamw import triton
 
