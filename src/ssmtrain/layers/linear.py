@@ -38,9 +38,9 @@ class Linear(Layer):
     def forward(self, x: Tensor) -> Tensor:
         """Map the last axis of x from `in` to `out`."""
         if not torch.compiler.is_compiling() and mixes(x, self.weight):
-            if (waiting := reader_of(x, self.weight)) is not None:
+            if (reader := reader_of(x, self.weight)) is not None:
                 with torch.autocast(x.device.type, enabled=False):
-                    return read(x, waiting, self.bias)
+                    return read(x, reader, self.bias)
             return _Mixed.apply(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
 

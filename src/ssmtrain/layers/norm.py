@@ -101,5 +101,5 @@ class StreamNorm(_Norm):
         """Whether the norm would be forgotten, and is what the reader multiplies."""
         x = stream.x
         low = torch.get_autocast_dtype(x.device.type)
-        narrow = (self.out_dtype(x.device, dtype) or dtype) == low
-        return narrow and forgets(x) and fuses(x) and mixes(x, reader.weight)
+        fits = (self.out_dtype(x.device, dtype) or dtype) == low
+        return fits and forgets(x) and fuses(x) and mixes(x, reader.weight)

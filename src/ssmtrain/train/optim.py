@@ -177,13 +177,14 @@ def norm_of(optimizers: list[Optimizer], device: torch.device) -> Tensor:
 
 def take_step(optimizers: list[Optimizer], limit: float | None, norm: Tensor, known: float) -> None:
     """Clip the gradient to norm `limit` (None: not at all) and step; `known` is the norm on the host."""
-    ours = [o for o in optimizers if isinstance(o, AdamW)]
-    clips = limit is not None and not known < 0.999 * limit
+    # The factor of torch.nn.utils.clip_grads_with_norm_: ours clips the gradient in its register.
+    scale = 1.0 if limit is None or _within(limit, known) else min(1.0, limit / (known + 1e-6))
+    others = []
     for optimizer in optimizers:
         if isinstance(optimizer, AdamW):
-            # The factor of torch.nn.utils.clip_grads_with_norm_, on the gradient in its register.
-            optimizer.step(scale=min(1.0, limit / (known + 1e-6)) if clips and limit is not None else 1.0)
-    others = [o for o in optimizers if o not in ours]
+            optimizer.step(scale=scale)
+        else:
+            others.append(optimizer)
     clip_gradients([p for o in others for g in o.param_groups for p in g["params"]], limit, norm, known)
     for optimizer in others:
         optimizer.step()
@@ -215,6 +216,11 @@ def clip_gradients(parameters: list[nn.Parameter], limit: float | None, norm: Te
 
     `known` is the norm on the host: well below the limit the factor would be 1, in a pass over all gradients.
     """
-    if limit is not None and not known < 0.999 * limit:
+    if limit is not None and not _within(limit, known):
         for group in _apart(parameters):
             torch.nn.utils.clip_grads_with_norm_(group, limit, norm)
+
+
+def _within(limit: float, known: float) -> bool:
+    """Whether a norm is so far below the limit that rounding cannot matter; NaN is not."""
+    return known < 0.999 * limit

@@ -12,6 +12,7 @@ address has changed.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,38 +54,21 @@ class Table:
     """Whether the copies are fp16, and not bf16."""
 
 
-_tables: dict[tuple[object, ...], Table] = {}
-_places: dict[tuple[object, ...], Tensor] = {}
-
-
-def table(rows: Sequence[tuple[int, ...]], half: bool, device: torch.device) -> Table:
+@functools.lru_cache(KEPT)
+def table(rows: tuple[tuple[int, ...], ...], half: bool, device: torch.device) -> Table:
     """The table of such rows: kept, or made and on its way to the device."""
-    key = (device, half, *rows)
-    found = _tables.pop(key, None)
-    if found is None:
-        aligned = all(address % 16 == 0 for row in rows for address in row[:-1])
-        made = torch.tensor(rows, dtype=torch.int64)
-        sizes = tuple(row[-1] for row in rows)
-        found = Table(_sent(made, device), _spread(sizes, device), aligned, half)
-    _tables[key] = found
-    while len(_tables) > KEPT:
-        del _tables[next(iter(_tables))]
-    return found
+    aligned = all(address % 16 == 0 for row in rows for address in row[:-1])
+    places = _spread(tuple(row[-1] for row in rows), device)
+    return Table(_sent(torch.tensor(rows, dtype=torch.int64), device), places, aligned, half)
 
 
+@functools.lru_cache(KEPT)
 def _spread(sizes: tuple[int, ...], device: torch.device) -> Tensor:
     """Which span of which tensor each program takes."""
-    key = (device, *sizes)
-    found = _places.pop(key, None)
-    if found is None:
-        spans = torch.tensor([triton.cdiv(size, SPAN) for size in sizes])
-        row = torch.repeat_interleave(torch.arange(len(sizes)), spans)
-        span = torch.arange(len(row)) - (spans.cumsum(0) - spans)[row]
-        found = _sent(torch.stack([row, span], 1).to(torch.int32), device)
-    _places[key] = found
-    while len(_places) > KEPT:
-        del _places[next(iter(_places))]
-    return found
+    spans = torch.tensor([triton.cdiv(size, SPAN) for size in sizes])
+    row = torch.repeat_interleave(torch.arange(len(sizes)), spans)
+    span = torch.arange(len(row)) - (spans.cumsum(0) - spans)[row]
+    return _sent(torch.stack([row, span], 1).to(torch.int32), device)
 
 
 def _sent(made: Tensor, device: torch.device) -> Tensor:
@@ -94,14 +78,14 @@ def _sent(made: Tensor, device: torch.device) -> Tensor:
 
 def table_of(moved: Sequence[Moved]) -> Table:
     """The table of such tensors, which all have fp32 but the copies, all of one type."""
-    rows = [
+    rows = tuple(
         (
             *(t.data_ptr() for t in (one.parameter, one.grad, one.exp_avg, one.exp_avg_sq)),
             0 if one.copy is None else one.copy.data_ptr(),
             one.parameter.numel(),
         )
         for one in moved
-    ]
+    )
     half = any(one.copy is not None and one.copy.dtype == torch.float16 for one in moved)
     return table(rows, half, moved[0].parameter.device)
 
@@ -168,31 +152,41 @@ def _own(rows, places, SPAN: tl.constexpr):
 
 
 @triton.jit
-def _moved(
-    parameter, grad, average, square, at, inside, scale, keep, new1, old2, new2, size, root, eps,
+def _load(at, inside, WHOLE: tl.constexpr):
+    """Read, zero outside; a WHOLE block is read without a mask, 16 bytes at once where aligned."""
+    if WHOLE:
+        return tl.load(at)
+    return tl.load(at, mask=inside, other=0.0)
+
+
+@triton.jit
+def _store(at, value, inside, WHOLE: tl.constexpr):
+    """Write inside."""
+    if WHOLE:
+        tl.store(at, value)
+    else:
+        tl.store(at, value, mask=inside)
+
+
+@triton.jit
+def _move(
+    parameter, grad, average, square, copy, kept, at, count, scale, keep, new1, old2, new2, size, root, eps,
     WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Move some numbers and return the parameter's; only WHOLE blocks are read without a mask."""
-    if WHOLE:
-        p, g = tl.load(parameter + at), tl.load(grad + at)
-        m, v = tl.load(average + at), tl.load(square + at)
-    else:
-        p, g = tl.load(parameter + at, mask=inside), tl.load(grad + at, mask=inside)
-        m, v = tl.load(average + at, mask=inside), tl.load(square + at, mask=inside)
+    """Move some numbers of a tensor that has `count`."""
+    inside = at < count
+    p, g = _load(parameter + at, inside, WHOLE), _load(grad + at, inside, WHOLE)
+    m, v = _load(average + at, inside, WHOLE), _load(square + at, inside, WHOLE)
     g *= scale
     m += new1 * (g - m)
     v = old2 * v + new2 * (g * g)
     below = tl.div_rn(tl.sqrt_rn(v), root) + eps
     p = keep * p - size * tl.div_rn(m, below)
-    if WHOLE:
-        tl.store(parameter + at, p)
-        tl.store(average + at, m)
-        tl.store(square + at, v)
-    else:
-        tl.store(parameter + at, p, mask=inside)
-        tl.store(average + at, m, mask=inside)
-        tl.store(square + at, v, mask=inside)
-    return p
+    _store(parameter + at, p, inside, WHOLE)
+    _store(average + at, m, inside, WHOLE)
+    _store(square + at, v, inside, WHOLE)
+    if kept != 0:
+        _store(copy + at, p.to(copy.dtype.element_ty), inside, WHOLE)
 
 
 @triton.jit
@@ -221,25 +215,14 @@ def _step(
     square = _address(row, 3, tl.float32, ALIGNED)
     kept = tl.load(row + 4)
     copy = _address(row, 4, LOW, ALIGNED)
+    tensors = (parameter, grad, average, square, copy, kept)
+    numbers = (scale, keep, new1, old2, new2, size, root, eps)
     if first + SPAN <= count:
         for base in tl.static_range(0, SPAN, BLOCK):
-            at = first + base + tl.arange(0, BLOCK)
-            p = _moved(
-                *(parameter, grad, average, square, at, True),
-                *(scale, keep, new1, old2, new2, size, root, eps, True),
-            )
-            if kept != 0:
-                tl.store(copy + at, p.to(LOW))
+            _move(*tensors, first + base + tl.arange(0, BLOCK), count, *numbers, True)
     else:
         for base in tl.static_range(0, SPAN, BLOCK):
-            at = first + base + tl.arange(0, BLOCK)
-            inside = at < count
-            p = _moved(
-                *(parameter, grad, average, square, at, inside),
-                *(scale, keep, new1, old2, new2, size, root, eps, False),
-            )
-            if kept != 0:
-                tl.store(copy + at, p.to(LOW), mask=inside)
+            _move(*tensors, first + base + tl.arange(0, BLOCK), count, *numbers, False)
 
 
 @triton.jit

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ssmtrain.kernels.gated_norm import triton
-from ssmtrain.kernels.gated_norm.reader import Reader, mark
+from ssmtrain.kernels.gated_norm.reader import MARK, Reader
 from ssmtrain.kernels.matmul import outer
 from ssmtrain.kernels.narrow import narrow
 from ssmtrain.kernels.parts import place_of
@@ -96,8 +96,8 @@ def stream_read(
     its own dtype, without rounding between. Triton only.
     """
     reader, fixed = Reader(projection), weight.float().contiguous()
-    stream, y, token = _StreamRead.apply(x, branch, fixed, projection, scale, eps, out_dtype, reader)
-    mark(y, reader, token)
+    stream, y = _StreamRead.apply(x, branch, fixed, projection, scale, eps, out_dtype, reader)
+    setattr(y, MARK, reader)
     return stream, y
 
 
@@ -113,23 +113,20 @@ class _StreamRead(torch.autograd.Function):
         eps: float,
         out_dtype: torch.dtype | None,
         reader: Reader,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
+        ctx.reader, ctx.of_projection = reader, projection.dtype
         stream, y = triton._StreamNorm.forward(ctx, x, branch, weight, scale, eps, out_dtype)
-        ctx.reader, ctx.of_projection, ctx.narrow = reader, projection.dtype, y.dtype
-        return stream, y, weight.new_empty(())
+        ctx.low = y.dtype
+        return stream, y
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, d_stream: Tensor | None, dy: Tensor | None, _: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_stream: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         rows, ctx.reader.grad = ctx.reader.grad, None
-        again = None
-        if rows is not None:
-            assert dy is not None
-            again = dy.new_empty(dy.shape, dtype=ctx.narrow)
+        again = d_projection = None
+        if rows is not None and dy is not None:
+            again = dy.new_empty(dy.shape, dtype=ctx.low)
         dx, d_branch, d_weight = triton.stream_grads(ctx, d_stream, dy, again)
-        d_projection = None
-        if rows is not None and again is not None:
+        if again is not None:
             d_projection = outer(rows, again.flatten(0, -2), ctx.of_projection)
         return dx, d_branch, d_weight, d_projection, None, None, None, None

@@ -8,7 +8,7 @@ no norm; the norm's, which autograd calls next, makes the norm once more and the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,8 @@ MARK = "_ssmtrain_reader"
 
 @dataclass
 class Reader:
-    """The product that reads a norm, as the norm's backward pass knows it."""
+    """The product that reads a norm, as the norm's backward pass knows it. It refers to neither's tensors but
+    for that while: the graph, which holds it, would hold itself."""
 
     weight: Tensor
     """(out, E)"""
@@ -31,37 +32,23 @@ class Reader:
     used: bool = False
 
 
-class Waiting(NamedTuple):
-    """What a norm carries to the product."""
-
-    reader: Reader
-    token: Tensor
-    """() without use: by way of it the norm's backward pass is one that the product's weight waits for. No
-    part of the reader, which that pass holds: the graph would hold itself."""
-
-
-def mark(y: Tensor, reader: Reader, token: Tensor) -> None:
-    """Let a norm carry these."""
-    setattr(y, MARK, Waiting(reader, token))
-
-
-def reader_of(y: Tensor, projection: Tensor) -> Waiting | None:
+def reader_of(y: Tensor, projection: Tensor) -> Reader | None:
     """What waits at a norm for the product with this weight, once; None at other tensors."""
-    found: Waiting | None = getattr(y, MARK, None)
-    if found is None or found.reader.used or found.reader.weight is not projection:
+    found: Reader | None = getattr(y, MARK, None)
+    if found is None or found.used or found.weight is not projection:
         return None
     return found if torch.is_grad_enabled() else None
 
 
-def read(y: Tensor, waiting: Waiting, bias: Tensor | None) -> Tensor:
-    """F.linear(y, weight, bias) in y's dtype, which keeps nothing but the weight."""
-    waiting.reader.used = True
-    return _Read.apply(y, waiting.token, bias, waiting.reader)
+def read(y: Tensor, reader: Reader, bias: Tensor | None) -> Tensor:
+    """F.linear(y, reader.weight, bias) in y's dtype, which keeps nothing but the weight."""
+    reader.used = True
+    return _Read.apply(y, bias, reader)
 
 
 class _Read(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, token: Tensor, bias: Tensor | None, reader: Reader) -> Tensor:
+    def forward(ctx: Any, y: Tensor, bias: Tensor | None, reader: Reader) -> Tensor:
         low = narrow(reader.weight, y.dtype)
         ctx.reader, ctx.of_bias = reader, None if bias is None else bias.dtype
         ctx.save_for_backward(low)
@@ -73,4 +60,4 @@ class _Read(torch.autograd.Function):
         (low,) = ctx.saved_tensors
         rows = ctx.reader.grad = grad.flatten(0, -2)  # (T, out)
         d_bias = None if ctx.of_bias is None else rows.sum(0, dtype=torch.float32).to(ctx.of_bias)
-        return grad @ low, None, d_bias, None
+        return grad @ low, d_bias, None
