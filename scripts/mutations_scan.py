@@ -40,6 +40,7 @@ SELECTIVE = [
         "tl.where(live, step, 0.0)",
         "tl.where(True, step, 0.0)",
     ),
+    selective("a term of the logarithm is off", "forward", "p = 0.33330512 + u * p", "p = 0.3333 + u * p"),
     selective("steps are not clamped", "forward", "tl.maximum(step, low), high)", "step, high)"),
     selective("clamped steps have gradients", "forward", "live & (step >= low) & (step <= high)", "live"),
     selective(
@@ -120,7 +121,8 @@ N16 = [
         "mask=(t + i < size + 1)[:, None] & (col",
     ),
     n16("B and C of the next document", "", "mask=(t + i < size)[:, None] & (n >= 0)", "mask=(n >= 0)"),
-    n16("tokens in pairs change places", "", "gl.join(parts[0], parts[2])", "gl.join(parts[2], parts[0])"),
+    n16("tokens change places", "", "swapped(parts[0], parts[2],", "swapped(parts[2], parts[0],"),
+    n16("lanes give away what they should keep", "", "upper = lane & BIT != 0", "upper = lane & BIT == 0"),
     n16("no copy of channels that are not there", "", "(column + e < columns)", "(e < columns)"),
     n16("a state early", "", "(begin > 0) & (begin % EVERY == 0)", "(begin > 0) & (begin % EVERY == 16)"),
     n16("what entered is left out", "", "inside & (at != first), E, N)", "inside & (at < 0), E, N)"),
@@ -141,8 +143,8 @@ N16 = [
     n16("starts: dead tokens", "_ends", "live = (t + q < size) & (e < E)", "live = e < E"),
     n16("starts: final gradients in every piece", "_ends", "(begin + size == after), E", "(begin > 0), E"),
     n16("starts: no gate", "_ends", "pull *= gate * sigmoid(gate)", "pull *= 1.0"),
-    n16("back: the state after instead of before", "_backward", "h = before[2 * i + j]", "h = h"),
-    n16("back: gradients do not decay", "_backward", "g *= power(rates * both_steps[j], EXACT)", "g *= 1.0"),
+    n16("back: the state after instead of before", "_backward", "h = before[j]", "h = h"),
+    n16("back: gradients do not decay", "_backward", "g *= power(rates * unit, EXACT)", "g *= 1.0"),
     n16(
         "back: later pieces are not heard",
         "_backward",
@@ -173,8 +175,8 @@ N16 = [
     n16(
         "back: states of A out of order",
         "",
-        "lanes.permute(2, 4, 0, 3, 1)",
-        "lanes.permute(2, 4, 0, 1, 3)",
+        "lanes.permute(3, 4, 0, 2, 1)",
+        "lanes.permute(3, 4, 0, 1, 2)",
     ),
     n16(
         "back: blocks begin with nothing",
@@ -188,7 +190,11 @@ N16 = [
         "mask=column // 32 < rest - t",
         "mask=column // 32 < rest - t + 1",
     ),
+    n16("back: sums in the order of lanes", "_backward", "(lane // 2 + lane % 2 * 2)", "lane"),
+    n16("back: a tile twice", "_backward", "t // TILE - 1, rest", "t // TILE, rest"),
+    n16("back: no tile before the last", "_backward", "at, last - 1, rest", "at, last, rest"),
+    n16("back: tokens of shares change places", "_backward", "tokens[0], tokens[2]", "tokens[2], tokens[0]"),
     n16("back: the unit of A", "_backward", "all_A * (1.0 / LOG2E)", "all_A"),
-    n16("back: one state late", "_backward", "gl.maximum(s - 1, 0)", "gl.maximum(s, 0)"),
+    n16("back: one state late", "_backward", "gl.maximum(s - 2, 0)", "gl.maximum(s - 1, 0)"),
 ]
 """Of selective_scan/triton_n16*.py."""

@@ -25,6 +25,8 @@ from triton.runtime.jit import JITFunction
 class Value(Tensor):
     """A tensor with `to` as Triton has it, and never changed in place."""
 
+    type = SimpleNamespace(layout=None)
+
     def __iadd__(self, other: Any) -> Any:
         return self + other
 
@@ -159,6 +161,14 @@ def _product(a: Any, b: Shared, acc: Tensor, use_acc: bool = True, is_async: boo
     return value(acc + product if use_acc else product)
 
 
+def _across(x: Tensor, BIT: int, AXIS: int) -> Tensor:
+    return x.index_select(AXIS, torch.arange(x.shape[AXIS]) ^ BIT)
+
+
+def _everywhere(span: Tensor, j: int) -> Tensor:
+    return span[j].expand_as(span)
+
+
 def _wait(outstanding: int, deps: list[Any]) -> Any:
     return deps[0] if len(deps) == 1 else tuple(deps)
 
@@ -196,7 +206,8 @@ def _language(program: tuple[int, ...], grid: tuple[int, ...]) -> SimpleNamespac
         to_tensor=value,
         where=lambda condition, a, b: value(torch.where(torch.as_tensor(condition), a, b)),
         minimum=lambda a, b: value(torch.minimum(torch.as_tensor(a), torch.as_tensor(b))),
-        convert_layout=lambda data, layout: data,
+        convert_layout=lambda data, layout, assert_trivial=False: data,
+        fma=lambda a, b, c: a * b + c,
         allocate_shared_memory=lambda dtype, shape, layout: Shared(torch.full(shape, torch.nan, dtype=dtype)),
         load=_load,
         store=_store,
@@ -217,6 +228,7 @@ def _stand_ins(module: ModuleType) -> dict[str, Any]:
         elif name in ("fence_async_shared", "barrier"):
             names[name] = lambda: None
     names |= {"warpgroup_mma": _product, "warpgroup_mma_wait": _wait}
+    names |= {"across": _across, "everywhere": _everywhere}  # PTX
     return {name: item for name, item in names.items() if hasattr(module, name)}
 
 

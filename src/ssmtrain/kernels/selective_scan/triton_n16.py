@@ -4,8 +4,12 @@ The kernels of `triton_forward` put a channel on a lane and all its states in it
 hide anything behind one another, and a lane's states too many registers to go back with. Here a warp has 16
 channels: a lane holds four states of two of them, so that there are twice the warps with half the registers.
 What is taken once per channel and token (step size, gate, output) would now be taken four times; instead
-spans of SPAN tokens are laid the other way, a lane two channels of one token, and change hands through shared
-memory. That needs control over layouts and shared memory, so this is Gluon, Triton's dialect that has both.
+spans of SPAN tokens are laid the other way, a lane two channels of one token. The four lanes that have a
+channel's states are those that have its span's tokens, and neighbours: both ways go by shuffles. That needs
+control over layouts and shared memory, so this is Gluon, Triton's dialect that has both.
+
+Shared memory is what a warp waits for longest: a load of 16 bytes a lane takes its four cycles whether lanes
+read the same or not.
 
 All that is read comes into shared memory by copies that run a tile ahead: a plain load would make every
 instruction wait that shares its counter.
@@ -56,16 +60,16 @@ SPAN = gl.constexpr(4)
 TILE = gl.constexpr(16)
 """Tokens that are copied to shared memory together."""
 
-# States (4, 4, channels), the second dimension in registers, with a lane's two channels.
-STATES = gl.constexpr(gl.BlockedLayout([1, 4, 2], [4, 1, 8], [1, 1, 4], [1, 2, 0]))
-STATES_OF_TWO = gl.constexpr(gl.BlockedLayout([1, 4, 2, 2], [4, 1, 8, 1], [1, 1, 4, 1], [1, 3, 2, 0]))
+# States (4, 4, channels), the second dimension in registers, with a lane's two channels; lanes (channels, 4).
+STATES = gl.constexpr(gl.BlockedLayout([1, 4, 2], [4, 1, 8], [1, 1, 4], [1, 0, 2]))
 # A span (SPAN, channels), a lane two channels of a token.
-SPANS = gl.constexpr(gl.BlockedLayout([1, 2], [4, 8], [1, 4], [1, 0]))
-# Four tokens' sums over a lane's own states (4, SPAN, channels), a lane those of four lanes for one token.
-SUMS = gl.constexpr(gl.BlockedLayout([4, 1, 2], [1, 4, 8], [1, 1, 4], [2, 1, 0]))
+SPANS = gl.constexpr(
+    gl.DistributedLinearLayout(
+        [[0, 1]], [[1, 0], [2, 0], [0, 2], [0, 4], [0, 8]], [[0, 16], [0, 32]], [], [SPAN.value, BE.value]
+    )
+)
 PAIRS = gl.constexpr(gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0]))
 LINES = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
-CUBE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
 # Rows that a warp reads together lie in different banks.
 BANKS = gl.constexpr(gl.SwizzledSharedLayout(16, 1, 4, [1, 0]))
 
@@ -127,7 +131,7 @@ def places(block, E, N, pitch):
     n = n4 * 4 + nr
     at = n * pitch + (block * BE + e)
     # A lane's four states of a channel together, then neighbouring lanes.
-    own = nr + 4 * (e // 2 + BE // 2 * (n4 + 4 * (e % 2)))
+    own = nr + 4 * (n4 + 4 * (e // 2 + BE // 2 * (e % 2)))
     return at, (n < N) & (block * BE + e < E), own
 
 
@@ -153,55 +157,79 @@ def kept(states, which, at, inside, E, N):
 
 
 @gluon.jit
-def spread(to, span):
-    """Write a span (SPAN, channels) to shared memory (2, channels, 2), two tokens of a channel together."""
-    pairs = gl.permute(gl.reshape(span, [2, 2, BE]), [0, 2, 1])
-    to._reinterpret(gl.float32, [2, BE, 2], CUBE).store(pairs)
-
-
-@gluon.jit
-def two(span, i: gl.constexpr):
-    """Return tokens 2 i and 2 i + 1 of a span in shared memory, for states: (1, 1, channels) each."""
-    line: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, STATES))
-    even, odd = gl.split(span.index(i).load(gl.SliceLayout(0, gl.SliceLayout(1, STATES_OF_TWO))))
-    return gl.convert_layout(even, line)[None, None, :], gl.convert_layout(odd, line)[None, None, :]
-
-
-@gluon.jit
 def pair(pairs, t):
     """Return the B (t even) or C (t odd) of a token in shared memory, for states: (4, 4, 1)."""
     return pairs.index(t).load(gl.SliceLayout(2, STATES))[:, :, None]
 
 
 @gluon.jit
-def joined(parts):
-    """Return four (4, channels) as one (4, channels, SPAN)."""
-    even, odd = gl.join(parts[0], parts[2]), gl.join(parts[1], parts[3])
-    return gl.reshape(gl.join(even, odd), [4, BE, SPAN])
+def gathered(parts):
+    """Add the sums over states of a span, for each token (4, channels): (SPAN, channels).
+
+    Of four lanes, which hold the shares of all four tokens, each gives two tokens away and then one.
+    """
+    n4 = gl.arange(0, 4, gl.SliceLayout(1, gl.SliceLayout(1, STATES)))[:, None]
+    even, odd = swapped(parts[0], parts[2], n4, 2, 0), swapped(parts[1], parts[3], n4, 2, 0)
+    return gl.convert_layout(swapped(even, odd, n4, 1, 0), SPANS, assert_trivial=True)
 
 
 @gluon.jit
-def gathered(parts):
-    """Add the sums over states of a span, for each token (4, channels): (SPAN, channels)."""
-    span = gl.convert_layout(gl.permute(joined(parts), [0, 2, 1]), SUMS)
-    return gl.convert_layout(gl.sum(span, 0), SPANS)
+def swapped(low, high, lane, BIT: gl.constexpr, AXIS: gl.constexpr):
+    """Return high where a lane has the bit, elsewhere low, with what the lane on the other side has of it."""
+    upper = lane & BIT != 0
+    return gl.where(upper, high, low) + across(gl.where(upper, low, high), BIT, AXIS)
+
+
+@gluon.jit
+def across(x, BIT: gl.constexpr, AXIS: gl.constexpr):
+    """Return what the lane has whose number differs in a bit, of AXIS along which lanes are counted."""
+    return gl.inline_asm_elementwise(
+        f"shfl.sync.bfly.b32 $0, $1, {BIT}, 0x1f, 0xffffffff;",
+        "=f,f",
+        [x],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
+def everywhere(span, j: gl.constexpr):
+    """Return a token of a span (SPAN, channels) in the place of each of them."""
+    return gl.inline_asm_elementwise(
+        f"shfl.sync.idx.b32 $0, $1, {j}, 0x1c1f, 0xffffffff;",
+        "=f,f",
+        [span],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
+def of_token(span, j: gl.constexpr):
+    """Return a token of a span (SPAN, channels) for states: (4, 1, channels)."""
+    row = gl.convert_layout(everywhere(span, j), gl.SliceLayout(1, STATES), assert_trivial=True)
+    return row[:, None, :]
 
 
 @gluon.jit
 def advance(h, A, step, fed, keys, EXACT: gl.constexpr):
-    """Return the states after a token; steps are in units of log 2, fed is step * u."""
-    return power(A * step, EXACT) * h + keys * fed
+    """Return the states after a token; steps are in units of log 2, fed is step * u.
+
+    Of two products that are added only one is rounded: which one, is not left to the compiler, who does not
+    choose alike wherever this is called.
+    """
+    return gl.fma(keys, fed, power(A * step, EXACT) * h)
 
 
 @gluon.jit
-def walk(h, A, steps, feds, pairs, t, EXACT: gl.constexpr):
-    """Return the states before each token of a span, the first of which is t in its buffers, and after."""
+def walk(h, A, units, fed, pairs, t, EXACT: gl.constexpr):
+    """Return the states before each token of a span, the first of which is t in its buffer, and after."""
     before = ()
-    for i in gl.static_range(SPAN // 2):
-        both_steps, both_feds = two(steps, i), two(feds, i)
-        for j in gl.static_range(2):
-            before = before + (h,)
-            h = advance(h, A, both_steps[j], both_feds[j], pair(pairs, 2 * (t + 2 * i + j)), EXACT)
+    for j in gl.static_range(SPAN):
+        before = before + (h,)
+        h = advance(h, A, of_token(units, j), of_token(fed, j), pair(pairs, 2 * (t + j)), EXACT)
     return before + (h,)
 
 
@@ -235,8 +263,6 @@ def forward(
     if z is not None:
         ring_z, gates = ring_of_rows(dtype, TILE)
     ring, pairs = ring_of_pairs(TILE)
-    steps = gl.allocate_shared_memory(gl.float32, [2, BE, 2], LINES)
-    feds = gl.allocate_shared_memory(gl.float32, [2, BE, 2], LINES)
     q = gl.arange(0, SPAN, gl.SliceLayout(1, SPANS))[:, None]
     e = block * BE + gl.arange(0, BE, gl.SliceLayout(0, SPANS))[None, :]
     tile = q * E + e
@@ -267,6 +293,7 @@ def forward(
                 copy_rows(ring_z.index(1 - now), z + at * S_Z, S_Z, begin + TILE, size, block * BE, E)
             copy_pairs(ring.index(1 - now), BC + at * 32, begin + TILE, size)
             async_copy.commit_group()
+            barrier()  # once for all spans: what is read and what is copied are not told apart
             if marks is not None:
                 if (begin > 0) & (begin % EVERY == 0):
                     gl.store(marks + ((at + begin) // EVERY * blocks + block) * (16 * BE) + own, h)
@@ -279,21 +306,18 @@ def forward(
                     live = (t + q < size) & (e < E)
                     step, _slope = step_of(raw, live, shift, low, high, SOFTPLUS)
                     # Rounded here and not in A, where it would be the same error for all tokens.
-                    spread(steps, step * LOG2E)
-                    spread(feds, step * x)
+                    units, fed = step * LOG2E, step * x
                     outs = ()
-                    for i in gl.static_range(SPAN // 2):
-                        both_steps, both_feds = two(steps, i), two(feds, i)
-                        for j in gl.static_range(2):
-                            at_pair = 2 * (now * TILE + s * SPAN + 2 * i + j)
-                            keys = pair(pairs, at_pair)
-                            h = advance(h, rates, both_steps[j], both_feds[j], keys, EXACT)
-                            outs = outs + (gl.sum(h * pair(pairs, at_pair + 1), 1),)
+                    for j in gl.static_range(SPAN):
+                        at_pair = 2 * (now * TILE + s * SPAN + j)
+                        keys = pair(pairs, at_pair)
+                        h = advance(h, rates, of_token(units, j), of_token(fed, j), keys, EXACT)
+                        outs = outs + (gl.sum(h * pair(pairs, at_pair + 1), 1),)
                     out = gathered(outs) + skip * x
                     if z is not None:
                         gate = gates.index(now * (TILE // SPAN) + s).load(SPANS).to(gl.float32)
                         out *= gate * sigmoid(gate)
-                    gl.store(y + (at + t) * E + tile, out.to(y.dtype.element_ty), mask=live)
+                    gl.store(y + at * E + (t * E + tile), out.to(y.dtype.element_ty), mask=live)
         if final is not None:
             gl.store(final + d * E * N + at_state, h, mask=inside & (at + size == after))
         at += size
@@ -306,6 +330,7 @@ def fits(N: int, *tensors: Tensor) -> bool:
     return (
         N <= 16
         and first.shape[2] % 16 == 0
+        and first.shape[2] * WINDOW.value < 2**31
         and all(t.dtype == first.dtype for t in tensors)
         and architecture.startswith("sm_")
         and int(architecture[3:]) >= 80
@@ -314,8 +339,8 @@ def fits(N: int, *tensors: Tensor) -> bool:
 
 def ordered(states: Tensor, cut: Plan) -> Tensor:
     """Return states that lie as in `places`, tile after tile, as (N, E)."""
-    lanes = states.view(cut.tiles, 2, 4, CHANNELS // 2, 4)  # (tiles, e % 2, n // 4, e // 2, n % 4)
-    return lanes.permute(2, 4, 0, 3, 1).reshape(16, -1)[: cut.N, : cut.channels]
+    lanes = states.view(cut.tiles, 2, CHANNELS // 2, 4, 4)  # (tiles, e % 2, e // 2, n // 4, n % 4)
+    return lanes.permute(3, 4, 0, 2, 1).reshape(16, -1)[: cut.N, : cut.channels]
 
 
 def turns(cut: Plan, device: torch.device) -> int:

@@ -6,14 +6,15 @@ to a scratch in memory, small enough for the L2 cache; then it is gone back thro
 registers.
 
 A lane's share of the sums over channels, for each token four states of dB and of dC over two channels, goes
-to shared memory, where the program's other lanes add it up a span at a time.
+to shared memory, where the program's other lanes add it up a span at a time. Copies begin behind the barrier
+that this takes: what they overwrite has been read by then, and a barrier of their own is saved.
 
 The code of the loops has to stay small: unrolled over a tile it is slower by a fifth.
 """
 
 # Triton's tuples grow by addition only, which changes their type.
 # ruff: noqa: RUF005
-# mypy: disable-error-code="assignment, misc"
+# mypy: disable-error-code="assignment, misc, union-attr"
 
 from __future__ import annotations
 
@@ -23,7 +24,6 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from ssmtrain.kernels.selective_scan.triton_n16 import (
     BE,
-    LINES,
     LOG2E,
     SPAN,
     SPANS,
@@ -34,6 +34,7 @@ from ssmtrain.kernels.selective_scan.triton_n16 import (
     document,
     gathered,
     kept,
+    of_token,
     pair,
     parameters,
     places,
@@ -41,9 +42,8 @@ from ssmtrain.kernels.selective_scan.triton_n16 import (
     ring_of_pairs,
     ring_of_rows,
     sigmoid,
-    spread,
     step_of,
-    two,
+    swapped,
     walk,
     window,
 )
@@ -52,15 +52,22 @@ HALF = gl.constexpr(BE.value // 2)
 LINEAR = gl.constexpr(gl.BlockedLayout([4], [32], [4], [0]))
 # Two buffers of a span's first states, four states of a channel together as in `places`.
 HELD = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0]))
-HELD_BY_LANE = gl.constexpr(gl.BlockedLayout([1, 4, 1, 2], [4, 1, 8, 1], [1, 1, 4, 1], [1, 3, 2, 0]))
+HELD_BY_LANE = gl.constexpr(gl.BlockedLayout([1, 4, 1, 2], [4, 1, 8, 1], [1, 1, 4, 1], [1, 3, 0, 2]))
 # Shares (8 * SPAN, 4 * HALF) of lanes, rows (token, B or C, four of n), columns (lane, n): eight rows a warp.
-SHARES = gl.constexpr(gl.SwizzledSharedLayout(16, 1, 2, [1, 0]))
-ADD = gl.constexpr(gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0]))
-# Their sums over lanes (8 * SPAN, 4), each four times.
-COLUMNS = gl.constexpr(
+# Eight lanes write four rows and read two, the next but one, in different banks.
+SHARES = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 4, [1, 0]))
+ADD = gl.constexpr(
     gl.DistributedLinearLayout(
-        [[0, 1], [0, 2]], [[0, 0], [0, 0], [1, 0], [2, 0], [4, 0]], [[8, 0], [16, 0]], [], [32, 4]
+        [[0, 1], [0, 2], [0, 16], [0, 32], [0, 64]],
+        [[0, 4], [0, 8], [2, 0], [1, 0], [4, 0]],
+        [[8, 0], [16, 0]],
+        [],
+        [32, 128],
     )
+)
+# Their sums over lanes (8 * SPAN, 4): a lane's is that of one of four n, 0, 2, 1 and 3.
+COLUMNS = gl.constexpr(
+    gl.DistributedLinearLayout([], [[0, 1], [0, 2], [2, 0], [1, 0], [4, 0]], [[8, 0], [16, 0]], [], [32, 4])
 )
 
 
@@ -73,16 +80,41 @@ def shared(of_B, of_C):
 
 
 @gluon.jit
-def stacked(token, next_token):
-    """Return two tokens' `shared` as rows of shares (16, 2 * channels)."""
-    return gl.reshape(gl.permute(gl.join(token, next_token), [4, 3, 0, 1, 2]), [16, 4 * HALF])
+def stacked(tokens):
+    """Return four tokens' `shared` as rows of shares (8 * SPAN, 4 * HALF)."""
+    even, odd = gl.join(tokens[0], tokens[2]), gl.join(tokens[1], tokens[3])
+    both = gl.join(even, odd)  # (4, HALF, 4, B or C, token // 2, token % 2)
+    return gl.reshape(gl.permute(both, [4, 5, 3, 0, 1, 2]), [8 * SPAN, 4 * HALF])
+
+
+@gluon.jit
+def added(parts):
+    """Add shares (8 * SPAN, 4 * HALF) over lanes: (8 * SPAN, 4), as in COLUMNS."""
+    four = gl.sum(gl.reshape(parts.load(ADD), [8 * SPAN, HALF // 4, 4, 4]), 1)
+    lane = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, four.type.layout)))[None, :, None]
+    even, odd = gl.split(gl.reshape(four, [8 * SPAN, 4, 2, 2]))
+    low, high = gl.split(swapped(even, odd, gl.convert_layout(lane, even.type.layout), 2, 1))
+    lane = gl.arange(0, 4, gl.SliceLayout(0, low.type.layout))[None, :]
+    return gl.convert_layout(swapped(low, high, lane, 1, 1), COLUMNS, assert_trivial=True)
 
 
 @gluon.jit
 def copy_held(to, scratch, s):
     """Begin to copy the states (16 * BE) with which a span begins into shared memory."""
     i = gl.arange(0, 16 * BE, LINEAR)
-    async_copy.async_copy_global_to_shared(to, scratch + (s * (16 * BE) + i))
+    async_copy.async_copy_global_to_shared(to, scratch + s * (16 * BE) + i)
+
+
+@gluon.jit
+def copy_back(rings, BC, tensors, at, tile, rest, column, columns, STRIDES: gl.constexpr):
+    """Begin to copy a tile of a block of `rest` tokens, the first at `at`; zeros where there is none."""
+    TILE: gl.constexpr = rings[0].shape[1]
+    # Rows before the block's first are none.
+    some = gl.where(tile >= 0, rest, tile * TILE)
+    copy_pairs(rings[0].index(tile & 1), BC + at * 32, tile * TILE, some)
+    for i in gl.static_range(len(tensors)):
+        to = rings[1 + i].index(tile & 1)
+        copy_rows(to, tensors[i] + at * STRIDES[i], STRIDES[i], tile * TILE, some, column, columns)
 
 
 @gluon.jit
@@ -133,22 +165,20 @@ def backward(
     ring_u, inputs = ring_of_rows(dtype, TILE)
     ring_dt, raws = ring_of_rows(dtype, TILE)
     ring_dy, grads = ring_of_rows(dtype, TILE)
+    ring, pairs = ring_of_pairs(TILE)
+    rings, tensors = (ring, ring_u, ring_dt, ring_dy), (u, dt, d_y)
     if z is not None:
         ring_z, gates = ring_of_rows(dtype, TILE)
-    ring, pairs = ring_of_pairs(TILE)
-    held = gl.allocate_shared_memory(gl.float32, [2, 2, 4, HALF, 4], HELD)
+        rings, tensors = rings + (ring_z,), tensors + (z,)
+    STRIDES: gl.constexpr = (S_U, S_DT, S_DY, S_Z)
+    held = gl.allocate_shared_memory(gl.float32, [2, 2, HALF, 4, 4], HELD)
     held_line = held._reinterpret(gl.float32, [2, 16 * BE], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    steps = gl.allocate_shared_memory(gl.float32, [2, BE, 2], LINES)
-    feds = gl.allocate_shared_memory(gl.float32, [2, BE, 2], LINES)
-    pulls = gl.allocate_shared_memory(gl.float32, [2, BE, 2], LINES)
     parts = gl.allocate_shared_memory(gl.float32, [8 * SPAN, 4 * HALF], SHARES)
     q = gl.arange(0, SPAN, gl.SliceLayout(1, SPANS))[:, None]
     e = block * BE + gl.arange(0, BE, gl.SliceLayout(0, SPANS))[None, :]
     tile = q * E + e
-    column = (
-        gl.arange(0, 8 * SPAN, gl.SliceLayout(1, COLUMNS))[:, None] * 4
-        + gl.arange(0, 4, gl.SliceLayout(0, COLUMNS))[None, :]
-    )
+    lane = gl.arange(0, 4, gl.SliceLayout(0, COLUMNS))[None, :]
+    column = gl.arange(0, 8 * SPAN, gl.SliceLayout(1, COLUMNS))[:, None] * 4 + (lane // 2 + lane % 2 * 2)
     scratch += chain.to(gl.int64) * (EVERY // SPAN * 16 * BE)
     shares += block.to(gl.int64) * tokens * 32
     all_A, g = gl.zeros([4, 4, BE], gl.float32, STATES), gl.zeros([4, 4, BE], gl.float32, STATES)
@@ -194,7 +224,7 @@ def backward(
                 mask=(own >= 0) & (base > 0),
                 other=0.0,
             )
-        for ahead in range(0, (spans - 1) * SPAN, TILE):
+        for ahead in range(0, spans * SPAN, TILE):
             async_copy.wait_group(0)
             barrier()
             now = ahead // TILE % 2
@@ -202,46 +232,35 @@ def backward(
             copy_rows(ring_dt.index(1 - now), dt + at * S_DT, S_DT, ahead + TILE, rest, block * BE, E)
             copy_pairs(ring.index(1 - now), BC + at * 32, ahead + TILE, rest)
             async_copy.commit_group()
+            barrier()
             for k in gl.static_range(TILE // SPAN):
                 s = ahead // SPAN + k
-                if s < spans - 1:
+                if s < spans:
                     gl.store(scratch + s * (16 * BE) + own, h)
                     x = inputs.index(now * (TILE // SPAN) + k).load(SPANS).to(gl.float32)
                     raw = raws.index(now * (TILE // SPAN) + k).load(SPANS)
-                    step, _slope = step_of(raw, (q >= 0) & (e < E), shift, low, high, SOFTPLUS)
-                    spread(steps, step * LOG2E)
-                    spread(feds, step * x)
-                    h = walk(h, rates, steps, feds, pairs, now * TILE + k * SPAN, EXACT)[SPAN]
-        # The tile with the last span is there or on its way, but for what only the way back needs.
+                    live = (s * SPAN + q < rest) & (e < E)
+                    step, _slope = step_of(raw, live, shift, low, high, SOFTPLUS)
+                    h = walk(h, rates, step * LOG2E, step * x, pairs, now * TILE + k * SPAN, EXACT)[SPAN]
+        # The tile with the last span is there, but for what only the way back needs.
         last = (spans - 1) * SPAN // TILE
         async_copy.wait_group(0)
         barrier()
         copy_rows(ring_dy.index(last % 2), d_y + at * S_DY, S_DY, last * TILE, rest, block * BE, E)
         if z is not None:
             copy_rows(ring_z.index(last % 2), z + at * S_Z, S_Z, last * TILE, rest, block * BE, E)
+        copy_held(held_line.index((spans - 1) % 2), scratch, spans - 1)
         async_copy.commit_group()
-        by_lane = gl.convert_layout(gl.reshape(h, [4, 4, HALF, 2]), HELD_BY_LANE)
-        held.index((spans - 1) % 2).permute((1, 3, 2, 0)).store(by_lane)
+        copy_back(rings, BC, tensors, at, last - 1, rest, block * BE, E, STRIDES)
+        copy_held(held_line.index(spans % 2), scratch, gl.maximum(spans - 2, 0))
+        async_copy.commit_group()
         sum_A = gl.zeros([4, 4, BE], gl.float32, STATES)
         for back_span in range(spans):
             s = spans - 1 - back_span
             t = s * SPAN
-            async_copy.wait_group(0)
+            async_copy.wait_group(1)  # not for what the span before has begun to copy
             barrier()
-            if ((t + SPAN) % TILE == 0) | (back_span == 0):
-                # Rows before the block's first are none.
-                over = t // TILE - 1
-                some = gl.where(over >= 0, rest, over * TILE)
-                other = (over + 2) % 2
-                copy_rows(ring_u.index(other), u + at * S_U, S_U, over * TILE, some, block * BE, E)
-                copy_rows(ring_dt.index(other), dt + at * S_DT, S_DT, over * TILE, some, block * BE, E)
-                copy_rows(ring_dy.index(other), d_y + at * S_DY, S_DY, over * TILE, some, block * BE, E)
-                if z is not None:
-                    copy_rows(ring_z.index(other), z + at * S_Z, S_Z, over * TILE, some, block * BE, E)
-                copy_pairs(ring.index(other), BC + at * 32, over * TILE, some)
-            copy_held(held_line.index((s + 1) % 2), scratch, gl.maximum(s - 1, 0))
-            async_copy.commit_group()
-            here = s % RING
+            here = s & (RING - 1)
             live = (t + q < rest) & (e < E)
             x = inputs.index(here).load(SPANS).to(gl.float32)
             step, slope = step_of(raws.index(here).load(SPANS), live, shift, low, high, SOFTPLUS)
@@ -252,43 +271,43 @@ def backward(
                 swish = gate * bend
                 d_gate = pull * (bend + swish * (1.0 - bend))
                 pull *= swish
-            spread(steps, step * LOG2E)
-            spread(feds, step * x)
-            spread(pulls, pull)
-            h = gl.reshape(held.index(s % 2).permute((1, 3, 2, 0)).load(HELD_BY_LANE), [4, 4, BE])
-            h = gl.convert_layout(h, STATES)
-            before = walk(h, rates, steps, feds, pairs, t % (2 * TILE), EXACT)
-            h = before[SPAN]
-            throughs, bents, outs = (), (), ()
-            for i in gl.static_range(SPAN // 2 - 1, -1, -1):
-                both_steps, both_feds, both_pulls = two(steps, i), two(feds, i), two(pulls, i)
-                mine = ()
-                for j in gl.static_range(1, -1, -1):
-                    at_pair = 2 * (t % (2 * TILE) + 2 * i + j)
-                    keys, reads = pair(pairs, at_pair), pair(pairs, at_pair + 1)
-                    if z is not None:
-                        outs = (gl.sum(h * reads, 1),) + outs
-                    g += reads * both_pulls[j]
-                    mine = (shared(g * both_feds[j], h * both_pulls[j]),) + mine
-                    throughs = (gl.sum(g * keys, 1),) + throughs
-                    g *= power(rates * both_steps[j], EXACT)
-                    h = before[2 * i + j]
-                    bent = g * h  # gradients of step * A
-                    bents = (gl.sum(bent * rates, 1),) + bents
-                    sum_A += bent * both_steps[j]
-                parts.slice(16 * i, 16, 0).store(stacked(mine[0], mine[1]))
+            units, fed = step * LOG2E, step * x
+            began = gl.reshape(held.index(s & 1).permute((2, 3, 1, 0)).load(HELD_BY_LANE), [4, 4, BE])
+            began = gl.convert_layout(began, STATES, assert_trivial=True)
+            # The state after the span's last token, h, is that before the next one's first.
+            before = walk(began, rates, units, fed, pairs, SPAN * here, EXACT)
+            throughs, bents, outs, mine = (), (), (), ()
+            for j in gl.static_range(SPAN - 1, -1, -1):
+                at_pair = 2 * (SPAN * here + j)
+                keys, reads = pair(pairs, at_pair), pair(pairs, at_pair + 1)
+                unit, pull_of = of_token(units, j), of_token(pull, j)
+                if z is not None:
+                    outs = (gl.sum(h * reads, 1),) + outs
+                g += reads * pull_of
+                mine = (shared(g * of_token(fed, j), h * pull_of),) + mine
+                throughs = (gl.sum(g * keys, 1),) + throughs
+                g *= power(rates * unit, EXACT)
+                h = before[j]
+                bent = g * h  # gradients of step * A
+                bents = (gl.sum(bent * rates, 1),) + bents
+                sum_A += bent * unit
+            parts.store(stacked(mine))
             through = gathered(throughs)
             d_raw = (through * x + gathered(bents)) * slope
             sum_bias += d_raw
             sum_D += pull * x
-            to = at + t
-            gl.store(d_dt + to * E + tile, d_raw.to(d_dt.dtype.element_ty), mask=live)
-            d_x = through * step + skip * pull
-            gl.store(d_u + to * E + tile, d_x.to(d_u.dtype.element_ty), mask=live)
+            gl.store(d_dt + at * E + (t * E + tile), d_raw.to(d_dt.dtype.element_ty), mask=live)
+            d_x = gl.fma(through, step, skip * pull)
+            gl.store(d_u + at * E + (t * E + tile), d_x.to(d_u.dtype.element_ty), mask=live)
             if z is not None:
                 d_gate *= gathered(outs) + skip * x
                 gl.store(d_z + at * S_DZ + ((t + q) * S_DZ + e), d_gate.to(d_z.dtype.element_ty), mask=live)
-            total = gl.convert_layout(gl.sum(gl.reshape(parts.load(ADD), [8 * SPAN, HALF, 4]), 1), COLUMNS)
+            total = added(parts)
+            # All have read this span's states, and the tile that came before this one.
+            if ((t + SPAN) & (TILE - 1) == 0) & (back_span > 0):
+                copy_back(rings, BC, tensors, at, t // TILE - 1, rest, block * BE, E, STRIDES)
+            copy_held(held_line.index(s & 1), scratch, gl.maximum(s - 2, 0))
+            async_copy.commit_group()
             gl.store(shares + at * 32 + (t * 32 + column), total, mask=column // 32 < rest - t)
         all_A += sum_A
         if d_initial is not None:

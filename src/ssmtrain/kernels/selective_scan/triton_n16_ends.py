@@ -14,7 +14,6 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from ssmtrain.kernels.selective_scan.triton_n16 import (
     BE,
-    LINES,
     LOG2E,
     SPAN,
     SPANS,
@@ -25,6 +24,7 @@ from ssmtrain.kernels.selective_scan.triton_n16 import (
     copy_rows,
     document,
     kept,
+    of_token,
     pair,
     parameters,
     places,
@@ -32,9 +32,7 @@ from ssmtrain.kernels.selective_scan.triton_n16 import (
     ring_of_pairs,
     ring_of_rows,
     sigmoid,
-    spread,
     step_of,
-    two,
     walk,
     window,
 )
@@ -71,8 +69,6 @@ def ends(
         ring_u, inputs = ring_of_rows(dtype, TILE)
         ring_dt, raws = ring_of_rows(dtype, TILE)
         ring, pairs = ring_of_pairs(TILE)
-        steps = gl.allocate_shared_memory(gl.float32, [2, BE, 2], LINES)
-        feds = gl.allocate_shared_memory(gl.float32, [2, BE, 2], LINES)
         q = gl.arange(0, SPAN, gl.SliceLayout(1, SPANS))[:, None]
         e = block * BE + gl.arange(0, BE, gl.SliceLayout(0, SPANS))[None, :]
         at = end - W
@@ -97,9 +93,7 @@ def ends(
                 raw = raws.index(now * PER_TILE + k).load(SPANS)
                 step, _slope = step_of(raw, (q >= 0) & (e < E), shift, low, high, SOFTPLUS)
                 total += step
-                spread(steps, step * LOG2E)
-                spread(feds, step * x)
-                h = walk(h, rates, steps, feds, pairs, now * TILE + k * SPAN, EXACT)[SPAN]
+                h = walk(h, rates, step * LOG2E, step * x, pairs, now * TILE + k * SPAN, EXACT)[SPAN]
         gl.store(left + w.to(gl.int64) * E * N + at_state, h, mask=inside)
         e = block * BE + gl.arange(0, BE, gl.SliceLayout(0, SPANS))
         gl.store(steps_of + w.to(gl.int64) * E + e, gl.sum(total, 0), mask=e < E)
@@ -136,8 +130,6 @@ def starts(
         if z is not None:
             ring_z, gates = ring_of_rows(dtype, TILE)
         ring, pairs = ring_of_pairs(TILE)
-        steps = gl.allocate_shared_memory(gl.float32, [2, BE, 2], LINES)
-        pulls = gl.allocate_shared_memory(gl.float32, [2, BE, 2], LINES)
         q = gl.arange(0, SPAN, gl.SliceLayout(1, SPANS))[:, None]
         e = block * BE + gl.arange(0, BE, gl.SliceLayout(0, SPANS))[None, :]
         size = gl.minimum(after - begin, W).to(gl.int32)
@@ -171,14 +163,11 @@ def starts(
                         gate = gates.index(now * PER_TILE + behind).load(SPANS).to(gl.float32)
                         pull *= gate * sigmoid(gate)
                     total += step
-                    spread(steps, step * LOG2E)
-                    spread(pulls, pull)
-                    for i in gl.static_range(SPAN // 2 - 1, -1, -1):
-                        both_steps, both_pulls = two(steps, i), two(pulls, i)
-                        for j in gl.static_range(1, -1, -1):
-                            reads = pair(pairs, 2 * (now * TILE + behind * SPAN + 2 * i + j) + 1)
-                            g += reads * both_pulls[j]
-                            g *= power(rates * both_steps[j], EXACT)
+                    units = step * LOG2E
+                    for j in gl.static_range(SPAN - 1, -1, -1):
+                        reads = pair(pairs, 2 * (now * TILE + behind * SPAN + j) + 1)
+                        g += reads * of_token(pull, j)
+                        g *= power(rates * of_token(units, j), EXACT)
         gl.store(left + w.to(gl.int64) * E * N + at_state, g, mask=inside)
         e = block * BE + gl.arange(0, BE, gl.SliceLayout(0, SPANS))
         gl.store(steps_of + w.to(gl.int64) * E + e, gl.sum(total, 0), mask=e < E)
