@@ -132,6 +132,7 @@ N16 = [
         "h, mask=inside & (at + size == after))",
         "h, mask=inside & (at == first))",
     ),
+    n16("offsets end before channels", "", "first.shape[2] * WINDOW.value < 2**31", "True"),
     n16("states beyond N", "", "(n < N) & (block * BE + e < E)", "block * BE + e < E"),
     n16(
         "ends: nothing of the documents' states",

@@ -131,10 +131,12 @@ def test_nothing_crosses_a_boundary(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_whose_tensors_are_taken() -> None:
-    """Up to 16 states, channels in words of 16 bytes, one type."""
+    """Up to 16 states, channels in words of 16 bytes and as many as offsets reach, one type."""
     u = torch.zeros(1, 2, 32, dtype=BF16)
     assert n16.fits(16, u, u) and n16.fits(1, u)
     assert not n16.fits(17, u) and not n16.fits(16, u[..., :24]) and not n16.fits(16, u, u.float())
+    wide = torch.zeros(1, 1, 2**18, dtype=BF16)
+    assert not n16.fits(16, wide) and n16.fits(16, wide[..., 16:])
 
 
 def test_rows_that_begin_within_a_word(monkeypatch: pytest.MonkeyPatch) -> None:

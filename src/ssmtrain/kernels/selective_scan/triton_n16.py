@@ -181,29 +181,24 @@ def swapped(low, high, lane, BIT: gl.constexpr, AXIS: gl.constexpr):
 
 
 @gluon.jit
+def shuffled(x, HOW: gl.constexpr):
+    """Return what another lane of the warp has, which one as PTX says it."""
+    asm: gl.constexpr = f"shfl.sync.{HOW}, 0xffffffff;"
+    return gl.inline_asm_elementwise(asm, "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
 def across(x, BIT: gl.constexpr, AXIS: gl.constexpr):
     """Return what the lane has whose number differs in a bit, of AXIS along which lanes are counted."""
-    return gl.inline_asm_elementwise(
-        f"shfl.sync.bfly.b32 $0, $1, {BIT}, 0x1f, 0xffffffff;",
-        "=f,f",
-        [x],
-        dtype=gl.float32,
-        is_pure=True,
-        pack=1,
-    )
+    how: gl.constexpr = f"bfly.b32 $0, $1, {BIT}, 0x1f"
+    return shuffled(x, how)
 
 
 @gluon.jit
 def everywhere(span, j: gl.constexpr):
     """Return a token of a span (SPAN, channels) in the place of each of them."""
-    return gl.inline_asm_elementwise(
-        f"shfl.sync.idx.b32 $0, $1, {j}, 0x1c1f, 0xffffffff;",
-        "=f,f",
-        [span],
-        dtype=gl.float32,
-        is_pure=True,
-        pack=1,
-    )
+    how: gl.constexpr = f"idx.b32 $0, $1, {j}, 0x1c1f"
+    return shuffled(span, how)
 
 
 @gluon.jit
